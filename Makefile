@@ -1,0 +1,26 @@
+# make bench, make test: both set up .venv first, from the pinned constraints.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+$(VENV)/ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,examples,dev]"
+	touch $@
+
+setup: $(VENV)/ready
+
+bench: setup
+	$(RUN) -m benchmarks
+
+test: setup
+	$(RUN) -m pytest
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+example: setup
+	$(RUN) examples/distill_text.py
+
+.PHONY: setup bench test check example

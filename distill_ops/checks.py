@@ -1,0 +1,197 @@
+"""Every check of a user's arguments, before any kernel runs.
+
+Checks that would wait for the GPU (values of labels) run on CPU tensors, and on the GPU only
+under ``set_debug(True)``.
+"""
+
+import math
+
+import torch
+
+from .divergences import Divergence, as_divergence
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+INFINITIES = ("drop", "propagate")
+GRADIENTS = ("auto", "forward", "backward")
+BACKENDS = ("auto", "triton", "torch")
+
+_debug = False
+
+
+def set_debug(enabled: bool) -> None:
+    """Switch the checks that wait for the GPU on or off (off by default).
+
+    Example:
+        >>> import distill_ops
+        >>> distill_ops.set_debug(True)
+        >>> distill_ops.set_debug(False)
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _number(name: str, value: float, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return float(value)
+
+
+def _logits(name: str, logits: torch.Tensor) -> None:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [..., vocab], got {type(logits).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64 logits, got {logits.dtype}"
+        )
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be [..., vocab] with at least one column, got shape {tuple(logits.shape)}"
+        )
+
+
+def _constant(name: str, tensor: torch.Tensor, advice: str) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but gets no gradient here: {advice}")
+
+
+def _per_token(name: str, tensor: torch.Tensor, student_logits: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [...], got {type(tensor).__name__}")
+    if tensor.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape of student_logits, "
+            f"{tuple(student_logits.shape[:-1])}, got {tuple(tensor.shape)}"
+        )
+    _same_device(name, tensor, student_logits)
+
+
+def _same_device(name: str, tensor: torch.Tensor, student_logits: torch.Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but student_logits on {student_logits.device}: "
+            f"move one of them"
+        )
+
+
+def _pair(student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_size) -> None:
+    _logits("teacher_logits", teacher_logits)
+    _same_device("teacher_logits", teacher_logits, student_logits)
+    _constant(
+        "teacher_logits", teacher_logits, "detach it, or run the teacher under torch.no_grad()"
+    )
+    if teacher_logits.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"teacher_logits must have the leading shape of student_logits, "
+            f"{tuple(student_logits.shape[:-1])}, got {tuple(teacher_logits.shape[:-1])}"
+        )
+    if vocab_size is None and teacher_logits.shape[-1] != student_logits.shape[-1]:
+        raise ValueError(
+            f"student_logits have {student_logits.shape[-1]} columns and teacher_logits "
+            f"{teacher_logits.shape[-1]}: pass vocab_size= to use the first columns of both "
+            f"(heads padded to different widths)"
+        )
+
+
+def _vocabulary(student_logits, teacher_logits, vocab_size) -> int:
+    widest = student_logits.shape[-1]
+    if teacher_logits is not None:
+        widest = min(widest, teacher_logits.shape[-1])
+    if vocab_size is None:
+        return widest
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= widest:
+        raise ValueError(f"vocab_size must lie in [1, {widest}], got {vocab_size}")
+    return vocab_size
+
+
+def _label_values(labels: torch.Tensor, ignore_index: int, n_cols: int) -> None:
+    if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or _debug):
+        return
+    outside = ((labels < 0) | (labels >= n_cols)) & (labels != ignore_index)
+    if outside.any():
+        raise ValueError(
+            f"labels must lie in [0, {n_cols}) or equal ignore_index={ignore_index}, "
+            f"got {labels[outside].flatten()[0].item()}"
+        )
+
+
+def check_normalizer(normalizer, reduction: str, student_logits: torch.Tensor) -> None:
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer replaces the token count of reduction='mean', got reduction={reduction!r}"
+        )
+    if isinstance(normalizer, torch.Tensor):
+        _constant("normalizer", normalizer, "detach it")
+        _same_device("normalizer", normalizer, student_logits)
+        if normalizer.dim() != 0 or normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise ValueError(
+                f"normalizer must be a number or a real 0-d tensor, "
+                f"got {normalizer.dtype} of shape {tuple(normalizer.shape)}"
+            )
+    elif not 0 <= _number("normalizer", normalizer, "a number or a 0-d tensor") < math.inf:
+        raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
+
+
+def check_arguments(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    divergence: Divergence | str,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    hard_label_weight: float,
+    temperature: float,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    infinities: str,
+    vocab_size: int | None,
+) -> tuple[Divergence, int]:
+    """Check the arguments that every form of the loss takes.
+
+    Returns:
+        The divergence, routed to the one it is at an end point, and the number of columns used.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    _logits("student_logits", student_logits)
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("infinities", infinities, INFINITIES)
+    divergence = as_divergence(divergence)
+    temperature = _number("temperature", temperature, "a positive number")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    weight = _number("hard_label_weight", hard_label_weight, "a number in [0, 1]")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"hard_label_weight must lie in [0, 1], got {hard_label_weight}")
+    if teacher_logits is not None:
+        _pair(student_logits, teacher_logits, vocab_size)
+    elif weight < 1:
+        raise ValueError(
+            f"teacher_logits is None, which needs hard_label_weight=1, got {hard_label_weight}"
+        )
+    n_cols = _vocabulary(student_logits, teacher_logits, vocab_size)
+    if loss_mask is not None:
+        _per_token("loss_mask", loss_mask, student_logits)
+        _constant("loss_mask", loss_mask, "detach it")
+        if loss_mask.is_complex():
+            raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if labels is not None:
+        _per_token("labels", labels, student_logits)
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64 token ids, got {labels.dtype}")
+        _label_values(labels, ignore_index, n_cols)
+    elif weight > 0:
+        raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
+    if normalizer is not None:
+        check_normalizer(normalizer, reduction, student_logits)
+    return divergence, n_cols

@@ -1,0 +1,188 @@
+"""A chunk of rows on the CPU: its losses and gradient by whole-tensor PyTorch operations.
+
+Every divergence runs its own ``value_and_slope`` (``kernels/divergences.py``) on tensors; the four
+most used have a closed form here as well, with fewer passes over the chunk. A closed form has no
+guards: an infinite logit shows as a loss that is not finite, and such rows are done again by
+``general(guarded=True)``, the rules of semantics.md, section 3.
+
+With ``D = sum(slope)`` the gradient ``slope - q D`` is the backward of log_softmax, and where
+``slope = q h`` it is the backward of softmax, ``q (h - sum(q h))``.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .divergences import Divergence
+from .kernels.portable import on_tensors
+
+BUFFERS = 5
+NEG_INF = float("-inf")
+
+softmax_backward = torch.ops.aten._softmax_backward_data.out
+log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is computed of a row: the options of the loss that reach this far."""
+
+    divergence: Divergence | None  # None: the hard label alone
+    hard: bool
+    temperature: float
+    propagate: bool
+    dtype: torch.dtype  # float32, or float64 for float64 logits
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, are numbers
+    or ``[rows, 1]``; ``buffers`` are BUFFERS matrices in the working dtype."""
+
+    terms: Terms
+    student: torch.Tensor  # [rows, V]
+    teacher: torch.Tensor | None  # [rows, V]
+    labels: torch.Tensor | None  # [rows]
+    scale: float | torch.Tensor
+    hard_scale: float | torch.Tensor
+    buffers: tuple[torch.Tensor, ...]
+
+    def losses(self, gradient: torch.Tensor | None, guarded: bool):
+        """Divergence and cross-entropy of each row (None where not asked for); fills ``gradient``."""
+        divergence_loss = hard_loss = out = None
+        if gradient is not None:
+            out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
+        if self.terms.divergence is not None:
+            if guarded:
+                divergence_loss = self.general(out, guarded=True)
+            else:
+                form = CLOSED_FORMS.get(self.terms.divergence.name, Chunk.general)
+                divergence_loss = form(self, out)
+        if self.terms.hard:
+            alone = divergence_loss is None
+            hard_loss = self.cross_entropy(out if alone or out is None else self.buffers[3])
+            if out is not None and not alone:
+                out.add_(self.buffers[3])
+        if out is not gradient:
+            gradient.copy_(out)
+        return divergence_loss, hard_loss
+
+    def logits(
+        self, logits: torch.Tensor, temperature: float, buffer: torch.Tensor
+    ) -> torch.Tensor:
+        """``logits / temperature`` in the working dtype; copied only where it must be."""
+        if temperature == 1:
+            return logits if logits.dtype == buffer.dtype else buffer.copy_(logits)
+        if logits.dtype == buffer.dtype:
+            return torch.div(logits, temperature, out=buffer)
+        return buffer.copy_(logits).div_(temperature)
+
+    def student_logits(self) -> torch.Tensor:
+        return self.logits(self.student, self.terms.temperature, self.buffers[0])
+
+    def teacher_logits(self) -> torch.Tensor:
+        return self.logits(self.teacher, self.terms.temperature, self.buffers[0])
+
+    def cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        _, work, log_q, *_ = self.buffers
+        torch.log_softmax(self.logits(self.student, 1.0, work), -1, out=log_q)
+        labels = self.labels[:, None]
+        loss = -log_q.gather(-1, labels).squeeze(-1)
+        if gradient is not None:
+            slope = work.zero_().scatter_(-1, labels, -1.0).mul_(self.hard_scale)
+            log_softmax_backward(slope, log_q, -1, slope.dtype, out=gradient)
+        return loss
+
+    def soft_cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        _, log_q, p, *_ = self.buffers
+        torch.log_softmax(self.student_logits(), -1, out=log_q)
+        torch.softmax(self.teacher_logits(), -1, out=p)
+        loss = -torch.linalg.vecdot(p, log_q)
+        if gradient is not None:
+            log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
+        return loss
+
+    def forward_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        _, log_q, log_p, p, _ = self.buffers
+        torch.log_softmax(self.student_logits(), -1, out=log_q)
+        teacher = self.teacher_logits()
+        torch.log_softmax(teacher, -1, out=log_p)
+        torch.softmax(teacher, -1, out=p)
+        loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        if gradient is not None:
+            log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
+        return loss
+
+    def reverse_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        _, log_q, log_p, q, _ = self.buffers
+        student = self.student_logits()
+        torch.log_softmax(student, -1, out=log_q)
+        torch.softmax(student, -1, out=q)
+        torch.log_softmax(self.teacher_logits(), -1, out=log_p)
+        log_ratio = log_q.sub_(log_p)
+        loss = torch.linalg.vecdot(q, log_ratio)
+        if gradient is not None:  # the slope is q log_ratio + q, and its second term cancels
+            softmax_backward(log_ratio.mul_(self.scale), q, -1, q.dtype, grad_input=gradient)
+        return loss
+
+    def jensen_shannon(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        work, log_q, q, log_p, p = self.buffers
+        (beta,) = self.terms.divergence.parameters
+        student = self.student_logits()
+        torch.log_softmax(student, -1, out=log_q)
+        torch.softmax(student, -1, out=q)
+        teacher = self.teacher_logits()
+        torch.log_softmax(teacher, -1, out=log_p)
+        torch.softmax(teacher, -1, out=p)
+        log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
+        loss = torch.linalg.vecdot(p, log_p.sub_(log_m)).mul_(beta)
+        log_ratio = log_q.sub_(log_m)
+        loss += torch.linalg.vecdot(q, log_ratio).mul_(1 - beta)
+        if gradient is not None:
+            log_ratio.mul_(self.scale * (1 - beta))
+            softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)
+        return loss
+
+    def general(self, gradient: torch.Tensor | None, guarded: bool = False) -> torch.Tensor:
+        """Any divergence by its own text; ``guarded`` adds the rules for infinite logits."""
+        divergence, propagate = self.terms.divergence, self.terms.propagate
+        student, teacher = self.student.to(self.terms.dtype), self.teacher.to(self.terms.dtype)
+        if guarded:
+            student_zero, teacher_zero = student == NEG_INF, teacher == NEG_INF
+            dead = student_zero & teacher_zero
+            if divergence.infinite_at_teacher_zero and not propagate:
+                student = student.masked_fill(teacher_zero, NEG_INF)
+                dead = dead | teacher_zero
+            if divergence.infinite_at_student_zero and not propagate:
+                dead = dead | student_zero
+            # the maximum goes first: the division could overflow
+            student_max, teacher_max = student.amax(-1, True), teacher.amax(-1, True)
+            student, teacher = student - student_max, teacher - teacher_max
+        log_q = torch.log_softmax(student / self.terms.temperature, -1)
+        log_p = torch.log_softmax(teacher / self.terms.temperature, -1)
+        lowest = torch.finfo(log_q.dtype).min if guarded else None
+        finite = [log.clamp(min=lowest) if guarded else log for log in (log_q, log_p)]
+        formula = on_tensors(divergence.value_and_slope)
+        value, slope = formula(*finite, log_q.exp(), log_p.exp(), *divergence.parameters)
+        if guarded:
+            if divergence.infinite_at_student_zero and propagate:
+                value = value.masked_fill(student_zero, math.inf)
+            if divergence.infinite_at_teacher_zero and propagate:
+                value = value.masked_fill(teacher_zero, math.inf)
+                slope = slope.masked_fill(teacher_zero, math.inf)
+            # a row without a finite maximum must not vanish among the terms that are dropped
+            no_softmax = ~(student_max + teacher_max).isfinite()
+            value = value.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
+            slope = slope.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
+        if gradient is not None:
+            log_softmax_backward(slope * self.scale, log_q, -1, log_q.dtype, out=gradient)
+        return value.sum(-1)
+
+
+CLOSED_FORMS = {
+    "soft_cross_entropy": Chunk.soft_cross_entropy,
+    "forward_kl": Chunk.forward_kl,
+    "reverse_kl": Chunk.reverse_kl,
+    "jensen_shannon": Chunk.jensen_shannon,
+}

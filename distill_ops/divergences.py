@@ -1,0 +1,127 @@
+"""The divergences: frozen dataclasses with their parameters, device function and facts.
+
+Units are nats. ``q`` is the student's distribution, ``p`` the teacher's, both at the loss's
+temperature. The formulas and their gradients are in ``kernels/divergences.py``, once, for the
+GPU and the CPU alike; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649) and Hinton et al.
+(arXiv:1503.02531) are their sources.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from .kernels import divergences as formulas
+
+DIVERGENCES: dict[str, type["Divergence"]] = {}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base of the divergences: a device function and the facts that the kernels need.
+
+    Attributes:
+        name: its name as a string argument, ``divergence="forward_kl"``.
+        value_and_slope: device function ``(log_q, log_p, q, p, *parameters) -> (value, slope)``.
+        moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse"), or
+            "none"; semantics of closed moments in ``kernels/sweeps.py``.
+        infinite_at_student_zero: the value is infinite where q = 0 < p.
+        infinite_at_teacher_zero: the value is infinite where p = 0 < q.
+    """
+
+    name: ClassVar[str]
+    value_and_slope: ClassVar[Callable]
+    moment: ClassVar[str] = "none"
+    infinite_at_student_zero: ClassVar[bool] = False
+    infinite_at_teacher_zero: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        DIVERGENCES[cls.name] = cls
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        return tuple(float(getattr(self, field.name)) for field in fields(self))
+
+    def canonical(self) -> "Divergence":
+        """The divergence that this one is at an end point of its parameters, or itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Divergence):
+    """``-sum(p log q)``: MiniLLM's fine-tuning loss.
+
+    Forward KL plus the teacher's entropy, which has no gradient."""
+
+    name = "soft_cross_entropy"
+    value_and_slope = staticmethod(formulas.soft_cross_entropy)
+    moment = "soft"
+    infinite_at_student_zero = True
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """``sum(p log(p / q))``, KL(teacher || student): covers the teacher's modes."""
+
+    name = "forward_kl"
+    value_and_slope = staticmethod(formulas.forward_kl)
+    moment = "forward"
+    infinite_at_student_zero = True
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """``sum(q log(q / p))``, KL(student || teacher): seeks the teacher's modes."""
+
+    name = "reverse_kl"
+    value_and_slope = staticmethod(formulas.reverse_kl)
+    moment = "reverse"
+    infinite_at_teacher_zero = True
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``.
+
+    GKD's generalised Jensen-Shannon divergence. By its convention ``beta=0`` is the forward and
+    ``beta=1`` the reverse KL (the formula itself goes to 0 there).
+
+    Raises:
+        ValueError: beta is not a number in [0, 1].
+    """
+
+    beta: float = 0.5
+
+    name = "jensen_shannon"
+    value_and_slope = staticmethod(formulas.jensen_shannon)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.beta, (int, float)) or isinstance(self.beta, bool):
+            raise TypeError(f"beta must be a number in [0, 1], got {type(self.beta).__name__}")
+        if not 0 <= self.beta <= 1:  # also refuses NaN
+            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+
+    def canonical(self) -> Divergence:
+        return {0: ForwardKL(), 1: ReverseKL()}.get(self.beta, self)
+
+
+def as_divergence(divergence: "Divergence | str") -> Divergence:
+    """A divergence from itself or its name.
+
+    Raises:
+        ValueError: no divergence has this name.
+        TypeError: neither a name nor a Divergence.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence.canonical()
+    if isinstance(divergence, str):
+        if divergence in DIVERGENCES:
+            return DIVERGENCES[divergence]().canonical()
+        raise ValueError(
+            f"divergence must be one of {', '.join(sorted(DIVERGENCES))} "
+            f"or a Divergence, got {divergence!r}"
+        )
+    raise TypeError(
+        f"divergence must be a name or a Divergence such as JensenShannon(beta=0.5), "
+        f"got {type(divergence).__name__}"
+    )

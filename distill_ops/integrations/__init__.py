@@ -1,0 +1,1 @@
+"""Drop-in replacements with the signature of the original."""

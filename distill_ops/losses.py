@@ -1,0 +1,200 @@
+"""The dense loss: student and teacher logits ``[..., vocab]``."""
+
+import torch
+
+from .checks import BACKENDS, GRADIENTS, check_arguments, one_of
+from .divergences import Divergence, SoftCrossEntropy
+from .kernels.portable import triton
+from .ops import BACKWARD, FORWARD, NO_GRADIENT, dense_loss
+from .reference import LossComponents
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def use_triton(backend: str, student: torch.Tensor, teacher: torch.Tensor | None) -> bool:
+    """Whether the Triton kernels run; an explicit choice never falls back.
+
+    Raises:
+        ValueError: ``backend="triton"`` cannot be had here.
+    """
+    one_of("backend", backend, BACKENDS)
+    wide = torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
+    if backend == "auto":
+        return triton is not None and student.is_cuda and not wide
+    if backend == "triton":
+        if triton is None:
+            raise ValueError("backend='triton' needs the triton package: pip install triton")
+        if wide:
+            raise ValueError("backend='triton' takes float32, bfloat16 or float16, got float64")
+        if not (student.is_cuda or INTERPRETED):
+            raise ValueError(
+                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before "
+                f"importing distill_ops), got student_logits on {student.device}"
+            )
+    return backend == "triton"
+
+
+def gradient_mode(gradient: str, student: torch.Tensor, reduction: str) -> str:
+    """When the gradient is made: in the forward, in the backward, or never.
+
+    Raises:
+        ValueError: ``gradient="forward"`` where the gradient cannot be made then.
+    """
+    one_of("gradient", gradient, GRADIENTS)
+    if gradient == "forward":
+        if student.dtype == torch.float16:
+            raise ValueError(
+                "gradient='forward' with float16 logits would underflow (it is made before "
+                "GradScaler's scale): use gradient='backward' or 'auto'"
+            )
+        if reduction == "none":
+            raise ValueError(
+                "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
+                "gradients are not known before backward: use gradient='backward' or 'auto'"
+            )
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return NO_GRADIENT
+    if gradient == "auto":
+        gradient = BACKWARD if reduction == "none" or student.dtype == torch.float16 else FORWARD
+    return gradient
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    *,
+    divergence: Divergence | str = SoftCrossEntropy(),
+    loss_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    infinities: str = "drop",
+    vocab_size: int | None = None,
+    gradient: str = "auto",
+    return_components: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | LossComponents:
+    """Distillation loss of student logits against teacher logits, in nats.
+
+    With ``q = softmax(student_logits / T)`` and ``p = softmax(teacher_logits / T)``, per token::
+
+        loss = (1 - w) * divergence(q, p) + w * cross_entropy(student_logits, label)
+
+    times the token's weight, ``loss_mask * (labels != ignore_index)``. The default divergence,
+    ``-sum(p log q)``, is MiniLLM's (arXiv:2306.08543). The vocabulary is streamed in tiles; no
+    probability tensor exists. Inputs are not changed, and results are the same bits run after run.
+
+    Args:
+        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
+            may be strided: a view such as ``logits[:, :-1]`` is not copied.
+        teacher_logits: ``[..., V]``, its dtype may differ; no gradient flows to it. None where
+            ``hard_label_weight`` is 1.
+        divergence: a :class:`Divergence` or its name.
+        loss_mask: ``[...]``, bool, int or float: the tokens' weights. A token of weight 0 is not
+            read: whatever it holds, its gradient is 0.
+        labels: ``[...]``, int64, aligned with the logits (no shift happens inside). Tokens whose
+            label is ``ignore_index`` have weight 0.
+        hard_label_weight: w above, in [0, 1]; above 0 it needs ``labels``.
+        temperature: T above, positive. The hard-label term is always at 1.
+        scale_by_temperature_squared: multiply the divergence by T**2 (arXiv:1503.02531), so that
+            gradients stay comparable as T grows.
+        reduction: "mean" (over the sum of weights), "sum", or "none" (per token, ``[...]``).
+        normalizer: number or 0-d tensor that replaces the sum of weights in "mean", such as
+            ``num_items_in_batch`` under gradient accumulation.
+        infinities: "drop" leaves out the terms that are infinite where a logit is -inf (for
+            divergences that are infinite where the teacher's is, the student is restricted to the
+            teacher's support); "propagate" keeps them: loss +inf.
+        vocab_size: use the first ``vocab_size`` columns of both, for heads padded to different
+            widths; the others get gradient 0.
+        gradient: when it is made. "forward": by the forward, one read of the logits less; one
+            backward only. "backward": by the backward, which re-reads both logits; no
+            gradient-sized buffer in between. "auto": "forward", but "backward" for
+            ``reduction="none"`` and for float16.
+        return_components: return ``LossComponents(loss, divergence, hard_label)``, the last two
+            detached and reduced alike.
+        backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): 0-d, or ``[...]`` with "none". Without a
+        token of nonzero weight it is 0, with a graph.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        RuntimeError: from backward, on a second derivative, or a second backward of a gradient
+            made in the forward.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> loss = distill_ops.distillation_loss(student, teacher, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
+    """
+    divergence, n_cols = check_arguments(
+        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
+        hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
+    )  # fmt: skip
+    mode = gradient_mode(gradient, student_logits, reduction)
+    in_tensor = isinstance(normalizer, torch.Tensor)
+    loss, components, _, _ = dense_loss(
+        student_logits,
+        teacher_logits,
+        loss_mask,
+        labels,
+        normalizer if in_tensor else None,
+        divergence.name,
+        divergence.parameters,
+        float(temperature),
+        float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
+        float(hard_label_weight),
+        ignore_index,
+        reduction,
+        None if in_tensor or normalizer is None else float(normalizer),
+        infinities == "propagate",
+        n_cols,
+        use_triton(backend, student_logits, teacher_logits),
+        mode,
+        return_components,
+    )
+    if not return_components:
+        return loss
+    if hard_label_weight > 0:
+        return LossComponents(loss, *components.unbind(0))
+    return LossComponents(loss, loss.detach(), torch.zeros_like(loss))
+
+
+class DistillationLoss(torch.nn.Module):
+    """:func:`distillation_loss` as a module that keeps the options.
+
+    Args:
+        **options: the keyword arguments of :func:`distillation_loss` that stay the same from step
+            to step.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> loss = distill_ops.DistillationLoss(divergence="reverse_kl", temperature=2.0)
+        >>> loss(torch.zeros(3, 5), torch.zeros(3, 5)).item()
+        0.0
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        unknown = set(options) - set(distillation_loss.__kwdefaults__)
+        if unknown:
+            raise TypeError(f"DistillationLoss got unknown options: {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def forward(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, **arguments
+    ) -> torch.Tensor | LossComponents:
+        """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""
+        return distillation_loss(student_logits, teacher_logits, **{**self.options, **arguments})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,1 @@
+"""Device code of distill_ops, installed as ``distill_ops.kernels``."""

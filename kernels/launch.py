@@ -1,0 +1,95 @@
+"""Launch choices: pure functions of sizes, layouts and device facts, a reason beside each number.
+
+None of them was measured on a GPU yet; the reasons are counts from compiled code.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a choice depends on; ``n_sm`` counts multiprocessors (compute units on AMD)."""
+
+    n_sm: int
+    l2_bytes: int
+    warp_size: int = 32
+    limits_registers: bool = True  # whether the compiler takes ``maxnreg`` (NVIDIA)
+
+
+@dataclass(frozen=True)
+class DenseLaunch:
+    """Tiles of ``[lanes, width]`` columns, one lane a thread, in ``n_programs`` programs."""
+
+    lanes: int
+    width: int
+    num_warps: int
+    maxnreg: int | None
+    n_programs: int
+
+
+# One load holds 8 half-precision or 4 single-precision logits. With mixed dtypes the wider one
+# decides: both tensors must share one register layout, or every tile crosses shared memory.
+LOAD_BYTES = 16
+
+# Threads a program. 1024 is the most that a program can have.
+LANES = (1024, 512, 256, 128)
+
+# Two 16-byte loads a thread and 1024 threads a multiprocessor keep 32 KiB in flight; an H100's
+# bandwidth times its latency is about 18 KiB a multiprocessor.
+THREADS_A_MULTIPROCESSOR = 1024
+# ... which leaves each thread 64 of the 65536 registers. Without the limit the compiler takes up
+# to 255, for a longer schedule of the same instructions; at 64 no form below spills.
+REGISTERS = 64
+# Narrow loads (below) and a second normaliser do not fit 64 registers without spilling.
+CROWDED_LANES = 256
+
+# The rows in flight may take this share of L2 for a second sweep to find them. 0.7 lets two rows
+# a multiprocessor of 32000 bf16 columns fit an H100's 50 MB (264 x 128 KB = 34 MB).
+L2_SHARE = 0.7
+
+
+def padded(n_cols: int, tile: int) -> int:
+    return -(-n_cols // tile) * tile
+
+
+def dense_launch(
+    n_rows: int, n_cols: int, itemsize: int, row_bytes: int, crowded: bool, device: DeviceFacts
+) -> DenseLaunch:
+    """Tile and grid of the dense kernel.
+
+    Args:
+        n_rows, n_cols: rows of logits and columns read of each.
+        itemsize: bytes of the widest element among student and teacher.
+        row_bytes: bytes of one row of both together.
+        crowded: the kernel's form needs more than REGISTERS registers.
+        device: facts of the device.
+
+    The largest program whose tiles pad the row to at most 9/8 of the least padding (a guess: a
+    padded column costs its instructions, a smaller program more reductions a row); but half the
+    largest where twice as many rows still fit L2, so that one program's reductions hide behind
+    the other's loads. The grid is persistent: whole programs a multiprocessor, at most one a row.
+    """
+    width = LOAD_BYTES // itemsize
+    most = LANES[0]
+    if crowded:
+        most = CROWDED_LANES
+    elif 2 * device.n_sm * row_bytes <= L2_SHARE * device.l2_bytes:
+        most = LANES[1]
+    allowed = [lanes for lanes in LANES if lanes <= most]
+    least = min(padded(n_cols, lanes * width) for lanes in allowed)
+    lanes = next(x for x in allowed if 8 * padded(n_cols, x * width) <= 9 * least)
+    resident = THREADS_A_MULTIPROCESSOR // lanes
+    if crowded:
+        resident //= 2
+    return DenseLaunch(
+        lanes=lanes,
+        width=width,
+        num_warps=max(1, lanes // device.warp_size),
+        maxnreg=REGISTERS if device.limits_registers and not crowded else None,
+        n_programs=max(1, min(n_rows, device.n_sm * resident)),
+    )
+
+
+def reduction_block(n_rows: int) -> int:
+    """Tokens a step of the single-program kernels: a power of two; 8 a thread at the largest."""
+    return min(8192, max(128, 1 << (n_rows - 1).bit_length()))

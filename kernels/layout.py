@@ -1,0 +1,64 @@
+"""Rows of a tensor with any leading dimensions, as the kernels address them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+ALIGNMENT = 8  # elements: 16 bytes in half precision, and a multiple of them in single
+
+
+class Rows(NamedTuple):
+    """``base[start + (row // n_inner) * outer + (row % n_inner) * inner + column]``."""
+
+    base: torch.Tensor
+    start: int
+    outer: int
+    inner: int
+
+    def offsets(self) -> tuple[int, int, int]:
+        return self.start, self.outer, self.inner
+
+    def aligned(self) -> bool:
+        """Every row begins at a multiple of 16 bytes."""
+        return all(x % ALIGNMENT == 0 for x in self.offsets())
+
+    def matches(self, other: "Rows") -> bool:
+        """Every row is as far from such a multiple as the other tensor's."""
+        pairs = zip(self.offsets(), other.offsets(), strict=True)
+        return all((a - b) % ALIGNMENT == 0 for a, b in pairs)
+
+
+def _single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The stride of these dimensions taken as one, or None."""
+    dims = [(n, stride) for n, stride in zip(shape, strides, strict=True) if n != 1]
+    for (_, left), (n, right) in zip(dims, dims[1:], strict=False):
+        if left != n * right:
+            return None
+    return dims[-1][1] if dims else 0
+
+
+def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
+    """``n_inner`` and the rows of each tensor ``[..., V]``; leading shapes are equal.
+
+    Leading dimensions are taken as two where one stride does not reach all rows (a shifted view
+    ``logits[:, :-1]``). A tensor that needs three, or whose columns are not contiguous, is copied.
+    """
+    leading = tensors[0].shape[:-1]
+    tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+
+    def split_at(t, k):
+        outer = _single_stride(leading[:k], t.stride()[:k])
+        inner = _single_stride(leading[k:], t.stride()[k:-1])
+        return None if outer is None or inner is None else (outer, inner)
+
+    splits = range(len(leading) + 1)
+    split = next((k for k in splits if all(split_at(t, k) for t in tensors)), None)
+    if split is None:
+        return row_layouts(*(t.contiguous() for t in tensors))
+    layouts = []
+    for t in tensors:
+        start = t.storage_offset() % ALIGNMENT
+        base = t.as_strided((1,), (1,), t.storage_offset() - start) if start else t
+        layouts.append(Rows(base, start, *split_at(t, split)))
+    return max(1, math.prod(leading[split:])), layouts

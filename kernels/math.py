@@ -1,0 +1,54 @@
+"""The few elementary functions whose default lowering is slow or that the interpreter lacks."""
+
+import torch
+
+from .portable import device_function, tl, triton
+
+if triton is not None:
+    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+    LN2 = tl.constexpr(0.6931471805599453)
+    SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+    @tl.core.builtin
+    def is_cuda(_semantic=None):
+        """Whether the kernel is being compiled for NVIDIA.
+
+        ``tl.target_info`` asks the driver instead, and ahead of time there is none."""
+        return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+def _log_of_tensor(x):
+    return torch.log(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
+
+
+@device_function
+def fma(x, y, z):
+    """``x * y + z`` rounded once. The interpreter's own fma rounds twice."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@device_function
+def fast_log2(x):
+    """Base-2 logarithm in one instruction: x float32, normal; absolute error 2**-22 near 1.
+
+    ``tl.log2`` compiles to a libdevice routine of about 25 instructions.
+    """
+    if INTERPRETED:
+        return tl.log2(x)
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "v_log_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@device_function(tensor_twin=_log_of_tensor)
+def log(x):
+    """Natural logarithm of ``max(x, smallest normal)``: finite where x underflows to 0."""
+    return fast_log2(tl.maximum(x, SMALLEST_NORMAL)) * LN2

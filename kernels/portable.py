@@ -1,0 +1,69 @@
+"""One text for two machines: device functions that also run on PyTorch tensors.
+
+``device_function`` compiles a function with Triton where Triton is installed and leaves it alone
+elsewhere; ``on_tensors`` rebuilds the same body with ``tl`` replaced by a table of PyTorch
+operations, so that a formula written once serves the GPU kernel, the CPU path and the tests.
+"""
+
+import functools
+import types
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU path and the reference need no Triton
+    triton = None
+    tl = None
+
+# What a device function may take from ``tl`` and still run on tensors.
+TENSOR_LANGUAGE = types.SimpleNamespace(
+    where=torch.where,
+    exp=torch.exp,
+    exp2=torch.exp2,
+    log=torch.log,
+    log2=torch.log2,
+    sqrt=torch.sqrt,
+    rsqrt=torch.rsqrt,
+    abs=torch.abs,
+    sigmoid=torch.sigmoid,
+    maximum=lambda x, y: torch.clamp(x, min=y),
+    minimum=lambda x, y: torch.clamp(x, max=y),
+    float32=torch.float32,
+)
+
+_TENSOR_TWINS = {}  # plain function -> its own PyTorch text, or None to rebuild its body
+
+
+def device_function(function=None, *, tensor_twin=None):
+    """Compile ``function`` for the device; ``tensor_twin`` replaces its body on tensors."""
+    if function is None:
+        return functools.partial(device_function, tensor_twin=tensor_twin)
+    _TENSOR_TWINS[function] = tensor_twin
+    if triton is None:
+        return function
+    # the interpreter wants triton.language among the module's names, used or not
+    function.__globals__.setdefault("tl", tl)
+    return triton.jit(function)
+
+
+def plain_function(function):
+    """The Python function behind a (possibly compiled or interpreted) device function."""
+    return getattr(function, "fn", function)
+
+
+@functools.cache
+def on_tensors(function):
+    """``function``'s body as a function of PyTorch tensors, float64 included."""
+    plain = plain_function(function)
+    twin = _TENSOR_TWINS.get(plain)
+    if twin is not None:
+        return twin
+    names = dict(plain.__globals__, tl=TENSOR_LANGUAGE)
+    for name in plain.__code__.co_names:
+        helper = names.get(name)
+        if isinstance(plain_function(helper), types.FunctionType):
+            if plain_function(helper) in _TENSOR_TWINS:
+                names[name] = on_tensors(helper)
+    return types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)

@@ -1,0 +1,399 @@
+"""The three sweeps over a row of logits, from which every kernel is composed.
+
+With ``x`` a logit, ``m`` the row's maximum, ``l = sum(exp((x - m) / T))`` and ``c = log2(e) / T``:
+
+* ``normalise`` finds ``m`` and ``l`` of both rows online, and for the divergences whose sums are
+  known without a second sweep the moment that gives them (semantics.md, section 9);
+* ``reduce`` sums ``value`` (the loss L) and ``slope`` (D);
+* ``differentiate`` writes the gradient ``(slope - q * D) * scale`` and sums ``value`` again.
+
+A tile is ``[LANES, WIDTH]``, WIDTH contiguous columns a thread: one 16-byte load, and sums along
+axis 1 stay inside the thread, so the loops hold no shuffle and no barrier; lanes are combined once
+a sweep. Tile ``k`` covers positions ``k * BLOCK + [0, BLOCK)`` counted from a 16-byte boundary
+``lead`` columns before the row's first one; the partial tiles at both ends are peeled.
+
+Every sweep exists twice. The fast form has no guard: an infinity (or a logit so large that float32
+overflows) shows as a sum that is not finite, and the row is done again in the GUARDED form, which
+works on ``x - m``, clamps the logarithms and selects away the terms that semantics.md, section 3
+drops. The normaliser stays a pair (maximum, logarithm of the sum): folding it into one number
+costs all the accuracy of a row far from zero.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import LN2, fma
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
+INFINITY = tl.constexpr(float("inf"))
+
+# Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T].
+NO_MOMENT = tl.constexpr(0)
+SOFT_MOMENT = tl.constexpr(1)
+FORWARD_MOMENT = tl.constexpr(2)
+REVERSE_MOMENT = tl.constexpr(3)
+
+
+@triton.jit
+def tile_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def in_row(position, lead, n_cols):
+    return (position >= lead) & (position < lead + n_cols)
+
+
+@triton.jit
+def read(row_ptr, position, inside, MASKED: tl.constexpr, KEEP: tl.constexpr):
+    """A tile of logits as float32; columns outside the row read as -inf."""
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    if MASKED:
+        x = tl.load(row_ptr + position, mask=inside, other=-INFINITY, eviction_policy=policy)
+    else:
+        x = tl.load(row_ptr + position, eviction_policy=policy)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def whole_tiles(lead, n_cols, BLOCK: tl.constexpr, PEELED: tl.constexpr):
+    """Tiles ``[first, end)`` are whole; tiles ``j * end`` for j in ``[begin, stop)`` are partial."""
+    first: tl.constexpr = 1 if PEELED else 0
+    end = (lead + n_cols) // BLOCK
+    tail = ((lead + n_cols) % BLOCK > 0) & (end >= first)
+    return first, end, 1 - first, 1 + tail.to(tl.int32)
+
+
+@triton.jit
+def rescale(m, l, x, c, GUARDED: tl.constexpr):
+    """Move a running (maximum, sum) to cover the tile ``x``.
+
+    Returns the new maximum, the old sum's factor, the base-2 shift and the tile's exponents."""
+    new_m = tl.maximum(m, tl.max(x, axis=1))
+    if GUARDED:
+        safe_m = tl.where(new_m == -INFINITY, 0.0, new_m)
+        shift = (m - safe_m) * c
+        y = (x - safe_m[:, None]) * c
+    else:
+        shift = m * c - new_m * c
+        y = fma(x, c, -(new_m * c)[:, None])
+    return new_m, tl.exp2(shift), shift, y
+
+
+@triton.jit
+def combine_lanes(m, l, c, GUARDED: tl.constexpr):
+    """The lanes' (maximum, sum) as the row's, and each lane's factor and base-2 shift."""
+    row_m = tl.max(m, axis=0)
+    if GUARDED:
+        row_m = tl.where(row_m == -INFINITY, 0.0, row_m)
+        shift = (m - row_m) * c
+    else:
+        shift = m * c - row_m * c
+    factor = tl.exp2(shift)
+    return row_m, tl.sum(l * factor, axis=0), factor, shift
+
+
+@triton.jit
+def normalise_tile(
+    state,
+    student_row,
+    teacher_row,
+    k,
+    offsets,
+    lead,
+    n_cols,
+    c,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    KEEP: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    RESTRICT: tl.constexpr,
+    OWN_HARD: tl.constexpr,
+):
+    m_s, l_s, m_t, l_t, moment, m_h, l_h = state
+    position = k * BLOCK + offsets
+    inside = in_row(position, lead, n_cols)
+    x_s = read(student_row, position, inside, MASKED, KEEP)
+    if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
+        m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
+        l_h = l_h * factor + tl.sum(tl.exp2(y), axis=1)
+    if DIVERGENCE:
+        x_t = read(teacher_row, position, inside, MASKED, KEEP)
+        if GUARDED and RESTRICT:
+            x_s = tl.where(x_t == -INFINITY, -INFINITY, x_s)
+        m_t, factor_t, shift_t, y_t = rescale(m_t, l_t, x_t, c, GUARDED)
+        e_t = tl.exp2(y_t)
+        m_s, factor_s, shift_s, y_s = rescale(m_s, l_s, x_s, c, GUARDED)
+        e_s = tl.exp2(y_s)
+    if DIVERGENCE and MOMENT != NO_MOMENT and not GUARDED:
+        # kept relative to both running maxima, which the shifts move along
+        if MOMENT == SOFT_MOMENT:
+            term = e_t * y_s
+            moment = factor_t * (moment + l_t * shift_s)
+        elif MOMENT == FORWARD_MOMENT:
+            term = e_t * (y_s - y_t)
+            moment = factor_t * (moment + l_t * (shift_s - shift_t))
+        else:
+            term = e_s * (y_s - y_t)
+            moment = factor_s * (moment + l_s * (shift_s - shift_t))
+        if MASKED:
+            term = tl.where(inside, term, 0.0)
+        moment += tl.sum(term, axis=1)
+    if DIVERGENCE:
+        l_t = l_t * factor_t + tl.sum(e_t, axis=1)
+        l_s = l_s * factor_s + tl.sum(e_s, axis=1)
+    return m_s, l_s, m_t, l_t, moment, m_h, l_h
+
+
+@triton.jit
+def normalise(
+    student_row,
+    teacher_row,
+    lead,
+    n_cols,
+    c,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PEELED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    KEEP: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    RESTRICT: tl.constexpr,
+    OWN_HARD: tl.constexpr,
+):
+    """Maximum and sum of both rows, the moment, and the hard label's own maximum and sum."""
+    BLOCK: tl.constexpr = LANES * WIDTH
+    offsets = tile_offsets(LANES, WIDTH)
+    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
+    zero = tl.zeros([LANES], tl.float32)
+    state = (low, zero, low, zero, zero, low, zero)
+    for k in range(first, end):
+        state = normalise_tile(
+            state, student_row, teacher_row, k, offsets, lead, n_cols, c,
+            BLOCK, False, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
+        )  # fmt: skip
+    for j in range(begin, stop):
+        state = normalise_tile(
+            state, student_row, teacher_row, j * end, offsets, lead, n_cols, c,
+            BLOCK, True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
+        )  # fmt: skip
+    m_s, l_s, m_t, l_t, moment, m_h, l_h = state
+    old_s = l_s
+    old_t = l_t
+    m_s, l_s, factor_s, shift_s = combine_lanes(m_s, l_s, c, GUARDED)
+    m_t, l_t, factor_t, shift_t = combine_lanes(m_t, l_t, c, GUARDED)
+    m_h, l_h, _, _ = combine_lanes(m_h, l_h, LOG2E, GUARDED)
+    if MOMENT == SOFT_MOMENT:
+        moment = factor_t * (moment + old_t * shift_s)
+    elif MOMENT == FORWARD_MOMENT:
+        moment = factor_t * (moment + old_t * (shift_s - shift_t))
+    elif MOMENT == REVERSE_MOMENT:
+        moment = factor_s * (moment + old_s * (shift_s - shift_t))
+    return m_s, l_s, m_t, l_t, tl.sum(moment, axis=0), m_h, l_h
+
+
+@triton.jit
+def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
+    """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
+    log_l = tl.log(l)
+    over_l = 1.0 / l
+    c = over_t * LOG2E
+    if GUARDED:
+        z = x - m
+        log_prob = z * over_t - log_l
+        log_prob = tl.where(log_prob < SMALLEST, SMALLEST, log_prob)  # keeps NaN
+        return log_prob, tl.exp2(z * c) * over_l
+    else:
+        y = fma(x, c, -(m * c))
+        return fma(y, LN2, -log_l), tl.exp2(y) * over_l
+
+
+@triton.jit
+def columns(
+    x_s,
+    x_t,
+    inside,
+    row,
+    parameters,
+    VALUE_AND_SLOPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    DROP: tl.constexpr,
+    RESTRICT: tl.constexpr,
+    PROPAGATE: tl.constexpr,
+):
+    """Value, slope and student probability of a tile of columns, by the rules for infinities."""
+    m_s, l_s, m_t, l_t, over_t = row
+    if GUARDED:
+        student_zero = x_s == -INFINITY
+        teacher_zero = x_t == -INFINITY
+        if RESTRICT and not PROPAGATE:
+            x_s = tl.where(teacher_zero, -INFINITY, x_s)
+    log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
+    log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
+    value, slope = VALUE_AND_SLOPE(log_q, log_p, q, p, *parameters)
+    if GUARDED:
+        dead = student_zero & teacher_zero
+        if DROP:
+            if PROPAGATE:
+                value = tl.where(student_zero, INFINITY, value)
+            else:
+                dead = student_zero
+        if RESTRICT:
+            if PROPAGATE:
+                value = tl.where(teacher_zero, INFINITY, value)
+                slope = tl.where(teacher_zero, INFINITY, slope)
+            else:
+                dead = dead | teacher_zero
+        value = tl.where(dead, 0.0, value)
+        slope = tl.where(dead, 0.0, slope)
+    elif MASKED:
+        value = tl.where(inside, value, 0.0)
+        slope = tl.where(inside, slope, 0.0)
+    return value, slope, q
+
+
+@triton.jit
+def reduce_tile(
+    sums, student_row, teacher_row, k, offsets, lead, n_cols, row, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
+    PROPAGATE: tl.constexpr,
+):  # fmt: skip
+    loss, total_slope = sums
+    position = k * BLOCK + offsets
+    inside = in_row(position, lead, n_cols)
+    x_s = read(student_row, position, inside, MASKED, KEEP)
+    x_t = read(teacher_row, position, inside, MASKED, KEEP)
+    value, slope, _ = columns(
+        x_s,
+        x_t,
+        inside,
+        row,
+        parameters,
+        VALUE_AND_SLOPE,
+        MASKED,
+        GUARDED,
+        DROP,
+        RESTRICT,
+        PROPAGATE,
+    )
+    return loss + tl.sum(value, axis=1), total_slope + tl.sum(slope, axis=1)
+
+
+@triton.jit
+def reduce(
+    student_row, teacher_row, lead, n_cols, row, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
+    PROPAGATE: tl.constexpr,
+):  # fmt: skip
+    """The loss L and D, walking backward: the tiles read last are still in cache."""
+    BLOCK: tl.constexpr = LANES * WIDTH
+    offsets = tile_offsets(LANES, WIDTH)
+    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    zero = tl.zeros([LANES], tl.float32)
+    sums = (zero, zero)
+    for j in range(begin, stop):
+        sums = reduce_tile(
+            sums, student_row, teacher_row, j * end, offsets, lead, n_cols, row, parameters,
+            VALUE_AND_SLOPE, BLOCK, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+        )  # fmt: skip
+    for i in range(first, end):
+        sums = reduce_tile(
+            sums, student_row, teacher_row, end - 1 - i + first, offsets, lead, n_cols, row,
+            parameters, VALUE_AND_SLOPE, BLOCK, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+        )  # fmt: skip
+    return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
+
+
+@triton.jit
+def differentiate_tile(
+    loss, student_row, teacher_row, gradient_row, k, offsets, lead, n_cols, row, hard, scales,
+    parameters,
+    VALUE_AND_SLOPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
+):  # fmt: skip
+    scale, hard_scale, total_slope, poison = scales
+    position = k * BLOCK + offsets
+    inside = in_row(position, lead, n_cols)
+    x_s = read(student_row, position, inside, MASKED, False)
+    if DIVERGENCE:
+        x_t = read(teacher_row, position, inside, MASKED, False)
+        value, slope, q = columns(
+            x_s, x_t, inside, row, parameters,
+            VALUE_AND_SLOPE, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+        )  # fmt: skip
+        loss += tl.sum(value, axis=1)
+        gradient = (slope - q * total_slope) * scale
+    else:
+        gradient = tl.zeros_like(x_s)
+    if HARD:
+        m_h, l_h, label = hard
+        if OWN_HARD:
+            _, q = softmax(x_s, m_h, l_h, 1.0, GUARDED)
+        hot = tl.where(position - lead == label, 1.0, 0.0)
+        gradient += (q - hot) * hard_scale
+    if GUARDED:
+        gradient += poison
+    gradient = gradient.to(gradient_row.dtype.element_ty)
+    if MASKED:
+        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
+    else:
+        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+    return loss
+
+
+@triton.jit
+def differentiate(
+    student_row, teacher_row, gradient_row, lead, n_cols, row, hard, scales, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    GUARDED: tl.constexpr, FORWARD: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
+    PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient and return L, walking against the sweep before (FORWARD or not)."""
+    BLOCK: tl.constexpr = LANES * WIDTH
+    offsets = tile_offsets(LANES, WIDTH)
+    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    loss = tl.zeros([LANES], tl.float32)
+    for j in range(begin, stop):
+        loss = differentiate_tile(
+            loss, student_row, teacher_row, gradient_row, j * end, offsets, lead, n_cols, row,
+            hard, scales, parameters, VALUE_AND_SLOPE, BLOCK, True, GUARDED, DROP, RESTRICT,
+            PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+        )  # fmt: skip
+    for i in range(first, end):
+        k = i if FORWARD else end - 1 - i + first
+        loss = differentiate_tile(
+            loss, student_row, teacher_row, gradient_row, k, offsets, lead, n_cols, row,
+            hard, scales, parameters, VALUE_AND_SLOPE, BLOCK, False, GUARDED, DROP, RESTRICT,
+            PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+        )  # fmt: skip
+    return tl.sum(loss, axis=0)
+
+
+@triton.jit
+def fill_zero(
+    gradient_row, lead, n_cols, start, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr
+):  # fmt: skip
+    """Zero columns ``[start, n_cols)`` of a gradient row; whole tiles with whole stores."""
+    BLOCK: tl.constexpr = LANES * WIDTH
+    offsets = tile_offsets(LANES, WIDTH)
+    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    zero = tl.zeros([LANES, WIDTH], gradient_row.dtype.element_ty)
+    from_whole = tl.maximum(first, (lead + start + BLOCK - 1) // BLOCK)
+    for j in range(begin, stop):
+        position = j * end * BLOCK + offsets
+        tl.store(gradient_row + position, zero, mask=in_row(position, lead + start, n_cols - start))
+    if start % BLOCK > 0:
+        position = (lead + start) // BLOCK * BLOCK + offsets
+        tl.store(gradient_row + position, zero, mask=in_row(position, lead + start, n_cols - start))
+    for k in range(from_whole, end):
+        tl.store(gradient_row + k * BLOCK + offsets, zero, cache_modifier=".cs")
