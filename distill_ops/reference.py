@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import check_arguments
-from .divergences import Divergence, SoftCrossEntropy, as_divergence
+from .divergences import Divergence, SoftCrossEntropy
 
 NEG_INF = float("-inf")
 
@@ -52,14 +52,18 @@ def _values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
     raise ValueError(f"the reference has no formula for {divergence.name!r}")
 
 
-def divergence_per_token(
+def divergence_terms(
     student: torch.Tensor,
     teacher: torch.Tensor,
     divergence: Divergence,
-    temperature: float,
-    infinities: str,
+    temperature: float = 1.0,
+    infinities: str = "drop",
 ) -> torch.Tensor:
-    """Divergence ``[...]`` of logits ``[..., V]``, by the rules of semantics.md, section 3."""
+    """The terms ``[..., V]`` of the divergence of logits ``[..., V]``, infinite logits included.
+
+    A term with a finite limit takes it. The terms that are infinite are left out by "drop", and
+    where the divergence is infinite at the teacher's zeros, "drop" restricts the student to the
+    teacher's support."""
     student_zero, teacher_zero = student == NEG_INF, teacher == NEG_INF
     dropped = student_zero & teacher_zero
     if infinities == "drop":
@@ -69,13 +73,13 @@ def divergence_per_token(
         if divergence.infinite_at_student_zero:
             dropped = dropped | student_zero
     # a row without a finite maximum has no softmax: NaN, however many of its terms are dropped
-    maxima = student.amax(-1) + teacher.amax(-1)
+    maxima = student.amax(-1, keepdim=True) + teacher.amax(-1, keepdim=True)
     poison = torch.where(maxima.isfinite(), 0.0, math.nan).detach()
-    student = student + poison[..., None]
+    student = student + poison
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
     log_q, log_p = log_q.masked_fill(dropped, 0.0), log_p.masked_fill(dropped, 0.0)
-    return _values(divergence, log_q, log_p).masked_fill(dropped, 0.0).sum(-1) + poison
+    return _values(divergence, log_q, log_p).masked_fill(dropped, 0.0) + poison
 
 
 def distillation_loss(
@@ -128,9 +132,8 @@ def distillation_loss(
     divergence_loss = hard_loss = torch.zeros_like(weights)
     if hard_label_weight < 1:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread, 0.0)
-        divergence_loss = divergence_per_token(
-            student, teacher, divergence, temperature, infinities
-        )
+        terms = divergence_terms(student, teacher, divergence, temperature, infinities)
+        divergence_loss = terms.sum(-1)
         if scale_by_temperature_squared:
             divergence_loss = divergence_loss * temperature**2
     if hard_label_weight > 0:

@@ -202,7 +202,7 @@ def normalise(
 def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
     """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
     log_l = tl.log(l)
-    over_l = 1.0 / l
+    over_l = tl.exp(-log_l)  # not 1 / l: probability and logarithm then share one rounding
     c = over_t * LOG2E
     if GUARDED:
         z = x - m

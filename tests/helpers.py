@@ -1,0 +1,128 @@
+"""Inputs and the numeric rule that every test shares."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from distill_ops import reference
+from distill_ops.divergences import as_divergence
+from distill_ops.kernels.portable import on_tensors
+
+WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
+WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)
+
+
+def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, device="cpu"):
+    """Student and teacher logits, related but not equal: half of each is noise of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    common, student, teacher = torch.randn(3, *shape, generator=generator) * scale
+    pair = (common + student, common + teacher)
+    return tuple((x / math.sqrt(2) + offset).to(dtype).to(device) for x in pair)
+
+
+class Result(NamedTuple):
+    """A loss and the gradient it gave, for one upstream gradient."""
+
+    loss: torch.Tensor
+    gradient: torch.Tensor
+
+
+def run(loss_function, student, teacher, *, upstream_seed=1, **options) -> Result:
+    """Loss and gradient, the loss being an inner node of the graph with a random upstream."""
+    leaf = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    # the leaf keeps the strides of a view, which clone would not
+    if student.stride() != leaf.stride():
+        leaf = torch.empty_strided(student.size(), student.stride(), dtype=student.dtype)
+        leaf = leaf.to(student.device).copy_(student).requires_grad_()
+    loss = loss_function(leaf, teacher, **options)
+    generator = torch.Generator().manual_seed(upstream_seed)
+    upstream = (torch.rand(loss.shape, generator=generator) + 0.5).to(loss.device, loss.dtype)
+    (loss * upstream).sum().backward()
+    return Result(loss.detach(), leaf.grad)
+
+
+def to_float64(value):
+    wide = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().double() if wide else value
+
+
+def run_reference(student, teacher, *, double, **options) -> Result:
+    """The oracle on the same inputs: in float64 (the truth), or as eager PyTorch computes it."""
+    options.pop("gradient", None)
+    if double:
+        student, teacher = to_float64(student), to_float64(teacher)
+        options = {name: to_float64(value) for name, value in options.items()}
+    return run(reference.distillation_loss, student, teacher, **options)
+
+
+def _finite_error(name, ours, eager, truth):
+    """Shapes, NaN and infinities must agree; returns the errors of the finite entries."""
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
+    ours, eager, truth = ours.double().cpu(), eager.double().cpu(), truth.double().cpu()
+    for kind, test in [("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)]:
+        wrong = test(ours) != test(truth)
+        assert not wrong.any(), (
+            f"{name}: {kind} differs at {wrong.nonzero()[0].tolist()}: ours {ours[wrong][0].item()}, "
+            f"truth {truth[wrong][0].item()}"
+        )
+    finite = truth.isfinite()
+    return ours[finite], eager[finite], truth[finite]
+
+
+def condition(student, teacher, options) -> float:
+    """What rounding the logarithms by one unit costs the loss, in units: a token's
+    ``sum(abs(value) + abs(slope)) / abs(sum(value))``, slope being the value's derivative."""
+    if teacher is None or options.get("hard_label_weight", 0.0) == 1 or student.numel() == 0:
+        return 1.0
+    divergence = as_divergence(options.get("divergence", "soft_cross_entropy"))
+    columns, temperature = slice(options.get("vocab_size")), options.get("temperature", 1.0)
+    logs = [
+        torch.log_softmax(x.detach().double()[..., columns] / temperature, -1)
+        for x in (student, teacher)
+    ]
+    formula = on_tensors(divergence.value_and_slope)
+    value, slope = formula(*logs, *(log.exp() for log in logs), *divergence.parameters)
+    ratios = (value.abs() + slope.abs()).sum(-1) / value.sum(-1).abs()
+    return max([1.0, *ratios[ratios.isfinite()].tolist()])
+
+
+def assert_close(name, ours, eager, truth, condition=1.0):
+    """At most twice eager PyTorch's error plus a few units in the last place of the largest value.
+
+    Held for the worst entry and for the root mean square. Truth is float64 on the same rounded
+    inputs; nothing here has an absolute floor. Eager may be lucky in one case, hence the units: 8
+    in float32, times ``condition``; 2 in half precision, where each is most of a percent.
+    """
+    eps = torch.finfo(ours.dtype).eps
+    units = 8 * condition if eps < 1e-6 else 2
+    ours, eager, truth = _finite_error(name, ours, eager, truth)
+    if truth.numel() == 0:
+        return
+    error, eager_error = (ours - truth).abs(), (eager - truth).abs()
+    worst = int(error.argmax())
+    allowed = 2 * eager_error.max() + units * eps * truth.abs().max()
+    assert error[worst] <= allowed, (
+        f"{name}: worst entry {worst}: ours {ours[worst].item():.9g}, eager {eager[worst].item():.9g}, "
+        f"truth {truth[worst].item():.9g}; error {error[worst].item():.3g} of {allowed.item():.3g} allowed"
+    )
+    rms, eager_rms, size = (x.square().mean().sqrt() for x in (error, eager_error, truth))
+    allowed = 2 * eager_rms + units * eps * size
+    assert rms <= allowed, f"{name}: root mean square error {rms:.3g} of {allowed:.3g} allowed"
+
+
+def assert_close_to_reference(ours: Result, eager: Result, truth: Result, condition=1.0):
+    assert_close("loss", ours.loss, eager.loss, truth.loss, condition)
+    assert ours.gradient is not None, "no gradient"
+    assert_close("gradient", ours.gradient, eager.gradient, truth.gradient)
+
+
+def check(loss_function, student, teacher, **options):
+    """Hold a loss function against the oracle on these inputs; returns its result."""
+    ours = run(loss_function, student, teacher, **options)
+    options.pop("backend", None)
+    assert ours.gradient.dtype == student.dtype
+    eager = run_reference(student, teacher, double=False, **options)
+    truth = run_reference(student, teacher, double=True, **options)
+    assert_close_to_reference(ours, eager, truth, condition(student, teacher, options))
+    return ours

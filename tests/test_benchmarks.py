@@ -1,0 +1,189 @@
+"""The benchmark's own parts: the run, its check, its memory figures and its report."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import report
+from benchmarks.__main__ import default_output, main, parse
+from benchmarks.cases import LOSSES, Case, make_inputs, select_cases
+from benchmarks.check import Wrong, allowed, make_truth, measure_errors, require
+from benchmarks.harness import run_case
+from benchmarks.memory import peak_above_inputs
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.records import COPY, OVERHEAD, SKIPPED, load, save
+from benchmarks.timing import Budget
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+TINY = ["--quick", "--device", "cpu", "--shapes", "16x64", "--losses", "forward_kl"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run from the command line: its exit status, JSON and plot."""
+    folder = tmp_path_factory.mktemp("run")
+    json, plot = folder / "new" / "run.json", folder / "run.png"
+    outputs = ["--json", str(json), "--plot", str(plot)]
+    return main([*TINY, "--providers", "eager", "ours", "fla", *outputs]), json, plot
+
+
+def test_run_writes_a_record_with_every_number_for_each_measurement(run):
+    status, json, plot = run
+    records, facts = load(json)
+    assert status == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    timed = {(r.provider, r.mode): r for r in records if r.measured and r.case != OVERHEAD}
+    assert set(timed) == {(p, m) for p in ("eager", "ours", COPY) for m in ("train", "eval")}
+    for (provider, mode), record in timed.items():
+        not_for_a_copy = {"peak_bytes", "value_error", "gradient_error", "error_ratio"}
+        missing = {name for name, value in vars(record).items() if value is None}
+        missing -= {"reason", "model"}  # nobody's vocabulary has 64 tokens
+        assert missing == (not_for_a_copy if provider == COPY else set()), (provider, mode)
+        assert 0 < record.low_ms <= record.median_ms <= record.high_ms
+    assert timed["ours", "train"].minimal_bytes == 3 * 16 * 64 * 4
+    assert timed["eager", "train"].times_baseline == 1
+    for name in ("cpu", "cores", "python", "torch", "date", "command"):
+        assert facts[name], name
+
+
+def test_a_skipped_provider_is_recorded_with_its_reason(run):
+    records, _ = load(run[1])
+    (fla,) = [r for r in records if r.provider == "fla"]
+    assert fla.status == SKIPPED
+    assert "hidden states" in fla.reason
+    assert fla.median_ms is None
+
+
+def test_overhead_is_recorded_for_every_loss(run):
+    records, _ = load(run[1])
+    assert [r.loss for r in records if r.case == OVERHEAD] == ["kl_div", *LOSSES]
+
+
+def test_report_replaces_what_lies_between_the_markers(run, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([str(run[1]), "--readme", str(readme)])
+    printed = capsys.readouterr().out.strip()
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{printed}\n{report.END}\nafter\n"
+    records, facts = load(run[1])
+    ours = next(r for r in records if r.provider == "ours" and r.mode == "train")
+    row = next(line for line in printed.splitlines() if line.startswith("| forward_kl "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "[16, 64] float32"
+    assert cells[3] == "–"  # torch.compile did not run
+    assert float(cells[4]) == pytest.approx(ours.median_ms, rel=0.1, abs=0.01)
+    assert facts["commit"] is None or facts["commit"] in printed
+    with pytest.raises(ValueError, match="once each"):
+        report.replace_marked("no markers", "table")
+
+
+def test_records_survive_a_round_trip(run, tmp_path):
+    records, facts = load(run[1])
+    changed = [replace(records[0], median_ms=1.5), *records[1:]]
+    save(tmp_path / "copy.json", changed, facts)
+    assert load(tmp_path / "copy.json") == (changed, facts)
+
+
+def corrupt_gradient(change):
+    """Ours, with the student's gradient changed on its way out."""
+
+    def build(case, device):
+        right = PROVIDERS["ours"].build(case, device)
+
+        def loss(student, teacher):
+            if student.requires_grad and torch.is_grad_enabled():
+                student = student.view_as(student)
+                student.register_hook(change)
+            return right(student, teacher)
+
+        return loss
+
+    return build
+
+
+def corrupt_value(case, device):
+    right = PROVIDERS["ours"].build(case, device)
+    return lambda student, teacher: right(student, teacher) + 0.01
+
+
+def another_divergence(case, device):
+    return PROVIDERS["ours"].build(replace(case, loss="reverse_kl"), device)
+
+
+WRONG = {
+    "zero gradient": corrupt_gradient(torch.zeros_like),
+    "gradient 5% too large": corrupt_gradient(lambda g: g * 1.05),
+    "gradient of the next row": corrupt_gradient(lambda g: g.roll(1, 0)),
+    "NaN in the gradient": corrupt_gradient(
+        lambda g: g.index_fill(0, torch.tensor([9]), torch.nan)
+    ),
+    "value off by 0.01": corrupt_value,
+    "another divergence": another_divergence,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("build", WRONG.values(), ids=WRONG)
+def test_check_rejects_a_wrong_provider(build, dtype):
+    case = Case("forward_kl", 16, 512, dtype)
+    student, teacher = make_inputs(case, CPU, distinct=8)
+    truth = make_truth(case, student, teacher)
+
+    def errors(builder):
+        return measure_errors(builder(case, CPU), student, teacher, truth)
+
+    yardstick = errors(PROVIDERS["eager"].build)
+    require(yardstick, allowed(truth, False, None))
+    limits = allowed(truth, False, yardstick)
+    require(errors(PROVIDERS["ours"].build), limits)
+    with pytest.raises(Wrong, match="error"):
+        require(errors(build), limits)
+
+
+def test_a_provider_that_fails_is_reported_and_not_timed():
+    def broken(case, device):
+        return lambda student, teacher: student.no_such_method()
+
+    bad = [
+        Provider("wrong", "wrong", corrupt_value),
+        Provider("broken", "broken", broken),
+    ]
+    case = Case("jensen_shannon", 10, 32, "float32")  # 10 is no multiple of the distinct rows
+    records = run_case(
+        case, [*bad, PROVIDERS["ours"]], CPU, Budget(0.0, 3, 3), step=lambda text: None
+    )
+    by_provider = {r.provider: r for r in records}
+    assert set(by_provider) == {"wrong", "broken", "ours", COPY}
+    assert by_provider["wrong"].reason.startswith("Wrong: value error")
+    assert by_provider["broken"].reason.startswith("AttributeError")
+    assert {r.provider for r in records if r.measured} == {"ours", COPY}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("mebibytes", [4, 100])
+def test_peak_memory_of_known_tensors(mebibytes):
+    def run():
+        return torch.ones(mebibytes * MIB, dtype=torch.uint8) + 1  # two at once
+
+    run()
+    peaks = [peak_above_inputs(run, CPU) for _ in range(3)]
+    assert sorted(peaks)[1] == pytest.approx(2 * mebibytes * MIB, abs=MIB)
+
+
+def test_only_a_full_run_has_a_default_output():
+    assert default_output(parse(["--device", "cpu"])).name == "cpu"
+    for partial in (["--quick"], ["--dtype", "float32"], ["--providers", "eager", "ours"]):
+        assert default_output(parse(["--device", "cpu", *partial])) is None
+
+
+def test_shapes_and_dtypes_multiply():
+    cases = select_cases("cpu", True, ("forward_kl",), [(2, 3), (4, 5)], ("float32", "bfloat16"))
+    assert len(cases) == len(set(cases)) == 4
+    with pytest.raises(SystemExit):
+        parse(["--shapes", "1024"])
