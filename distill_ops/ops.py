@@ -140,7 +140,8 @@ def _host_loss(dense: Dense, gradient, with_components: bool):
     if divergence_loss is None:
         loss, divergence_loss = hard_loss, torch.zeros_like(hard_loss)
     else:
-        loss = torch.lerp(divergence_loss, hard_loss, dense.hard_label_weight)
+        w = dense.hard_label_weight
+        loss = (1 - w) * divergence_loss + w * hard_loss
     components = None
     if with_components:
         components = torch.stack([reduced(divergence_loss), reduced(hard_loss)])

@@ -25,8 +25,11 @@ from .sweeps import (
     FORWARD_MOMENT,
     LOG2E,
     NO_MOMENT,
+    PEELED,
     REVERSE_MOMENT,
     SOFT_MOMENT,
+    TAIL,
+    WHOLE_VECTORS,
     differentiate,
     fill_zero,
     normalise,
@@ -60,13 +63,13 @@ def row_statistics(
     student, teacher, lead, n_cols, over_t, parameters,
     VALUE_AND_SLOPE: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
-    OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """L and what the gradient needs of a row. KEEP: the row will be read once more."""
     c = over_t * LOG2E
     m_s, l_s, m_t, l_t, moment, m_h, l_h = normalise(
-        student, teacher, lead, n_cols, c, LANES, WIDTH, PEELED,
+        student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
         False, KEEP or MOMENT == NO_MOMENT, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
     )  # fmt: skip
     loss = 0.0
@@ -84,7 +87,7 @@ def row_statistics(
         else:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, LANES, WIDTH, PEELED, False, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
         # an infinity, or an overflow, anywhere in the row leaves a sum that is not finite
         fast = (l_s > 0.0) & (l_t > 0.0) & (tl.abs(loss + total_slope) < float("inf"))
@@ -95,13 +98,13 @@ def row_statistics(
         l_h = l_s
     if not fast:
         m_s, l_s, m_t, l_t, moment, m_h, l_h = normalise(
-            student, teacher, lead, n_cols, c, LANES, WIDTH, PEELED,
+            student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
             True, True, DIVERGENCE, NO_MOMENT, RESTRICT and not PROPAGATE, HARD,
         )  # fmt: skip
         if DIVERGENCE:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, LANES, WIDTH, PEELED, True, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, LANES, WIDTH, ENDS, True, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
             # a row without a finite logit, and NaN, must not vanish among the dropped terms
             loss += tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
@@ -113,18 +116,18 @@ def row_gradient(
     student, teacher, gradient, lead, n_cols, statistics, over_t, scale, hard_scale, label, parameters,
     VALUE_AND_SLOPE: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
-    OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """Write a row's gradient; returns L as its fast loops sum it. SHORT: one sweep came before."""
     m_s, l_s, m_t, l_t, total_slope, m_h, l_h, fast = statistics
     row = (m_s, l_s, m_t, l_t, over_t)
-    hard = (m_h, l_h, label)
+    hard = (m_h, l_h, lead + label)
     loss = 0.0
     if fast:
         scales = (scale, hard_scale, total_slope, 0.0)
         loss = differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, LANES, WIDTH, PEELED, False, not SHORT,
+            VALUE_AND_SLOPE, LANES, WIDTH, ENDS, False, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
         )  # fmt: skip
     else:
@@ -135,7 +138,7 @@ def row_gradient(
         scales = (scale, hard_scale, total_slope, tl.where(good, 0.0, float("nan")))
         differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, LANES, WIDTH, PEELED, True, not SHORT,
+            VALUE_AND_SLOPE, LANES, WIDTH, ENDS, True, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, HARD,
         )  # fmt: skip
     return loss
@@ -158,7 +161,7 @@ def dense_kernel(
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     TEACHER_MATCHED: tl.constexpr, GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
     """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
@@ -174,7 +177,7 @@ def dense_kernel(
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
         teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
         gradient_offset = row_offset(row, 0, gradient_outer, gradient_inner, n_inner)
-        lead = (student_offset % 8).to(tl.int32) if PEELED else 0
+        lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
         student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
         teacher = first_position(teacher_ptr, teacher_offset, lead, TEACHER_MATCHED)
         gradient = first_position(gradient_ptr, gradient_offset, lead, GRADIENT_MATCHED)
@@ -190,9 +193,7 @@ def dense_kernel(
             weight = tl.load(kept + STATISTICS - 1)
             scale = weight * tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
         if WRITE_GRADIENT:
-            fill_zero(
-                gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, PEELED
-            )
+            fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
         hard_loss = 0.0
         if weight != 0.0:
@@ -201,7 +202,7 @@ def dense_kernel(
                 loss, statistics = row_statistics(
                     student, teacher, lead, n_cols, over_t, parameters,
                     VALUE_AND_SLOPE, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
-                    LANES, WIDTH, PEELED, WRITE_GRADIENT,
+                    LANES, WIDTH, ENDS, WRITE_GRADIENT,
                 )  # fmt: skip
                 if HARD:
                     known = (label >= 0) & (label < n_cols)
@@ -220,7 +221,7 @@ def dense_kernel(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
                     scale * (1.0 - hard_weight) * divergence_scale * over_t, scale * hard_weight,
                     label, parameters, VALUE_AND_SLOPE, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
-                    HARD, OWN_HARD, LANES, WIDTH, PEELED,
+                    HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
                 if WRITE_LOSS and SHORT:
                     loss = tl.where(statistics[7], gradient_loss, loss)
@@ -298,6 +299,11 @@ def run(
     # the row's place in memory, and with it the last bits.
     peeled = not all(rows.aligned() for rows in layouts) and not deterministic
     matched = [rows.matches(layouts[0]) if peeled else rows.aligned() for rows in layouts]
+    ends = TAIL
+    if peeled:
+        ends = PEELED
+    elif all(matched) and n_cols % 8 == 0 and width % 8 == 0:
+        ends = WHOLE_VECTORS
     hard = formula.hard_label_weight > 0
     tempered = hard and formula.temperature != 1
     itemsize = max(t.element_size() for t in tensors)
@@ -356,7 +362,7 @@ def run(
         WRITE_GRADIENT=gradient is not None,
         LANES=choice.lanes,
         WIDTH=choice.width,
-        PEELED=peeled,
+        ENDS=ends.value,
         STUDENT_MATCHED=matched[0],
         TEACHER_MATCHED=matched[1],
         GRADIENT_MATCHED=matched[2],

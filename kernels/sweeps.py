@@ -9,8 +9,8 @@ With ``x`` a logit, ``m`` the row's maximum, ``l = sum(exp((x - m) / T))`` and `
 
 A tile is ``[LANES, WIDTH]``, WIDTH contiguous columns a thread: one 16-byte load, and sums along
 axis 1 stay inside the thread, so the loops hold no shuffle and no barrier; lanes are combined once
-a sweep. Tile ``k`` covers positions ``k * BLOCK + [0, BLOCK)`` counted from a 16-byte boundary
-``lead`` columns before the row's first one; the partial tiles at both ends are peeled.
+a sweep. Positions count from a 16-byte boundary ``lead`` columns before the row's first one; the
+partial tiles at both ends are peeled off the loop, which has no mask.
 
 Every sweep exists twice. The fast form has no guard: an infinity (or a logit so large that float32
 overflows) shows as a sum that is not finite, and the row is done again in the GUARDED form, which
@@ -22,7 +22,7 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import LN2, fma
+from .math import LN2, fma, to_float32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
@@ -36,14 +36,34 @@ FORWARD_MOMENT = tl.constexpr(2)
 REVERSE_MOMENT = tl.constexpr(3)
 
 
-@triton.jit
-def tile_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+# How a row ends. WHOLE_VECTORS: it begins on a boundary and holds a whole number of vectors.
+# TAIL: it begins where tile 0 does. PEELED: it begins ``lead`` columns into tile 0.
+WHOLE_VECTORS = tl.constexpr(0)
+TAIL = tl.constexpr(1)
+PEELED = tl.constexpr(2)
 
 
 @triton.jit
-def in_row(position, lead, n_cols):
-    return (position >= lead) & (position < lead + n_cols)
+def tile(k, lead, n_cols, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr):
+    """Positions of tile ``k``, and which of them are columns of the row."""
+    offsets = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    position = k * (LANES * WIDTH) + offsets
+    if ENDS == WHOLE_VECTORS:  # the same for a whole vector, which a masked load then stays
+        inside = position // WIDTH < n_cols // WIDTH
+    elif ENDS == TAIL:
+        inside = position < n_cols
+    else:
+        inside = (position >= lead) & (position < lead + n_cols)
+    return position, inside
+
+
+@triton.jit
+def whole_tiles(lead, n_cols, BLOCK: tl.constexpr, ENDS: tl.constexpr):
+    """Tiles ``[first, end)`` are whole; tiles ``j * end`` for j in ``[begin, stop)`` are partial."""
+    first: tl.constexpr = 1 if ENDS == PEELED else 0
+    end = (lead + n_cols) // BLOCK
+    tail = ((lead + n_cols) % BLOCK > 0) & (end >= first)
+    return first, end, 1 - first, 1 + tail.to(tl.int32)
 
 
 @triton.jit
@@ -51,19 +71,11 @@ def read(row_ptr, position, inside, MASKED: tl.constexpr, KEEP: tl.constexpr):
     """A tile of logits as float32; columns outside the row read as -inf."""
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
     if MASKED:
-        x = tl.load(row_ptr + position, mask=inside, other=-INFINITY, eviction_policy=policy)
+        return tl.load(row_ptr + position, mask=inside, other=-INFINITY, eviction_policy=policy).to(
+            tl.float32
+        )
     else:
-        x = tl.load(row_ptr + position, eviction_policy=policy)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def whole_tiles(lead, n_cols, BLOCK: tl.constexpr, PEELED: tl.constexpr):
-    """Tiles ``[first, end)`` are whole; tiles ``j * end`` for j in ``[begin, stop)`` are partial."""
-    first: tl.constexpr = 1 if PEELED else 0
-    end = (lead + n_cols) // BLOCK
-    tail = ((lead + n_cols) % BLOCK > 0) & (end >= first)
-    return first, end, 1 - first, 1 + tail.to(tl.int32)
+        return to_float32(tl.load(row_ptr + position, eviction_policy=policy))
 
 
 @triton.jit
@@ -100,12 +112,9 @@ def normalise_tile(
     state,
     student_row,
     teacher_row,
-    k,
-    offsets,
-    lead,
-    n_cols,
+    position,
+    inside,
     c,
-    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
     KEEP: tl.constexpr,
@@ -115,8 +124,6 @@ def normalise_tile(
     OWN_HARD: tl.constexpr,
 ):
     m_s, l_s, m_t, l_t, moment, m_h, l_h = state
-    position = k * BLOCK + offsets
-    inside = in_row(position, lead, n_cols)
     x_s = read(student_row, position, inside, MASKED, KEEP)
     if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
         m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
@@ -158,7 +165,7 @@ def normalise(
     c,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
-    PEELED: tl.constexpr,
+    ENDS: tl.constexpr,
     GUARDED: tl.constexpr,
     KEEP: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -167,21 +174,21 @@ def normalise(
     OWN_HARD: tl.constexpr,
 ):
     """Maximum and sum of both rows, the moment, and the hard label's own maximum and sum."""
-    BLOCK: tl.constexpr = LANES * WIDTH
-    offsets = tile_offsets(LANES, WIDTH)
-    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
     state = (low, zero, low, zero, zero, low, zero)
     for k in range(first, end):
+        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         state = normalise_tile(
-            state, student_row, teacher_row, k, offsets, lead, n_cols, c,
-            BLOCK, False, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
+            state, student_row, teacher_row, position, inside, c,
+            False, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
         )  # fmt: skip
     for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         state = normalise_tile(
-            state, student_row, teacher_row, j * end, offsets, lead, n_cols, c,
-            BLOCK, True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
+            state, student_row, teacher_row, position, inside, c,
+            True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
         )  # fmt: skip
     m_s, l_s, m_t, l_t, moment, m_h, l_h = state
     old_s = l_s
@@ -261,69 +268,54 @@ def columns(
 
 @triton.jit
 def reduce_tile(
-    sums, student_row, teacher_row, k, offsets, lead, n_cols, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
-    PROPAGATE: tl.constexpr,
+    sums, student_row, teacher_row, position, inside, row, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     loss, total_slope = sums
-    position = k * BLOCK + offsets
-    inside = in_row(position, lead, n_cols)
     x_s = read(student_row, position, inside, MASKED, KEEP)
     x_t = read(teacher_row, position, inside, MASKED, KEEP)
     value, slope, _ = columns(
-        x_s,
-        x_t,
-        inside,
-        row,
-        parameters,
-        VALUE_AND_SLOPE,
-        MASKED,
-        GUARDED,
-        DROP,
-        RESTRICT,
-        PROPAGATE,
-    )
+        x_s, x_t, inside, row, parameters,
+        VALUE_AND_SLOPE, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+    )  # fmt: skip
     return loss + tl.sum(value, axis=1), total_slope + tl.sum(slope, axis=1)
 
 
 @triton.jit
 def reduce(
     student_row, teacher_row, lead, n_cols, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     """The loss L and D, walking backward: the tiles read last are still in cache."""
-    BLOCK: tl.constexpr = LANES * WIDTH
-    offsets = tile_offsets(LANES, WIDTH)
-    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
     sums = (zero, zero)
     for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
-            sums, student_row, teacher_row, j * end, offsets, lead, n_cols, row, parameters,
-            VALUE_AND_SLOPE, BLOCK, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            sums, student_row, teacher_row, position, inside, row, parameters,
+            VALUE_AND_SLOPE, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
     for i in range(first, end):
+        position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
-            sums, student_row, teacher_row, end - 1 - i + first, offsets, lead, n_cols, row,
-            parameters, VALUE_AND_SLOPE, BLOCK, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            sums, student_row, teacher_row, position, inside, row, parameters,
+            VALUE_AND_SLOPE, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
 
 
 @triton.jit
 def differentiate_tile(
-    loss, student_row, teacher_row, gradient_row, k, offsets, lead, n_cols, row, hard, scales,
-    parameters,
-    VALUE_AND_SLOPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    GUARDED: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
+    loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
     scale, hard_scale, total_slope, poison = scales
-    position = k * BLOCK + offsets
-    inside = in_row(position, lead, n_cols)
     x_s = read(student_row, position, inside, MASKED, False)
     if DIVERGENCE:
         x_t = read(teacher_row, position, inside, MASKED, False)
@@ -336,11 +328,10 @@ def differentiate_tile(
     else:
         gradient = tl.zeros_like(x_s)
     if HARD:
-        m_h, l_h, label = hard
+        m_h, l_h, label_position = hard
         if OWN_HARD:
             _, q = softmax(x_s, m_h, l_h, 1.0, GUARDED)
-        hot = tl.where(position - lead == label, 1.0, 0.0)
-        gradient += (q - hot) * hard_scale
+        gradient += (q - tl.where(position == label_position, 1.0, 0.0)) * hard_scale
     if GUARDED:
         gradient += poison
     gradient = gradient.to(gradient_row.dtype.element_ty)
@@ -354,46 +345,48 @@ def differentiate_tile(
 @triton.jit
 def differentiate(
     student_row, teacher_row, gradient_row, lead, n_cols, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     GUARDED: tl.constexpr, FORWARD: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient and return L, walking against the sweep before (FORWARD or not)."""
-    BLOCK: tl.constexpr = LANES * WIDTH
-    offsets = tile_offsets(LANES, WIDTH)
-    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     loss = tl.zeros([LANES], tl.float32)
     for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
-            loss, student_row, teacher_row, gradient_row, j * end, offsets, lead, n_cols, row,
-            hard, scales, parameters, VALUE_AND_SLOPE, BLOCK, True, GUARDED, DROP, RESTRICT,
-            PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+            loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
+            parameters, VALUE_AND_SLOPE, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            HARD, OWN_HARD,
         )  # fmt: skip
     for i in range(first, end):
         k = i if FORWARD else end - 1 - i + first
+        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
-            loss, student_row, teacher_row, gradient_row, k, offsets, lead, n_cols, row,
-            hard, scales, parameters, VALUE_AND_SLOPE, BLOCK, False, GUARDED, DROP, RESTRICT,
-            PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+            loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
+            parameters, VALUE_AND_SLOPE, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            HARD, OWN_HARD,
         )  # fmt: skip
     return tl.sum(loss, axis=0)
 
 
 @triton.jit
 def fill_zero(
-    gradient_row, lead, n_cols, start, LANES: tl.constexpr, WIDTH: tl.constexpr, PEELED: tl.constexpr
+    gradient_row, lead, n_cols, start, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr
 ):  # fmt: skip
-    """Zero columns ``[start, n_cols)`` of a gradient row; whole tiles with whole stores."""
+    """Zero columns ``[start, n_cols)`` of a gradient row, for start 0 with whole stores."""
     BLOCK: tl.constexpr = LANES * WIDTH
-    offsets = tile_offsets(LANES, WIDTH)
-    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, PEELED)
+    first, end, begin, stop = whole_tiles(lead, n_cols, BLOCK, ENDS)
     zero = tl.zeros([LANES, WIDTH], gradient_row.dtype.element_ty)
-    from_whole = tl.maximum(first, (lead + start + BLOCK - 1) // BLOCK)
-    for j in range(begin, stop):
-        position = j * end * BLOCK + offsets
-        tl.store(gradient_row + position, zero, mask=in_row(position, lead + start, n_cols - start))
-    if start % BLOCK > 0:
-        position = (lead + start) // BLOCK * BLOCK + offsets
-        tl.store(gradient_row + position, zero, mask=in_row(position, lead + start, n_cols - start))
-    for k in range(from_whole, end):
-        tl.store(gradient_row + k * BLOCK + offsets, zero, cache_modifier=".cs")
+    if start == 0:
+        for k in range(first, end):
+            position, _ = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+            tl.store(gradient_row + position, zero, cache_modifier=".cs")
+        for j in range(begin, stop):
+            position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
+            tl.store(gradient_row + position, zero, mask=inside)
+    elif start < n_cols:
+        for k in range((lead + start) // BLOCK, (lead + n_cols + BLOCK - 1) // BLOCK):
+            position, _ = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+            inside = (position >= lead + start) & (position < lead + n_cols)
+            tl.store(gradient_row + position, zero, mask=inside)

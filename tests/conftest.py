@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(config, items):
         else:
             wanted = (INTERPRETING or HAS_GPU) if on_kernels else not INTERPRETING
         (selected if wanted else others).append(item)
-    selected.sort(key=lambda item: item.originalname == REPORTER)  # last: its process runs meanwhile
+    selected.sort(
+        key=lambda item: item.originalname == REPORTER
+    )  # last: its process runs meanwhile
     config.hook.pytest_deselected(items=others)
     items[:] = selected
 
@@ -60,5 +62,11 @@ def backend(request):
 
 
 @pytest.fixture
-def device(backend):
-    return "cuda" if backend == "triton" and HAS_GPU else "cpu"
+def kernel_device():
+    """The device on which a path is tested."""
+    return lambda backend: "cuda" if backend == "triton" and HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def device(backend, kernel_device):
+    return kernel_device(backend)

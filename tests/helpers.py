@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
+from distill_ops.kernels.portable import on_tensors
 
 from distill_ops import reference
 from distill_ops.divergences import as_divergence
-from distill_ops.kernels.portable import on_tensors
 
 WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
 WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)

@@ -102,7 +102,11 @@ def test_aligned_rows_and_whole_tiles(divergence, backend, device):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize(
     "dtypes",
-    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_mixed_dtypes(divergence, dtypes, backend, device):

@@ -1,0 +1,130 @@
+"""What a compiled kernel costs, read from its machine code.
+
+For NVIDIA the disassembly and the resource usage come from ``nvdisasm`` and ``cuobjdump``, which
+ship inside Triton's wheel; for AMD from the assembly's own metadata.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop: its instructions by opcode."""
+
+    opcodes: Counter
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
+
+    @property
+    def instructions(self) -> int:
+        return self.opcodes.total()
+
+    @property
+    def special(self) -> int:
+        """exp2, log2 and reciprocals: results of the special-function units."""
+        return self.count("MUFU")
+
+    @property
+    def barriers(self) -> int:
+        return self.count("BAR", "SHFL", "LDS", "STS", "WARPSYNC", "REDUX")
+
+    @property
+    def narrow_accesses(self) -> int:
+        """Accesses of device memory that move less than 16 bytes a thread."""
+        accesses = Counter({o: n for o, n in self.opcodes.items() if o.startswith(("LDG", "STG"))})
+        return sum(n for opcode, n in accesses.items() if ".128" not in opcode)
+
+    @property
+    def stores(self) -> int:
+        return self.count("STG")
+
+    @property
+    def maxima(self) -> int:
+        """Operands compared; clamps that keep NaN are no maxima."""
+        pairs = sum(n for o, n in self.opcodes.items() if o.startswith("FMNMX") and "NAN" not in o)
+        return pairs + self.count("FMNMX3")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Registers a thread, and bytes of stack (spills included) and shared memory."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def disassemble(compiled) -> tuple[list[str], Usage]:
+    """SASS of a kernel compiled for NVIDIA, a line an instruction or label, and its usage."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    stack = found["STACK"] + found["LOCAL"]
+    return code.splitlines(), Usage(found["REG"], stack, found["SHARED"])
+
+
+def innermost_loops(code: list[str]) -> list[Loop]:
+    """Loops that hold no other loop, in program order."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    for line in code:
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*);", line):
+            opcode, operands = instruction.groups()
+            if opcode.startswith("BRA") and (target := re.search(r"\(?(\.L_\w+)\)?", operands)):
+                jumps.append((len(opcodes), target[1]))
+            opcodes.append(opcode)
+    spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+    return [Loop(Counter(opcodes[first : last + 1])) for first, last in sorted(inner)]
+
+
+def amd_usage(compiled) -> Usage:
+    """Usage of a kernel compiled for AMD; spills to memory are part of the private segment."""
+    text = compiled.asm["amdgcn"]
+    found = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    }
+    return Usage(
+        found["vgpr_count"], found["private_segment_fixed_size"], found["group_segment_fixed_size"]
+    )
+
+
+def sweeps(loops: list[Loop], columns_a_thread: int) -> dict[str, list[Loop]]:
+    """The loops over tiles by sweep, each list from the fast form to the guarded one.
+
+    A tile's loop reads at least a vector of both tensors; sweep 1 takes a maximum of every logit
+    and the last sweep stores."""
+    found: dict[str, list[Loop]] = {"normalise": [], "reduce": [], "differentiate": []}
+    for loop in loops:
+        if loop.count("LDG") == 0 or loop.instructions < 3 * columns_a_thread:
+            continue
+        if loop.stores:
+            found["differentiate"].append(loop)
+        elif loop.maxima >= 1.7 * columns_a_thread:
+            found["normalise"].append(loop)
+        else:
+            found["reduce"].append(loop)
+    return {name: sorted(found[name], key=lambda loop: loop.instructions) for name in found}
