@@ -95,10 +95,10 @@ class Chunk:
         return loss
 
     def soft_cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        _, log_q, p, *_ = self.buffers
+        work, log_q, p, *_ = self.buffers
         torch.log_softmax(self.student_logits(), -1, out=log_q)
         torch.softmax(self.teacher_logits(), -1, out=p)
-        loss = -torch.linalg.vecdot(p, log_q)
+        loss = torch.mul(p, log_q, out=work).sum(-1).neg_()
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
         return loss
@@ -109,19 +109,19 @@ class Chunk:
         teacher = self.teacher_logits()
         torch.log_softmax(teacher, -1, out=log_p)
         torch.softmax(teacher, -1, out=p)
-        loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        loss = log_p.sub_(log_q).mul_(p).sum(-1)
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
         return loss
 
     def reverse_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        _, log_q, log_p, q, _ = self.buffers
+        work, log_q, log_p, q, _ = self.buffers
         student = self.student_logits()
         torch.log_softmax(student, -1, out=log_q)
         torch.softmax(student, -1, out=q)
         torch.log_softmax(self.teacher_logits(), -1, out=log_p)
         log_ratio = log_q.sub_(log_p)
-        loss = torch.linalg.vecdot(q, log_ratio)
+        loss = torch.mul(q, log_ratio, out=work).sum(-1)
         if gradient is not None:  # the slope is q log_ratio + q, and its second term cancels
             softmax_backward(log_ratio.mul_(self.scale), q, -1, q.dtype, grad_input=gradient)
         return loss
@@ -136,9 +136,9 @@ class Chunk:
         torch.log_softmax(teacher, -1, out=log_p)
         torch.softmax(teacher, -1, out=p)
         log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
-        loss = torch.linalg.vecdot(p, log_p.sub_(log_m)).mul_(beta)
         log_ratio = log_q.sub_(log_m)
-        loss += torch.linalg.vecdot(q, log_ratio).mul_(1 - beta)
+        loss = log_p.sub_(log_m).mul_(p).sum(-1).mul_(beta)
+        loss += torch.mul(q, log_ratio, out=work).sum(-1).mul_(1 - beta)
         if gradient is not None:
             log_ratio.mul_(self.scale * (1 - beta))
             softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)

@@ -73,7 +73,8 @@ def row_groups(rows: list[int] | range, size: int) -> Iterator[slice | list[int]
 
 
 def _rows(tensor, rows):
-    return tensor[rows] if isinstance(tensor, torch.Tensor) else tensor
+    """Rows of a per-row tensor; a number or 0-d tensor serves every row."""
+    return tensor[rows] if isinstance(tensor, torch.Tensor) and tensor.dim() else tensor
 
 
 def dense(

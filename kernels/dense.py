@@ -308,13 +308,14 @@ def run(
     tempered = hard and formula.temperature != 1
     itemsize = max(t.element_size() for t in tensors)
     row_bytes = n_cols * sum(t.element_size() for t in (tensors if teacher_given else tensors[:1]))
+    if not all(matched):
+        budget = launch.SCATTERED
+    elif ends != WHOLE_VECTORS or hard or formula.moment == "none":
+        budget = launch.CROWDED
+    else:
+        budget = launch.LEAN
     choice = launch.dense_launch(
-        n_rows,
-        n_cols,
-        itemsize,
-        row_bytes,
-        tempered or not all(matched),
-        device_facts(student.device),
+        n_rows, n_cols, itemsize, row_bytes, budget, device_facts(student.device)
     )
     (student_rows, teacher_rows, gradient_rows) = layouts
     filler = student  # stands for a pointer that the kernel's form does not read

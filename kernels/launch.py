@@ -31,17 +31,29 @@ class DenseLaunch:
 # decides: both tensors must share one register layout, or every tile crosses shared memory.
 LOAD_BYTES = 16
 
-# Threads a program. 1024 is the most that a program can have.
-LANES = (1024, 512, 256, 128)
+LANES = (1024, 512, 256, 128)  # threads a program; 1024 is the most that there can be
 
-# Two 16-byte loads a thread and 1024 threads a multiprocessor keep 32 KiB in flight; an H100's
-# bandwidth times its latency is about 18 KiB a multiprocessor.
-THREADS_A_MULTIPROCESSOR = 1024
-# ... which leaves each thread 64 of the 65536 registers. Without the limit the compiler takes up
-# to 255, for a longer schedule of the same instructions; at 64 no form below spills.
-REGISTERS = 64
-# Narrow loads (below) and a second normaliser do not fit 64 registers without spilling.
-CROWDED_LANES = 256
+
+@dataclass(frozen=True)
+class Budget:
+    """Threads a multiprocessor, and the registers each may take (of 65536 in all).
+
+    The limit on registers is always given: left alone the compiler now takes 200, for a longer
+    schedule of the same instructions, now 64 with a spill."""
+
+    threads: int
+    registers: int | None
+
+
+# Two 16-byte loads a thread and 1024 threads keep 32 KiB a multiprocessor in flight; an H100's
+# bandwidth times its latency is about 18 KiB. The closed-moment divergences on aligned rows do not
+# spill at 64 registers (sm_80, sm_90, sm_100).
+LEAN = Budget(1024, 64)
+# Peeled ends, three sweeps or a hard-label term spill 8 to 96 bytes at 64 and nothing at 128. 16 KiB
+# in flight; those with three sweeps wait for exp and log anyway.
+CROWDED = Budget(512, 128)
+# Rows that begin anywhere load 2 or 4 bytes at a time, with an address each: up to 225 registers.
+SCATTERED = Budget(256, None)
 
 # The rows in flight may take this share of L2 for a second sweep to find them. 0.7 lets two rows
 # a multiprocessor of 32000 bf16 columns fit an H100's 50 MB (264 x 128 KB = 34 MB).
@@ -53,7 +65,7 @@ def padded(n_cols: int, tile: int) -> int:
 
 
 def dense_launch(
-    n_rows: int, n_cols: int, itemsize: int, row_bytes: int, crowded: bool, device: DeviceFacts
+    n_rows: int, n_cols: int, itemsize: int, row_bytes: int, budget: Budget, device: DeviceFacts
 ) -> DenseLaunch:
     """Tile and grid of the dense kernel.
 
@@ -61,7 +73,7 @@ def dense_launch(
         n_rows, n_cols: rows of logits and columns read of each.
         itemsize: bytes of the widest element among student and teacher.
         row_bytes: bytes of one row of both together.
-        crowded: the kernel's form needs more than REGISTERS registers.
+        budget: threads and registers that the kernel's form has.
         device: facts of the device.
 
     The largest program whose tiles pad the row to at most 9/8 of the least padding (a guess: a
@@ -70,26 +82,21 @@ def dense_launch(
     the other's loads. The grid is persistent: whole programs a multiprocessor, at most one a row.
     """
     width = LOAD_BYTES // itemsize
-    most = LANES[0]
-    if crowded:
-        most = CROWDED_LANES
-    elif 2 * device.n_sm * row_bytes <= L2_SHARE * device.l2_bytes:
-        most = LANES[1]
+    most = budget.threads
+    if 2 * device.n_sm * row_bytes <= L2_SHARE * device.l2_bytes:
+        most //= 2
     allowed = [lanes for lanes in LANES if lanes <= most]
     least = min(padded(n_cols, lanes * width) for lanes in allowed)
     lanes = next(x for x in allowed if 8 * padded(n_cols, x * width) <= 9 * least)
-    resident = THREADS_A_MULTIPROCESSOR // lanes
-    if crowded:
-        resident //= 2
     return DenseLaunch(
         lanes=lanes,
         width=width,
         num_warps=max(1, lanes // device.warp_size),
-        maxnreg=REGISTERS if device.limits_registers and not crowded else None,
-        n_programs=max(1, min(n_rows, device.n_sm * resident)),
+        maxnreg=budget.registers if device.limits_registers else None,
+        n_programs=max(1, min(n_rows, device.n_sm * budget.threads // lanes)),
     )
 
 
 def reduction_block(n_rows: int) -> int:
     """Tokens a step of the single-program kernels: a power of two; 8 a thread at the largest."""
-    return min(8192, max(128, 1 << (n_rows - 1).bit_length()))
+    return min(8192, max(128, 1 << max(0, n_rows - 1).bit_length()))

@@ -1,0 +1,127 @@
+"""Drop-in for the distillation loss of MiniLLM's ``finetune.py`` (LMOps, arXiv:2306.08543).
+
+Replace ``get_distil_loss`` there by the one here. It runs the teacher and returns the same number,
+without a probability tensor of the vocabulary's size.
+"""
+
+from typing import Any
+
+import torch
+
+from ..losses import distillation_loss
+from ..reference import LossComponents
+
+IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
+
+
+def teacher_logits(teacher_model: torch.nn.Module, model_batch: dict) -> torch.Tensor:
+    """Logits ``[batch, seq, vocab]`` of the teacher in eval mode, without gradient or cache."""
+    teacher_model.eval()
+    with torch.no_grad():
+        return teacher_model(**model_batch, use_cache=False).logits
+
+
+def _refuse_model_parallel(args: Any) -> None:
+    if getattr(args, "model_parallel", False):
+        raise ValueError(
+            "args.model_parallel is true: the loss over a vocabulary split across ranks is not in "
+            "this version; gather the logits, or set args.model_parallel to false"
+        )
+
+
+def get_distil_loss(
+    args: Any,
+    tokenizer: Any,
+    model: Any,
+    teacher_model: torch.nn.Module,
+    model_batch: dict,
+    no_model_batch: dict,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """MiniLLM's loss, ``-sum(softmax(t) * log_softmax(s))`` averaged over the tokens with a label.
+
+    Terms where the student's logit is infinite are dropped; no shift happens here, as there
+    (``no_model_batch["label"]`` is aligned with the logits).
+
+    Args:
+        args: MiniLLM's arguments; only ``model_parallel`` is read, and must be false or absent.
+        tokenizer, model: not used, as in the original.
+        teacher_model: returns an object with ``.logits`` ``[batch, seq, vocab]``.
+        model_batch: keyword arguments of the models.
+        no_model_batch: ``"label"`` ``[batch, seq]`` int64; tokens of label -100 do not count.
+        logits: the student's, ``[batch, seq, vocab]``.
+
+    Returns:
+        0-d float32 loss in nats; 0 where no token has a label.
+
+    Raises:
+        ValueError: ``args.model_parallel`` is true, or the two vocabularies differ.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from distill_ops.integrations.minillm import get_distil_loss
+        >>> teacher = torch.nn.Module()
+        >>> teacher.forward = lambda **batch: SimpleNamespace(logits=torch.zeros(1, 2, 4))
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> batch, labels = {"input_ids": torch.tensor([[1, 2]])}, torch.tensor([[3, -100]])
+        >>> loss = get_distil_loss(
+        ...     SimpleNamespace(model_parallel=False), None, None, teacher, batch,
+        ...     {"label": labels}, logits,
+        ... )
+        >>> round(loss.item(), 4)  # log(4)
+        1.3863
+    """
+    _refuse_model_parallel(args)
+    mask = no_model_batch["label"] != IGNORE_INDEX
+    return distillation_loss(logits, teacher_logits(teacher_model, model_batch), loss_mask=mask)
+
+
+def get_mixed_loss(
+    args: Any,
+    teacher_model: torch.nn.Module,
+    model_batch: dict,
+    no_model_batch: dict,
+    logits: torch.Tensor,
+) -> LossComponents:
+    """MiniLLM's ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, both in one pass.
+
+    Args:
+        args: ``kd_ratio``, a number in [0, 1]; ``model_parallel`` as in :func:`get_distil_loss`.
+        teacher_model, model_batch, no_model_batch, logits: as there. At ``kd_ratio`` 0 the
+            teacher does not run.
+
+    Returns:
+        ``LossComponents(loss, divergence, hard_label)``: the mixed loss, to call ``backward`` on,
+        and its two parts for logging.
+
+    Raises:
+        ValueError: as :func:`get_distil_loss`, or ``kd_ratio`` outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from distill_ops.integrations.minillm import get_mixed_loss
+        >>> teacher = torch.nn.Module()
+        >>> teacher.forward = lambda **batch: SimpleNamespace(logits=torch.zeros(1, 2, 4))
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> batch, labels = {"input_ids": torch.tensor([[1, 2]])}, torch.tensor([[3, -100]])
+        >>> losses = get_mixed_loss(
+        ...     SimpleNamespace(kd_ratio=0.5), teacher, batch, {"label": labels}, logits
+        ... )
+        >>> losses.loss.backward()
+        >>> round(losses.hard_label.item(), 4)
+        1.3863
+    """
+    _refuse_model_parallel(args)
+    if not 0 <= args.kd_ratio <= 1:
+        raise ValueError(f"args.kd_ratio must lie in [0, 1], got {args.kd_ratio}")
+    teacher = teacher_logits(teacher_model, model_batch) if args.kd_ratio > 0 else None
+    return distillation_loss(
+        logits,
+        teacher,
+        labels=no_model_batch["label"],
+        ignore_index=IGNORE_INDEX,
+        hard_label_weight=1 - args.kd_ratio,
+        return_components=True,
+    )

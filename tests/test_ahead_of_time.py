@@ -1,0 +1,215 @@
+"""Every kernel as its launcher would launch it, compiled for GPUs that are not here.
+
+Asserted on the machine code: no stack (and so no spill), 16-byte accesses and no barrier in the
+fast loops, and the counts that the design sets. Opcode counts are NVIDIA's; for AMD, registers
+and stack."""
+
+import pytest
+import torch
+from helpers import make_logits
+
+pytest.importorskip("triton")
+
+from distill_ops.kernels import dense, launch, reduction
+from distill_ops.kernels.layout import row_layouts
+
+from benchmarks import aot, sass
+from distill_ops import ForwardKL, JensenShannon, ReverseKL, SoftCrossEntropy, ops
+
+DIVERGENCES = [SoftCrossEntropy(), ForwardKL(), ReverseKL(), JensenShannon()]
+HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
+
+# what is launched: vocabulary, dtypes of student and teacher, and the options that change the code
+FORMS = {
+    "bf16": {"n_cols": 128256},
+    "bf16 short": {"n_cols": 32000},
+    "bf16 odd": {"n_cols": 50257},  # GPT-2's: rows begin anywhere
+    "bf16 no gradient": {"n_cols": 128256, "gradient": "none"},
+    "bf16 hard": {"n_cols": 151936, "hard_label_weight": 0.5},
+    "bf16 hard T": {"n_cols": 151936, "hard_label_weight": 0.5, "temperature": 2.0},
+    "fp16": {"n_cols": 128256, "dtypes": (FP16, FP16), "gradient": "backward"},
+    "fp32": {"n_cols": 32000, "dtypes": (WIDE, WIDE)},
+    "mixed": {"n_cols": 32000, "dtypes": (HALF, WIDE)},
+    "vocab_size": {"n_cols": 151936, "vocab_size": 151643},
+    "mismatched": {"n_cols": 50257, "teacher_stride": 50304},
+}
+
+
+def options_of(divergence, form):
+    """The operator's arguments for a form, on tensors without memory."""
+    n_rows, n_cols = 4096, form["n_cols"]
+    student_dtype, teacher_dtype = form.get("dtypes", (HALF, HALF))
+    stride = form.get("teacher_stride", n_cols)
+    student = torch.empty(n_rows, n_cols, dtype=student_dtype, device="meta")
+    teacher = torch.empty(n_rows, stride, dtype=teacher_dtype, device="meta")[:, :n_cols]
+    weight = form.get("hard_label_weight", 0.0)
+    labels = torch.empty(n_rows, dtype=torch.int64, device="meta") if weight else None
+    return ops.Dense(
+        student, teacher, None, labels, None, divergence.name, divergence.parameters,
+        form.get("temperature", 1.0), 1.0, weight, -100, "mean", None, False,
+        form.get("vocab_size", n_cols), True,
+    )  # fmt: skip
+
+
+def launches(divergence, form, target):
+    """The dense kernel's launches for one forward (and backward)."""
+    options = options_of(divergence, form)
+    arguments = [getattr(options, name) for name in ops.Dense.__slots__]
+    mode = form.get("gradient", "forward")
+
+    def call():
+        outputs = ops._dense_loss(*arguments, mode, False)
+        if mode == "backward":
+            upstream = torch.empty((), device="meta")
+            ops._dense_gradient(*arguments, outputs[3], upstream)
+
+    recorded = aot.record(call, target.facts)
+    return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
+
+
+def columns_a_thread(launch, target):
+    arguments = launch.arguments
+    threads = arguments["num_warps"] * target.facts.warp_size
+    return arguments["LANES"] * arguments["WIDTH"] // threads
+
+
+def sweeps_of(compiled, launch, target):
+    code, usage = sass.disassemble(compiled)
+    return sass.sweeps(sass.innermost_loops(code), columns_a_thread(launch, target)), usage
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+def test_dense_kernel_for_nvidia(divergence, form, target):
+    target = aot.TARGETS[target]
+    recorded = launches(divergence, FORMS[form], target)
+    assert len(recorded) == (2 if FORMS[form].get("gradient") == "backward" else 1)
+    for launched in recorded:
+        sweeps, usage = sweeps_of(aot.compile_launch(launched, target), launched, target)
+        assert usage.stack == 0
+        makes_gradient = launched.arguments["WRITE_GRADIENT"]
+        assert bool(sweeps["differentiate"]) == makes_gradient
+        assert bool(sweeps["normalise"]) == launched.arguments["WRITE_LOSS"]
+        loops = [loop for sweep in sweeps.values() for loop in sweep]
+        assert all(loop.barriers == 0 for loop in loops)
+        fast = [sweep[0] for sweep in sweeps.values() if sweep]
+        if form == "mixed":  # the bf16 tensor of the two: 8 bytes for 4 logits
+            continue
+        if form == "mismatched":  # the teacher's rows begin elsewhere than the student's
+            continue
+        assert all(loop.narrow_accesses == 0 for loop in fast)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+def test_dense_kernel_for_amd(divergence, form):
+    target = aot.TARGETS["gfx942"]
+    for launched in launches(divergence, FORMS[form], target):
+        compiled = aot.compile_launch(launched, target)
+        assert sass.amd_usage(compiled).stack == 0
+        if form not in ("mixed", "mismatched"):
+            assert "global_load_dwordx4" in compiled.asm["amdgcn"]
+
+
+# instructions and exp + log an element over the fast loops, bf16 with gradient, on sm_90
+LIMITS = {
+    "soft_cross_entropy": (34, 4.5),
+    "forward_kl": (36, 4.5),
+    "reverse_kl": (38, 4.5),
+    "jensen_shannon": (64, 8.5),
+}
+
+
+@pytest.mark.parametrize("form", ["bf16", "bf16 short", "bf16 odd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+def test_instructions_an_element(divergence, form):
+    target = aot.TARGETS["sm_90"]
+    (launched,) = launches(divergence, FORMS[form], target)
+    sweeps, _ = sweeps_of(aot.compile_launch(launched, target), launched, target)
+    passes = ["normalise", "differentiate"]
+    if divergence.moment == "none":
+        passes.insert(1, "reduce")
+    n = columns_a_thread(launched, target)
+    instructions = sum(sweeps[name][0].instructions for name in passes) / n
+    special = sum(sweeps[name][0].special for name in passes) / n
+    print(f"{divergence.name} {form}: {instructions:.1f} instructions, {special:.2f} exp + log")
+    most_instructions, most_special = LIMITS[divergence.name]
+    assert instructions <= most_instructions
+    assert special <= most_special
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_over_tokens(target):
+    target = aot.TARGETS[target]
+    meta = {"device": "meta"}
+    mask, labels = torch.empty(8192, **meta), torch.empty(8192, dtype=torch.int64, **meta)
+    losses, components = torch.empty(8192, **meta), torch.empty(2, 8192, **meta)
+
+    def call():
+        weights, total = reduction.token_weights(mask.bool(), labels, -100)
+        reduction.token_weights(None, labels, -100)
+        reduction.token_weights(mask.int(), None, -100)
+        reduction.total(losses, components, weights, total)
+        reduction.total(losses, components[:0], None, 17.0)
+        for dtype in (HALF, FP16, WIDE):
+            reduction.scale_(torch.empty(8192, 32000, dtype=dtype, **meta), total)
+
+    recorded = aot.record(call, target.facts)
+    assert len(recorded) == 8
+    for launched in recorded:
+        compiled = aot.compile_launch(launched, target)
+        if target.backend == "hip":
+            assert sass.amd_usage(compiled).stack == 0
+        else:
+            assert sass.disassemble(compiled)[1].stack == 0
+
+
+# --- launch choices and layouts, which are pure --------------------------------------------------
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("n_cols", [1, 100, 32000, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("budget", [launch.LEAN, launch.CROWDED, launch.SCATTERED], ids=str)
+def test_launch_choice(target, n_cols, itemsize, budget):
+    facts = aot.TARGETS[target].facts
+    row_bytes = 2 * itemsize * n_cols
+    choice = launch.dense_launch(4096, n_cols, itemsize, row_bytes, budget, facts)
+    threads = choice.num_warps * facts.warp_size
+    assert threads <= 1024
+    assert choice.lanes == threads
+    assert choice.width * itemsize == launch.LOAD_BYTES
+    a_multiprocessor = choice.n_programs / facts.n_sm
+    assert a_multiprocessor == int(a_multiprocessor) >= 1
+    assert a_multiprocessor * threads == budget.threads
+    assert a_multiprocessor * threads * (choice.maxnreg or 64) <= 65536
+    assert launch.dense_launch(3, n_cols, itemsize, row_bytes, budget, facts).n_programs <= 3
+
+
+def test_rows_in_flight_fit_the_cache_where_two_programs_are_chosen():
+    facts = aot.TARGETS["sm_90"].facts
+    short = launch.dense_launch(8192, 32000, 2, 128000, launch.LEAN, facts)
+    assert short.n_programs == 2 * facts.n_sm
+    assert short.n_programs * 128000 <= facts.l2_bytes
+    long = launch.dense_launch(8192, 128256, 2, 513024, launch.LEAN, facts)
+    assert long.n_programs == facts.n_sm
+
+
+def test_layout_of_rows():
+    student, teacher = make_logits((3, 5, 24))
+    n_inner, (rows,) = row_layouts(student)
+    assert (n_inner, rows.offsets(), rows.aligned()) == (15, (0, 0, 24), True)
+    # a shifted view needs two strides, and begins away from a boundary
+    n_inner, (rows, other) = row_layouts(student[:, 1:, :21], teacher[:, 1:, :21])
+    assert (n_inner, rows.offsets()) == (4, (0, 120, 24))
+    assert rows.base.data_ptr() == student.data_ptr() + 24 * 4
+    assert rows.matches(other)
+    n_inner, (rows,) = row_layouts(student[..., 3:])
+    assert rows.offsets() == (3, 0, 24)
+    assert not rows.aligned()
+    assert rows.base.data_ptr() == student.data_ptr()
+    odd, _ = make_logits((6, 21))
+    _, (rows,) = row_layouts(odd)
+    assert not rows.aligned()
+    assert rows.matches(row_layouts(odd)[1][0])

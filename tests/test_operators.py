@@ -1,0 +1,158 @@
+"""The operators inside PyTorch's mechanisms: opcheck, torch.compile, export, autocast, checkpoint."""
+
+import pytest
+import torch
+from helpers import make_logits, run
+from test_dense import FLOAT_MASK, LABELS, TOKENS
+
+from distill_ops import distillation_loss, ops
+
+OPTIONS = {
+    "forward": {},
+    "backward": {"gradient": "backward"},
+    "none": {"reduction": "none"},
+    "mask": {"loss_mask": FLOAT_MASK},
+    "hard": {"labels": LABELS, "hard_label_weight": 0.5, "return_components": True},
+    "hard_none": {
+        "labels": LABELS, "hard_label_weight": 0.5, "return_components": True, "reduction": "none",
+    },
+    "normalizer": {"normalizer": torch.tensor(7.0)},
+}  # fmt: skip
+
+
+def arguments_of(call):
+    """What a call of the public function hands to the operator."""
+    captured = []
+    original = ops.dense_loss
+
+    def capture(*arguments):
+        captured.append(arguments)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill_ops.losses.dense_loss", capture)
+        call()
+    return captured[0]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_opcheck_of_the_loss(option, backend, device):
+    options = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[option].items()
+    }
+    student, teacher = make_logits((*TOKENS, 33), device=device)
+    student.requires_grad_()
+    arguments = arguments_of(
+        lambda: distillation_loss(student, teacher, backend=backend, **options)
+    )
+    torch.library.opcheck(ops.dense_loss, arguments)
+
+
+def test_opcheck_of_the_gradient_and_the_scale(backend, device):
+    student, teacher = make_logits((*TOKENS, 33), device=device)
+    student.requires_grad_()
+    arguments = arguments_of(
+        lambda: distillation_loss(student, teacher, gradient="backward", backend=backend)
+    )
+    outputs = ops.dense_loss(*arguments)
+    detached = [student.detach(), *arguments[1 : ops.N_SHARED]]
+    upstream = torch.tensor(0.5, device=device)
+    torch.library.opcheck(
+        torch.ops.distill_ops.dense_gradient.default, (*detached, outputs[3], upstream)
+    )
+    torch.library.opcheck(
+        torch.ops.distill_ops.scale_.default, (torch.randn(3, 5, device=device), upstream)
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiled_equals_eager(option):
+    """One graph, no break; shapes may vary without another compilation for each."""
+    options = OPTIONS[option] | {"divergence": "reverse_kl"}
+    torch.compiler.reset()
+
+    def loss_function(student, teacher, **options):
+        result = distillation_loss(student * 2.0, teacher, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")
+    student, teacher = make_logits((*TOKENS, 33))
+    eager = run(loss_function, student, teacher, **options)
+    graph = run(compiled, student, teacher, **options)
+    torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_with_dynamic_shapes():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True, backend=counter)
+    for n_rows, n_cols in [(4, 33), (7, 50), (5, 41)]:
+        student, teacher = make_logits((n_rows, n_cols))
+        expected = distillation_loss(student, teacher, temperature=2.0)
+        torch.testing.assert_close(compiled(student, teacher, temperature=2.0), expected)
+    assert counter.frame_count == 1
+
+
+def test_export():
+    class Loss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return distillation_loss(student, teacher, divergence="jensen_shannon")
+
+    student, teacher = make_logits((4, 33))
+    program = torch.export.export(Loss(), (student, teacher))
+    torch.testing.assert_close(program.module()(student, teacher), Loss()(student, teacher))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoint(reentrant):
+    student, teacher = make_logits((4, 33))
+
+    def loss_function(student, teacher):
+        return torch.utils.checkpoint.checkpoint(
+            lambda s: distillation_loss(s * 2.0, teacher), student, use_reentrant=reentrant
+        )
+
+    def plain(student, teacher):
+        return distillation_loss(student * 2.0, teacher)
+
+    checkpointed, expected = run(loss_function, student, teacher), run(plain, student, teacher)
+    assert torch.equal(checkpointed.loss, expected.loss)
+    assert torch.equal(checkpointed.gradient, expected.gradient)
+
+
+def test_autocast_changes_nothing():
+    student, teacher = make_logits((4, 33), dtype=torch.bfloat16)
+    expected = run(distillation_loss, student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run(distillation_loss, student, teacher)
+    assert ours.loss.dtype == torch.float32
+    assert torch.equal(ours.loss, expected.loss)
+    assert torch.equal(ours.gradient, expected.gradient)
+
+
+def test_float16_gradients_survive_a_loss_scale(backend, device):
+    """Made before GradScaler's scale, 97% of these would underflow to 0."""
+    student, teacher = make_logits((64, 512), dtype=torch.float16, device=device)
+    student.requires_grad_()
+    options = {"normalizer": 8192.0 * 512, "backend": backend}
+    (distillation_loss(student, teacher, **options) * 2.0**20).backward()
+    wide = student.detach().double().requires_grad_()
+    options = {"normalizer": 8192.0 * 512, "backend": "torch"}
+    (distillation_loss(wide, teacher.double(), **options) * 2.0**20).backward()
+    error = (student.grad.double() - wide.grad).norm() / wide.grad.norm()
+    assert error < torch.finfo(torch.float16).eps
+
+
+def test_accumulation_over_micro_batches_equals_one_batch(backend, device):
+    student, teacher = make_logits((8, 40), device=device)
+    labels = torch.tensor([1, -100, 2, 3, -100, -100, 4, 5], device=device)
+    whole = student.clone().requires_grad_()
+    distillation_loss(whole, teacher, labels=labels, backend=backend).backward()
+    parts = student.clone().requires_grad_()
+    n_items = (labels != -100).sum()
+    for rows in torch.arange(8, device=device).split(2):
+        distillation_loss(
+            parts[rows], teacher[rows], labels=labels[rows], normalizer=n_items, backend=backend
+        ).backward()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-5, atol=1e-8)
