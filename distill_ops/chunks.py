@@ -11,6 +11,7 @@ With ``D = sum(slope)`` the gradient ``slope - q D`` is the backward of log_soft
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,7 @@ softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What is computed of a row: the options of the loss that reach this far."""
 
     divergence: Divergence | None  # None: the hard label alone
@@ -35,7 +35,7 @@ class Terms:
     dtype: torch.dtype  # float32, or float64 for float64 logits
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, are numbers
     or ``[rows, 1]``; ``buffers`` are BUFFERS matrices in the working dtype."""

@@ -7,6 +7,7 @@ serves where Triton does not (float64 on a GPU), though there it waits for the d
 
 import ctypes
 import functools
+import math
 import mmap
 import sys
 from collections.abc import Iterator
@@ -100,17 +101,15 @@ def dense(
         hard_losses = student.new_zeros(n_rows, dtype=terms.dtype)
 
     def run(block, first, rows, guarded):
-        """One group of a block's rows, which begin at row ``first`` of the call."""
+        """One group of a block's rows; the block begins at row ``first`` of the call."""
         copied = not isinstance(rows, slice)
-        student, teacher, gradient = (
+        student, teacher, gradient = [
             None if matrix is None else matrix[rows, :n_cols] for matrix in block
-        )
+        ]
         if copied:
-            out = torch.tensor(rows, device=student.device) + first
-            n = len(rows)
+            n, out = len(rows), torch.tensor(rows, device=student.device) + first
         else:
-            out = slice(first + rows.start, first + rows.stop)
-            n = rows.stop - rows.start
+            n, out = rows.stop - rows.start, slice(first + rows.start, first + rows.stop)
         chunk = Chunk(
             terms, student, teacher, _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
             buffers if n == size else tuple(b[:n] for b in buffers),
@@ -137,10 +136,9 @@ def dense(
                 block[2].index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
         for rows in row_groups(kept, size):
             run(block, first, rows, guarded=False)
-        if terms.divergence is not None:
-            finite = divergence_losses[first:end].isfinite()
-            if not finite.all():
-                for rows in row_groups((~finite).nonzero().squeeze(-1).tolist(), size):
-                    run(block, first, rows, guarded=True)
+        if terms.divergence is not None and not math.isfinite(divergence_losses[first:end].sum()):
+            infinite = (~divergence_losses[first:end].isfinite()).nonzero().squeeze(-1)
+            for rows in row_groups(infinite.tolist(), size):
+                run(block, first, rows, guarded=True)
         first = end
     return divergence_losses, hard_losses

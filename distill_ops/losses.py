@@ -1,11 +1,13 @@
 """The dense loss: student and teacher logits ``[..., vocab]``."""
 
+import math
+
 import torch
 
 from .checks import BACKENDS, GRADIENTS, check_arguments, one_of
 from .divergences import Divergence, SoftCrossEntropy
 from .kernels.portable import triton
-from .ops import BACKWARD, FORWARD, NO_GRADIENT, dense_loss
+from .ops import BACKWARD, FORWARD, NO_GRADIENT, Options, dense_loss
 from .reference import LossComponents
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -142,26 +144,24 @@ def distillation_loss(
     )  # fmt: skip
     mode = gradient_mode(gradient, student_logits, reduction)
     in_tensor = isinstance(normalizer, torch.Tensor)
-    loss, components, _, _ = dense_loss(
-        student_logits,
-        teacher_logits,
-        loss_mask,
-        labels,
-        normalizer if in_tensor else None,
+    temperature = float(temperature)
+    options = Options(
         divergence.name,
-        divergence.parameters,
-        float(temperature),
-        float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
-        float(hard_label_weight),
-        ignore_index,
         reduction,
-        None if in_tensor or normalizer is None else float(normalizer),
-        infinities == "propagate",
+        infinities,
+        "triton" if use_triton(backend, student_logits, teacher_logits) else "torch",
+        temperature,
+        temperature**2 if scale_by_temperature_squared else 1.0,
+        float(hard_label_weight),
+        math.nan if in_tensor or normalizer is None else float(normalizer),
+        divergence.parameters,
         n_cols,
-        use_triton(backend, student_logits, teacher_logits),
-        mode,
-        return_components,
+        ignore_index,
     )
+    loss, components, _, _ = dense_loss(
+        student_logits, teacher_logits, loss_mask, labels, normalizer if in_tensor else None,
+        *options.pack(), mode, return_components,
+    )  # fmt: skip
     if not return_components:
         return loss
     if hard_label_weight > 0:

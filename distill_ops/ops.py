@@ -1,12 +1,15 @@
 """Registration with PyTorch: opaque operators, their shapes for tracing, and autograd.
 
 ``dense_loss`` computes the loss and, where a gradient will be wanted, either the gradient itself
-(made in the forward) or what ``dense_gradient`` needs to make it in the backward. ``scale_``
-multiplies a finished gradient by the incoming one. Inside, Triton kernels or the CPU path.
+(made in the forward) or what ``dense_gradient`` needs to make it in the backward. Inside, Triton
+kernels or the CPU path.
+
+The options travel in three lists, because PyTorch's own cost of a call grows with the square of
+the number of arguments (86 of 330 microseconds with 18 of them).
 """
 
 import math
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -19,26 +22,27 @@ NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"
 STATISTICS = 9  # float32 numbers a token that the Triton path keeps for a gradient made backward
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """The arguments that the dense operators share, in the order of their schema."""
+class Options(NamedTuple):
+    """The options of the dense operators; ``pack`` and ``unpack`` are each other's inverse."""
 
-    student: torch.Tensor  # [..., V]
-    teacher: torch.Tensor | None  # [..., V]
-    loss_mask: torch.Tensor | None  # [...]
-    labels: torch.Tensor | None  # [...]
-    normalizer: torch.Tensor | None  # []
     divergence: str
-    parameters: list[float]
-    temperature: float
-    divergence_scale: float
-    hard_label_weight: float
-    ignore_index: int
     reduction: str
-    denominator: float | None
-    propagate: bool
+    infinities: str
+    backend: str  # "triton" or "torch"
+    temperature: float
+    divergence_scale: float  # 1, or temperature squared
+    hard_label_weight: float
+    denominator: float  # of "mean", where a number was given; else NaN
+    parameters: tuple[float, ...]  # of the divergence
     n_cols: int
-    triton: bool
+    ignore_index: int
+
+    def pack(self) -> tuple[list[str], list[float], list[int]]:
+        return list(self[:4]), [*self[4:8], *self.parameters], list(self[9:])
+
+    @classmethod
+    def unpack(cls, choices: list[str], numbers: list[float], sizes: list[int]) -> "Options":
+        return cls(*choices, *numbers[:4], tuple(numbers[4:]), *sizes)
 
     def instance(self) -> Divergence | None:
         """The divergence; None where the hard label has all the weight."""
@@ -46,101 +50,107 @@ class Dense:
             return None
         return DIVERGENCES[self.divergence](*self.parameters)
 
+
+class Inputs(NamedTuple):
+    """The tensors of the dense operators."""
+
+    student: torch.Tensor  # [..., V]
+    teacher: torch.Tensor | None  # [..., V]
+    loss_mask: torch.Tensor | None  # [...]
+    labels: torch.Tensor | None  # [...]
+    normalizer: torch.Tensor | None  # []
+
     @property
     def n_rows(self) -> int:
         return self.student.numel() // self.student.shape[-1]
 
     def dtype(self) -> torch.dtype:
         """Of sums and of the loss: float32, or float64 where an input is float64."""
-        inputs = (self.student, self.teacher)
-        wide = any(x is not None and x.dtype == torch.float64 for x in inputs)
+        if self.student.dtype == torch.float64:
+            return torch.float64
+        wide = self.teacher is not None and self.teacher.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    def result_shapes(self, components: bool) -> tuple[tuple, tuple]:
-        """Shapes of the loss and of its components."""
-        shape = self.student.shape[:-1] if self.reduction == "none" else ()
-        parts = (2, *shape) if components and self.hard_label_weight > 0 else (0,)
-        return shape, parts
 
-
-N_SHARED = len(fields(Dense))
-_SHARED = (
+_ARGUMENTS = (
     "Tensor student, Tensor? teacher, Tensor? loss_mask, Tensor? labels, Tensor? normalizer, "
-    "str divergence, float[] parameters, float temperature, float divergence_scale, "
-    "float hard_label_weight, int ignore_index, str reduction, float? denominator, "
-    "bool propagate, SymInt n_cols, bool triton"
+    "str[] choices, float[] numbers, SymInt[] sizes"
 )
 
 _library = torch.library.Library("distill_ops", "DEF")
 _library.define(
-    f"dense_loss({_SHARED}, str gradient, bool components)"
+    f"dense_loss({_ARGUMENTS}, str gradient, bool components)"
     " -> (Tensor loss, Tensor components, Tensor gradient, Tensor statistics)"
 )
-_library.define(f"dense_gradient({_SHARED}, Tensor statistics, Tensor upstream) -> Tensor")
-_library.define("scale_(Tensor(a!) gradient, Tensor upstream) -> ()")
+_library.define(f"dense_gradient({_ARGUMENTS}, Tensor statistics, Tensor upstream) -> Tensor")
 
 
 # --- CPU path ------------------------------------------------------------------------------------
 
 
-def _host_scales(dense: Dense):
+def _host_scales(inputs: Inputs, options: Options):
     """Labels and weights ``[N]`` (None: all 1), and the reduction's denominator."""
-    dtype, labels, weights = dense.dtype(), dense.labels, None
-    if dense.loss_mask is not None:
-        weights = dense.loss_mask.reshape(-1).to(dtype)
+    dtype, labels, weights = inputs.dtype(), inputs.labels, None
+    if inputs.loss_mask is not None:
+        weights = inputs.loss_mask.reshape(-1).to(dtype)
     if labels is not None:
         labels = labels.reshape(-1)
-        kept = labels != dense.ignore_index
+        kept = labels != options.ignore_index
         weights = kept.to(dtype) if weights is None else weights.masked_fill(~kept, 0.0)
-    if dense.reduction != "mean":
+    if options.reduction != "mean":
         return labels, weights, 1.0
-    if dense.n_rows == 0 or (weights is not None and not weights.any()):
+    if inputs.n_rows == 0 or (weights is not None and not weights.any()):
         return labels, weights, 1.0  # no token kept: loss 0
-    if dense.denominator is not None:
-        over = dense.denominator
-    elif dense.normalizer is not None:
-        over = dense.normalizer.to(dtype)
-    else:
-        over = dense.n_rows if weights is None else weights.sum()
-    return labels, weights, over
+    if inputs.normalizer is not None:
+        return labels, weights, inputs.normalizer.to(dtype)
+    if not math.isnan(options.denominator):
+        return labels, weights, options.denominator
+    return labels, weights, inputs.n_rows if weights is None else weights.sum()
 
 
-def _host_run(dense: Dense, labels, weights, over, upstream, gradient):
+def _host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
+    labels, weights, over = scales
     scale = 1.0 / over if isinstance(over, torch.Tensor) or over != 0 else math.inf
     if upstream is not None:
-        upstream = upstream.to(dense.dtype())
+        upstream = upstream.to(inputs.dtype())
         scale = scale * (upstream.reshape(-1, 1) if upstream.dim() else upstream.item())
     if weights is not None:
         scale = weights[:, None] * scale
-    w = dense.hard_label_weight
-    terms = Terms(dense.instance(), w > 0, dense.temperature, dense.propagate, dense.dtype())
+    w = options.hard_label_weight
+    terms = Terms(
+        options.instance(),
+        w > 0,
+        options.temperature,
+        options.infinities == "propagate",
+        inputs.dtype(),
+    )
     return host.dense(
-        terms, dense.student, dense.teacher, labels, weights,
-        scale * ((1 - w) * dense.divergence_scale / dense.temperature), scale * w,
-        dense.n_cols, gradient,
+        terms, inputs.student, inputs.teacher, labels, weights,
+        scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
+        options.n_cols, gradient,
     )  # fmt: skip
 
 
-def _host_loss(dense: Dense, gradient, with_components: bool):
-    labels, weights, over = _host_scales(dense)
-    divergence_loss, hard_loss = _host_run(dense, labels, weights, over, None, gradient)
-    shape = dense.student.shape[:-1]
+def _host_loss(inputs: Inputs, options: Options, gradient, with_components: bool):
+    scales = _host_scales(inputs, options)
+    _, weights, over = scales
+    divergence_loss, hard_loss = _host_run(inputs, options, scales, None, gradient)
 
     def reduced(losses):
         if weights is not None:
             losses = torch.where(weights == 0, 0.0, losses * weights)
-        if dense.reduction == "none":
-            return losses.reshape(shape)
-        return losses.sum() / over if dense.reduction == "mean" else losses.sum()
+        if options.reduction == "none":
+            return losses.reshape(inputs.student.shape[:-1])
+        return losses.sum().div_(over)
 
-    if divergence_loss is not None and dense.divergence_scale != 1:
-        divergence_loss = divergence_loss * dense.divergence_scale
+    if divergence_loss is not None and options.divergence_scale != 1:
+        divergence_loss = divergence_loss * options.divergence_scale
     if hard_loss is None:
         return reduced(divergence_loss), None
     if divergence_loss is None:
         loss, divergence_loss = hard_loss, torch.zeros_like(hard_loss)
     else:
-        w = dense.hard_label_weight
+        w = options.hard_label_weight
         loss = (1 - w) * divergence_loss + w * hard_loss
     components = None
     if with_components:
@@ -151,20 +161,20 @@ def _host_loss(dense: Dense, gradient, with_components: bool):
 # --- Triton path ---------------------------------------------------------------------------------
 
 
-def _formula(dense: Dense):
+def _formula(options: Options):
     from .kernels.dense import Formula
 
-    divergence = dense.instance()
+    divergence = options.instance()
     return Formula(
         value_and_slope=None if divergence is None else divergence.value_and_slope,
         parameters=() if divergence is None else divergence.parameters,
         moment="none" if divergence is None else divergence.moment,
         drop=divergence is not None and divergence.infinite_at_student_zero,
         restrict=divergence is not None and divergence.infinite_at_teacher_zero,
-        propagate=dense.propagate,
-        temperature=dense.temperature,
-        divergence_scale=dense.divergence_scale,
-        hard_label_weight=dense.hard_label_weight,
+        propagate=options.infinities == "propagate",
+        temperature=options.temperature,
+        divergence_scale=options.divergence_scale,
+        hard_label_weight=options.hard_label_weight,
     )
 
 
@@ -172,127 +182,117 @@ def _flat(per_token: torch.Tensor | None) -> torch.Tensor | None:
     return None if per_token is None else per_token.reshape(-1).contiguous()
 
 
-def _triton_loss(dense: Dense, gradient, statistics, with_components: bool):
+def _triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_components: bool):
     from .kernels import dense as kernel
     from .kernels import reduction
 
-    labels, weights = _flat(dense.labels), None
-    n_rows, new = dense.n_rows, dense.student.new_empty
-    over = 1.0
-    if dense.reduction == "mean":
-        over = float(max(n_rows, 1))
-    if labels is not None or dense.loss_mask is not None:
-        weights, total = reduction.token_weights(_flat(dense.loss_mask), labels, dense.ignore_index)
-        over = total if dense.reduction == "mean" else over
-    if dense.denominator is not None:
-        over = dense.denominator
-    elif dense.normalizer is not None:
-        over = dense.normalizer
+    labels, weights = _flat(inputs.labels), None
+    n_rows, new = inputs.n_rows, inputs.student.new_empty
+    over = float(max(n_rows, 1)) if options.reduction == "mean" else 1.0
+    if labels is not None or inputs.loss_mask is not None:
+        mask = _flat(inputs.loss_mask)
+        weights, total = reduction.token_weights(mask, labels, options.ignore_index)
+        over = total if options.reduction == "mean" else over
+    if inputs.normalizer is not None:
+        over = inputs.normalizer
+    elif not math.isnan(options.denominator):
+        over = options.denominator
     losses = new(n_rows, dtype=torch.float32)
-    n_components = 2 if dense.hard_label_weight > 0 else 0
-    components = new((n_components, n_rows), dtype=torch.float32)
+    components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
     kernel.run(
-        _formula(dense), dense.student, dense.teacher, labels, dense.n_cols, gradient=gradient,
-        statistics=statistics, losses=losses, components=components, weights=weights,
-        denominator=over,
+        _formula(options), inputs.student, inputs.teacher, labels, options.n_cols,
+        gradient=gradient, statistics=statistics, losses=losses, components=components,
+        weights=weights, denominator=over,
     )  # fmt: skip
-    shape = dense.student.shape[:-1]
     if not with_components:
         components = components[:0]
-    if dense.reduction == "none":
+    if options.reduction == "none":
+        shape = inputs.student.shape[:-1]
         return losses.view(shape), components.view(-1, *shape) if with_components else None
     return reduction.total(losses, components, weights, over)
 
 
 # --- Operators -----------------------------------------------------------------------------------
 
+N_TENSORS = len(Inputs._fields)
+N_SHARED = N_TENSORS + 3
+
+
+def _parse(arguments) -> tuple[Inputs, Options]:
+    return Inputs(*arguments[:N_TENSORS]), Options.unpack(*arguments[N_TENSORS:N_SHARED])
+
 
 def _dense_loss(*arguments):
-    dense = Dense(*arguments[:N_SHARED])
+    inputs, options = _parse(arguments)
     mode, with_components = arguments[N_SHARED:]
-    with_components = with_components and dense.hard_label_weight > 0
-    new = dense.student.new_empty
-    gradient = host.empty_gradient(dense.student) if mode == FORWARD else None
+    with_components = with_components and options.hard_label_weight > 0
+    new = inputs.student.new_empty
+    gradient = host.empty_gradient(inputs.student) if mode == FORWARD else None
     statistics = None
-    if mode == BACKWARD and dense.triton:
-        statistics = new((dense.n_rows, STATISTICS), dtype=torch.float32)
-    if dense.triton:
-        loss, components = _triton_loss(dense, gradient, statistics, with_components)
+    if options.backend == "triton":
+        if mode == BACKWARD:
+            statistics = new((inputs.n_rows, STATISTICS), dtype=torch.float32)
+        loss, components = _triton_loss(inputs, options, gradient, statistics, with_components)
     else:
-        loss, components = _host_loss(dense, gradient, with_components)
+        loss, components = _host_loss(inputs, options, gradient, with_components)
     return (
         loss,
-        components if with_components else new(0, dtype=dense.dtype()),
+        components if with_components else new(0, dtype=inputs.dtype()),
         new(0) if gradient is None else gradient,
         new(0, dtype=torch.float32) if statistics is None else statistics,
     )
 
 
 def _dense_loss_fake(*arguments):
-    dense = Dense(*arguments[:N_SHARED])
+    inputs, options = _parse(arguments)
     mode, with_components = arguments[N_SHARED:]
-    new, dtype = dense.student.new_empty, dense.dtype()
-    shape, parts = dense.result_shapes(with_components)
-    kept = mode == BACKWARD and dense.triton
+    new, dtype = inputs.student.new_empty, inputs.dtype()
+    shape = inputs.student.shape[:-1] if options.reduction == "none" else ()
+    kept = mode == BACKWARD and options.backend == "triton"
     return (
         new(shape, dtype=dtype),
-        new(parts, dtype=dtype),
-        new(dense.student.shape if mode == FORWARD else 0),
-        new((dense.n_rows, STATISTICS) if kept else 0, dtype=torch.float32),
+        new((2, *shape) if with_components and options.hard_label_weight > 0 else 0, dtype=dtype),
+        new(inputs.student.shape if mode == FORWARD else 0),
+        new((inputs.n_rows, STATISTICS) if kept else 0, dtype=torch.float32),
     )
 
 
 def _dense_gradient(*arguments):
-    dense = Dense(*arguments[:N_SHARED])
+    inputs, options = _parse(arguments)
     statistics, upstream = arguments[N_SHARED:]
-    gradient = host.empty_gradient(dense.student)
-    if dense.triton:
+    gradient = host.empty_gradient(inputs.student)
+    if options.backend == "triton":
         from .kernels import dense as kernel
 
-        upstream = upstream.reshape(-1) if upstream.dim() else upstream
         kernel.run(
-            _formula(dense), dense.student, dense.teacher, _flat(dense.labels), dense.n_cols,
-            gradient=gradient, statistics=statistics, upstream=upstream,
+            _formula(options), inputs.student, inputs.teacher, _flat(inputs.labels),
+            options.n_cols, gradient=gradient, statistics=statistics,
+            upstream=upstream.reshape(-1) if upstream.dim() else upstream,
         )  # fmt: skip
     else:
-        _host_run(dense, *_host_scales(dense), upstream, gradient)
+        _host_run(inputs, options, _host_scales(inputs, options), upstream, gradient)
     return gradient
 
 
-def _dense_gradient_fake(*arguments):
-    student = arguments[0]
+def _dense_gradient_fake(student, *_):
     return student.new_empty(student.shape)
 
 
-def _scale(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
-    if gradient.device.type == "cpu":
-        factor = upstream.item()
-        if factor != 1:
-            gradient.mul_(factor)
-    else:
-        from .kernels import reduction
-
-        reduction.scale_(gradient, upstream)
-
-
-for _name, _function in [
-    ("dense_loss", _dense_loss),
-    ("dense_gradient", _dense_gradient),
-    ("scale_", _scale),
+for _name, _function, _fake in [
+    ("dense_loss", _dense_loss, _dense_loss_fake),
+    ("dense_gradient", _dense_gradient, _dense_gradient_fake),
 ]:
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-torch.library.register_fake("distill_ops::dense_loss", _dense_loss_fake, lib=_library)
-torch.library.register_fake("distill_ops::dense_gradient", _dense_gradient_fake, lib=_library)
-torch.library.register_fake("distill_ops::scale_", lambda gradient, upstream: None, lib=_library)
+    torch.library.register_fake(f"distill_ops::{_name}", _fake, lib=_library)
 
 dense_loss = torch.ops.distill_ops.dense_loss.default
+dense_gradient = torch.ops.distill_ops.dense_gradient.default
 
 
 # --- Autograd ------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, loss_mask, labels, normalizer, *options = inputs
     _, components, gradient, statistics = output
     ctx.mark_non_differentiable(components, gradient, statistics)
     ctx.set_materialize_grads(False)
@@ -301,15 +301,30 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.mode == FORWARD:
         ctx.save_for_backward(gradient)
     elif ctx.mode == BACKWARD:
-        ctx.options = options[: N_SHARED - 5]
-        ctx.save_for_backward(student, teacher, loss_mask, labels, normalizer, statistics)
+        ctx.options = inputs[N_TENSORS:N_SHARED]
+        ctx.save_for_backward(*inputs[:N_TENSORS], statistics)
     else:
         raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
 
 
+def _scale_(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
+    """``gradient *= upstream``, which on a GPU is read there."""
+    if gradient.device.type == "cpu":
+        factor = upstream.item()
+        if factor != 1:
+            gradient.mul_(factor)
+    elif gradient.dtype == torch.float64:
+        gradient.mul_(upstream)
+    else:
+        from .kernels import reduction
+
+        reduction.scale_(gradient, upstream)
+
+
 def _backward(ctx, upstream, *_):
+    nothing = (None,) * (N_SHARED + 1)
     if upstream is None:
-        return (None,) * (N_SHARED + 2)
+        return None, *nothing
     if torch.is_grad_enabled():
         raise RuntimeError(
             "distillation_loss has no second derivative: its backward was called with "
@@ -317,23 +332,19 @@ def _backward(ctx, upstream, *_):
             "distill_ops.reference.distillation_loss where one is needed."
         )
     if ctx.mode == BACKWARD:
-        tensors = ctx.saved_tensors
-        gradient = torch.ops.distill_ops.dense_gradient(
-            *tensors[:5], *ctx.options, tensors[5], upstream
+        *tensors, statistics = ctx.saved_tensors
+        return dense_gradient(*tensors, *ctx.options, statistics, upstream), *nothing
+    (gradient,) = ctx.saved_tensors
+    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
+        return gradient * upstream, *nothing
+    if ctx.spent:
+        raise RuntimeError(
+            "distillation_loss was called with a gradient made in the forward, which the first "
+            "backward used up: pass gradient='backward' to call backward again (retain_graph=True)"
         )
-    else:
-        (gradient,) = ctx.saved_tensors
-        if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
-            gradient = gradient * upstream
-        elif ctx.spent:
-            raise RuntimeError(
-                "distillation_loss was called with a gradient made in the forward, which the first "
-                "backward used up: pass gradient='backward' to call backward again (retain_graph=True)"
-            )
-        else:
-            ctx.spent = True
-            torch.ops.distill_ops.scale_(gradient, upstream)
-    return (gradient,) + (None,) * (N_SHARED + 1)
+    ctx.spent = True
+    _scale_(gradient, upstream)
+    return gradient, *nothing
 
 
 torch.library.register_autograd(

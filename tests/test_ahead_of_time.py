@@ -4,6 +4,8 @@ Asserted on the machine code: no stack (and so no spill), 16-byte accesses and n
 fast loops, and the counts that the design sets. Opcode counts are NVIDIA's; for AMD, registers
 and stack."""
 
+import math
+
 import pytest
 import torch
 from helpers import make_logits
@@ -35,7 +37,7 @@ FORMS = {
 }
 
 
-def options_of(divergence, form):
+def arguments_of(divergence, form):
     """The operator's arguments for a form, on tensors without memory."""
     n_rows, n_cols = 4096, form["n_cols"]
     student_dtype, teacher_dtype = form.get("dtypes", (HALF, HALF))
@@ -44,17 +46,16 @@ def options_of(divergence, form):
     teacher = torch.empty(n_rows, stride, dtype=teacher_dtype, device="meta")[:, :n_cols]
     weight = form.get("hard_label_weight", 0.0)
     labels = torch.empty(n_rows, dtype=torch.int64, device="meta") if weight else None
-    return ops.Dense(
-        student, teacher, None, labels, None, divergence.name, divergence.parameters,
-        form.get("temperature", 1.0), 1.0, weight, -100, "mean", None, False,
-        form.get("vocab_size", n_cols), True,
+    options = ops.Options(
+        divergence.name, "mean", "drop", "triton", form.get("temperature", 1.0), 1.0, weight,
+        math.nan, divergence.parameters, form.get("vocab_size", n_cols), -100,
     )  # fmt: skip
+    return student, teacher, None, labels, None, *options.pack()
 
 
 def launches(divergence, form, target):
     """The dense kernel's launches for one forward (and backward)."""
-    options = options_of(divergence, form)
-    arguments = [getattr(options, name) for name in ops.Dense.__slots__]
+    arguments = arguments_of(divergence, form)
     mode = form.get("gradient", "forward")
 
     def call():
