@@ -137,8 +137,8 @@ class Chunk:
         torch.softmax(teacher, -1, out=p)
         log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
         log_ratio = log_q.sub_(log_m)
-        loss = log_p.sub_(log_m).mul_(p).sum(-1).mul_(beta)
-        loss += torch.mul(q, log_ratio, out=work).sum(-1).mul_(1 - beta)
+        of_teacher = log_p.sub_(log_m).mul_(p)
+        loss = torch.mul(q, log_ratio, out=work).lerp_(of_teacher, beta).sum(-1)
         if gradient is not None:
             log_ratio.mul_(self.scale * (1 - beta))
             softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)

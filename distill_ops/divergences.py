@@ -7,7 +7,7 @@ GPU and the CPU alike; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649) and Hi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from .kernels import divergences as formulas
@@ -40,7 +40,7 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        return tuple(float(getattr(self, field.name)) for field in fields(self))
+        return tuple(float(getattr(self, name)) for name in self.__match_args__)
 
     def canonical(self) -> "Divergence":
         """The divergence that this one is at an end point of its parameters, or itself."""
@@ -102,7 +102,9 @@ class JensenShannon(Divergence):
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
 
     def canonical(self) -> Divergence:
-        return {0: ForwardKL(), 1: ReverseKL()}.get(self.beta, self)
+        if self.beta == 0:
+            return ForwardKL()
+        return ReverseKL() if self.beta == 1 else self
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:

@@ -54,6 +54,9 @@ def rows_in_chunk(n_rows: int, n_cols: int, itemsize: int, n_threads: int) -> in
 
 def row_blocks(*tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
     """The tensors ``[..., V]`` as matrices of rows, without a copy whatever their strides."""
+    if tensors[0].dim() == 2:
+        yield list(tensors)
+        return
     try:
         matrices = [t if t is None else t.view(-1, t.shape[-1]) for t in tensors]
     except RuntimeError:  # no single stride reaches the rows, as in logits[:, :-1]
@@ -91,36 +94,37 @@ def dense(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
-    itemsize = torch.finfo(terms.dtype).bits // 8
-    size = rows_in_chunk(n_rows, n_cols, itemsize, torch.get_num_threads())
-    buffers = student.new_empty((BUFFERS, size, n_cols), dtype=terms.dtype).unbind(0)
-    divergence_losses = hard_losses = None
-    if terms.divergence is not None:
-        divergence_losses = student.new_zeros(n_rows, dtype=terms.dtype)
-    if terms.hard:
-        hard_losses = student.new_zeros(n_rows, dtype=terms.dtype)
+    size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads())
+    shape, kind = (size, n_cols), {"dtype": terms.dtype, "device": student.device}
+    buffers = tuple(torch.empty(shape, **kind) for _ in range(BUFFERS))
+    sums = [None, None]  # per-row divergence and cross-entropy, as far as they are wanted
+    whole = n_cols == student.shape[-1] and (teacher is None or n_cols == teacher.shape[-1])
 
     def run(block, first, rows, guarded):
         """One group of a block's rows; the block begins at row ``first`` of the call."""
         copied = not isinstance(rows, slice)
-        student, teacher, gradient = [
-            None if matrix is None else matrix[rows, :n_cols] for matrix in block
-        ]
         if copied:
             n, out = len(rows), torch.tensor(rows, device=student.device) + first
         else:
             n, out = rows.stop - rows.start, slice(first + rows.start, first + rows.stop)
+        group = block
+        if copied or n < n_rows or not whole:
+            group = [None if matrix is None else matrix[rows, :n_cols] for matrix in block]
         chunk = Chunk(
-            terms, student, teacher, _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
+            terms, group[0], group[1], _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
             buffers if n == size else tuple(b[:n] for b in buffers),
         )  # fmt: skip
-        divergence_loss, hard_loss = chunk.losses(gradient, guarded)
-        if divergence_loss is not None:
-            divergence_losses[out] = divergence_loss
-        if hard_loss is not None:
-            hard_losses[out] = hard_loss
+        for i, losses in enumerate(chunk.losses(group[2], guarded)):
+            if losses is None:
+                continue
+            if n == n_rows:
+                sums[i] = losses
+            else:
+                if sums[i] is None:
+                    sums[i] = torch.zeros(n_rows, **kind)
+                sums[i][out] = losses
         if copied and gradient is not None:
-            block[2][rows, :n_cols] = gradient
+            block[2][rows, :n_cols] = group[2]
 
     first = 0
     for block in row_blocks(student, teacher, gradient):
@@ -136,9 +140,13 @@ def dense(
                 block[2].index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
         for rows in row_groups(kept, size):
             run(block, first, rows, guarded=False)
-        if terms.divergence is not None and not math.isfinite(divergence_losses[first:end].sum()):
-            infinite = (~divergence_losses[first:end].isfinite()).nonzero().squeeze(-1)
+        if sums[0] is not None and not math.isfinite(sums[0][first:end].sum()):
+            infinite = (~sums[0][first:end].isfinite()).nonzero().squeeze(-1)
             for rows in row_groups(infinite.tolist(), size):
                 run(block, first, rows, guarded=True)
         first = end
-    return divergence_losses, hard_losses
+    if sums[0] is None and terms.divergence is not None:  # no row was kept
+        sums[0] = torch.zeros(n_rows, **kind)
+    if sums[1] is None and terms.hard:
+        sums[1] = torch.zeros(n_rows, **kind)
+    return sums[0], sums[1]

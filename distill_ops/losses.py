@@ -158,7 +158,7 @@ def distillation_loss(
         n_cols,
         ignore_index,
     )
-    loss, components, _, _ = dense_loss(
+    loss, components, _ = dense_loss(
         student_logits, teacher_logits, loss_mask, labels, normalizer if in_tensor else None,
         *options.pack(), mode, return_components,
     )  # fmt: skip

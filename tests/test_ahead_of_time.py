@@ -62,7 +62,7 @@ def launches(divergence, form, target):
         outputs = ops._dense_loss(*arguments, mode, False)
         if mode == "backward":
             upstream = torch.empty((), device="meta")
-            ops._dense_gradient(*arguments, outputs[3], upstream)
+            ops._dense_gradient(*arguments, outputs[2], upstream)
 
     recorded = aot.record(call, target.facts)
     return [launch for launch in recorded if launch.kernel is dense.dense_kernel]

@@ -45,7 +45,7 @@ def test_opcheck_of_the_loss(option, backend, device):
     arguments = arguments_of(
         lambda: distillation_loss(student, teacher, backend=backend, **options)
     )
-    torch.library.opcheck(ops.dense_loss, arguments)
+    torch.library.opcheck(ops.dense_loss_op, arguments)
 
 
 def test_opcheck_of_the_gradient(backend, device):
@@ -54,10 +54,10 @@ def test_opcheck_of_the_gradient(backend, device):
     arguments = arguments_of(
         lambda: distillation_loss(student, teacher, gradient="backward", backend=backend)
     )
-    statistics = ops.dense_loss(*arguments)[3]
+    statistics = ops.dense_loss(*arguments)[2]
     shared = [student.detach(), *arguments[1 : ops.N_SHARED]]
     upstream = torch.tensor(0.5, device=device)
-    torch.library.opcheck(ops.dense_gradient, (*shared, statistics, upstream))
+    torch.library.opcheck(ops.dense_gradient_op, (*shared, statistics, upstream))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
