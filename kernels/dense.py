@@ -188,7 +188,11 @@ def dense_kernel(
             over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
             scale = tl.fdiv(tl.cast(weight, tl.float32), over)
             if WRITE_STATISTICS:
-                tl.store(kept + STATISTICS - 1, tl.where(weight == 0.0, 0.0, scale))
+                if weight == 0.0:
+                    for i in tl.static_range(STATISTICS):
+                        tl.store(kept + i, 0.0)
+                else:
+                    tl.store(kept + STATISTICS - 1, scale)
         else:
             weight = tl.load(kept + STATISTICS - 1)
             scale = weight * tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
