@@ -122,8 +122,8 @@ def draw(record: dict, path: Path) -> None:
     grid = figure.add_gridspec(2, 3, width_ratios=[2.4, 1, 1], height_ratios=[2.4, 1], wspace=0.06)
 
     curves = figure.add_subplot(grid[0, 0])
-    curves.plot(students[0]["losses"], color=colours[0], lw=5, label=EAGER)
-    curves.plot(students[1]["losses"], color=colours[1], lw=1.3, ls=(0, (4, 2)), label=OURS)
+    curves.plot(students[0]["losses"], color=colours[0], lw=4.5, label=EAGER)
+    curves.plot(students[1]["losses"], color=colours[1], lw=1.1, ls=(0, (4, 2)), label=OURS)
     curves.set_ylabel("training loss (nats per token)")
     curves.set_title("Training loss of the two students", loc="left", fontsize=11)
     curves.legend(frameon=False)

@@ -151,3 +151,22 @@ def test_accumulation_over_micro_batches_equals_one_batch(backend, device):
             parts[rows], teacher[rows], labels=labels[rows], normalizer=n_items, backend=backend
         ).backward()
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_transforms_that_cannot_work_are_refused(backend, device):
+    student, teacher = make_logits((4, 33), device=device)
+    loss_function = lambda s: distillation_loss(s, teacher, backend=backend)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        with pytest.raises(NotImplementedError, match="distill_ops.reference"):
+            transform(loss_function)(student)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, torch.ones_like(student))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            loss_function(dual)
+
+
+def test_vmap_over_independent_problems():
+    student, teacher = make_logits((3, 4, 33))
+    mapped = torch.func.vmap(distillation_loss)(student, teacher)
+    looped = [distillation_loss(s, t) for s, t in zip(student, teacher, strict=True)]
+    assert torch.equal(mapped, torch.stack(looped))
