@@ -6,6 +6,7 @@ GPU and the CPU alike; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649) and Hi
 (arXiv:1503.02531) are their sources.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -45,6 +46,17 @@ class Divergence:
     def canonical(self) -> "Divergence":
         """The divergence that this one is at an end point of its parameters, or itself."""
         return self
+
+
+def _check_number(name: str, value: float, expected: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def _check_share(name: str, value: float) -> None:
+    _check_number(name, value, "a number in [0, 1]")
+    if not 0 <= value <= 1:  # also refuses NaN
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 @dataclass(frozen=True)
@@ -96,15 +108,116 @@ class JensenShannon(Divergence):
     value_and_slope = staticmethod(formulas.jensen_shannon)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.beta, (int, float)) or isinstance(self.beta, bool):
-            raise TypeError(f"beta must be a number in [0, 1], got {type(self.beta).__name__}")
-        if not 0 <= self.beta <= 1:  # also refuses NaN
-            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+        _check_share("beta", self.beta)
 
     def canonical(self) -> Divergence:
         if self.beta == 0:
             return ForwardKL()
         return ReverseKL() if self.beta == 1 else self
+
+
+@dataclass(frozen=True)
+class SymmetricKL(Divergence):
+    """``(1 - weight) KL(p || q) + weight KL(q || p)``: Jeffreys' divergence, halved, at 0.5.
+
+    Raises:
+        ValueError: weight is not a number in [0, 1].
+    """
+
+    weight: float = 0.5
+
+    name = "symmetric_kl"
+    value_and_slope = staticmethod(formulas.symmetric_kl)
+    infinite_at_student_zero = True
+    infinite_at_teacher_zero = True
+
+    def __post_init__(self) -> None:
+        _check_share("weight", self.weight)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """``KL(p || alpha p + (1 - alpha) q)``: DistiLLM's skew KL (arXiv:2402.03898).
+
+    ``alpha=0`` is the forward KL.
+
+    Raises:
+        ValueError: alpha is not a number in [0, 1].
+    """
+
+    alpha: float = 0.1
+
+    name = "skew_forward_kl"
+    value_and_slope = staticmethod(formulas.skew_forward_kl)
+
+    def __post_init__(self) -> None:
+        _check_share("alpha", self.alpha)
+
+    def canonical(self) -> Divergence:
+        return ForwardKL() if self.alpha == 0 else self
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """``KL(q || alpha q + (1 - alpha) p)``: DistiLLM's skew reverse KL (arXiv:2402.03898).
+
+    ``alpha=0`` is the reverse KL.
+
+    Raises:
+        ValueError: alpha is not a number in [0, 1].
+    """
+
+    alpha: float = 0.1
+
+    name = "skew_reverse_kl"
+    value_and_slope = staticmethod(formulas.skew_reverse_kl)
+
+    def __post_init__(self) -> None:
+        _check_share("alpha", self.alpha)
+
+    def canonical(self) -> Divergence:
+        return ReverseKL() if self.alpha == 0 else self
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """``sum(abs(q - p)) / 2``; the subgradient is 0 where q = p."""
+
+    name = "total_variation"
+    value_and_slope = staticmethod(formulas.total_variation)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """ABKD's alpha-beta divergence (arXiv:2505.04560).
+
+    ``-sum(p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b)``. Its limits ``(1, 0)`` and
+    ``(0, 1)`` are the forward and the reverse KL.
+
+    Raises:
+        ValueError: alpha and beta are neither both positive nor one of the two limits.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    name = "alpha_beta"
+    value_and_slope = staticmethod(formulas.alpha_beta)
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            _check_number(name, value, "a positive number")
+        positive = 0 < self.alpha < math.inf and 0 < self.beta < math.inf
+        if not positive and (self.alpha, self.beta) not in ((1, 0), (0, 1)):
+            raise ValueError(
+                f"alpha and beta must both be positive and finite, or (1, 0) or (0, 1), "
+                f"got ({self.alpha}, {self.beta})"
+            )
+
+    def canonical(self) -> Divergence:
+        if self.beta == 0:
+            return ForwardKL()
+        return ReverseKL() if self.alpha == 0 else self
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:

@@ -49,6 +49,20 @@ def _values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
         beta = divergence.beta
         log_m = _log_mixture(beta, log_p, log_q)
         return beta * _times(p, log_p - log_m) + (1 - beta) * _times(q, log_q - log_m)
+    if divergence.name == "symmetric_kl":
+        forward, reverse = _times(p, log_p - log_q), _times(q, log_q - log_p)
+        return (1 - divergence.weight) * forward + divergence.weight * reverse
+    if divergence.name == "skew_forward_kl":
+        return _times(p, log_p - _log_mixture(divergence.alpha, log_p, log_q))
+    if divergence.name == "skew_reverse_kl":
+        return _times(q, log_q - _log_mixture(divergence.alpha, log_q, log_p))
+    if divergence.name == "total_variation":
+        return (q - p).abs() / 2
+    if divergence.name == "alpha_beta":
+        a, b = divergence.alpha, divergence.beta
+        teacher, student = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+        sums = a / (a + b) * teacher + b / (a + b) * student
+        return (sums - (a * log_p + b * log_q).exp()) / (a * b)
     raise ValueError(f"the reference has no formula for {divergence.name!r}")
 
 

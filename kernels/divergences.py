@@ -10,8 +10,8 @@ The logarithms are finite whenever these functions are called on a row with infi
 are clamped from below), so ``0 * log`` is 0.
 """
 
-from .math import log
-from .portable import device_function
+from .math import log, share
+from .portable import device_function, tl
 
 
 @device_function
@@ -35,3 +35,41 @@ def jensen_shannon(log_q, log_p, q, p, beta):
     log_m = log(beta * p + (1 - beta) * q)
     slope = (1 - beta) * q * (log_q - log_m)
     return beta * p * (log_p - log_m) + slope, slope
+
+
+@device_function
+def symmetric_kl(log_q, log_p, q, p, weight):
+    log_ratio = log_q - log_p
+    student = weight * q * log_ratio
+    teacher = (1 - weight) * p
+    return student - teacher * log_ratio, student + weight * q - teacher
+
+
+@device_function
+def skew_forward_kl(log_q, log_p, q, p, alpha):
+    m = alpha * p + (1 - alpha) * q
+    return p * (log_p - log(m)), -(1 - alpha) * p * share(q, m)
+
+
+@device_function
+def skew_reverse_kl(log_q, log_p, q, p, alpha):
+    m = alpha * q + (1 - alpha) * p
+    value = q * (log_q - log(m))
+    return value, value + q - alpha * q * share(q, m)
+
+
+@device_function
+def total_variation(log_q, log_p, q, p):
+    difference = q - p
+    sign = tl.where(difference > 0, 0.5, tl.where(difference < 0, -0.5, 0.0))
+    return difference * sign, q * sign
+
+
+@device_function
+def alpha_beta(log_q, log_p, q, p, alpha, beta):
+    total = alpha + beta
+    cross = tl.exp(alpha * log_p + beta * log_q)
+    student = tl.exp(total * log_q)
+    teacher = tl.exp(total * log_p)
+    value = (alpha * teacher + beta * student) / total - cross
+    return value / (alpha * beta), (student - cross) / alpha

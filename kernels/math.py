@@ -21,6 +21,10 @@ def _log_of_tensor(x):
     return torch.log(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
 
 
+def _share_of_tensors(part, whole):
+    return part / torch.clamp(whole, min=torch.finfo(whole.dtype).tiny)
+
+
 @device_function
 def fma(x, y, z):
     """``x * y + z`` rounded once. The interpreter's own fma rounds twice."""
@@ -69,3 +73,9 @@ def fast_log2(x):
 def log(x):
     """Natural logarithm of ``max(x, smallest normal)``: finite where x underflows to 0."""
     return fast_log2(tl.maximum(x, SMALLEST_NORMAL)) * LN2
+
+
+@device_function(tensor_twin=_share_of_tensors)
+def share(part, whole):
+    """``part / whole`` of probabilities, 0 where both underflow to 0."""
+    return part / tl.maximum(whole, SMALLEST_NORMAL)

@@ -16,9 +16,21 @@ from distill_ops.kernels import dense, launch, reduction
 from distill_ops.kernels.layout import row_layouts
 
 from benchmarks import aot, sass
-from distill_ops import ForwardKL, JensenShannon, ReverseKL, SoftCrossEntropy, ops
+from distill_ops import (
+    AlphaBeta,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SoftCrossEntropy,
+    SymmetricKL,
+    TotalVariation,
+    ops,
+)
 
 DIVERGENCES = [SoftCrossEntropy(), ForwardKL(), ReverseKL(), JensenShannon()]
+OTHERS = [SymmetricKL(), SkewForwardKL(), SkewReverseKL(), TotalVariation(), AlphaBeta()]
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
 
 # what is launched: vocabulary, dtypes of student and teacher, and the options that change the code
@@ -79,9 +91,19 @@ def sweeps_of(compiled, launch, target):
     return sass.sweeps(sass.innermost_loops(code), columns_a_thread(launch, target)), usage
 
 
+# every form of the four first, and of the others those that share least of their code
+COMPILED = [(d, form) for d in DIVERGENCES for form in FORMS]
+COMPILED += [
+    (d, form) for d in OTHERS for form in ("bf16", "bf16 odd", "bf16 hard T", "fp16", "fp32")
+]
+
+
+def name_of(value):
+    return value if isinstance(value, str) else value.name
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
 def test_dense_kernel_for_nvidia(divergence, form, target):
     target = aot.TARGETS[target]
     recorded = launches(divergence, FORMS[form], target)
@@ -102,8 +124,7 @@ def test_dense_kernel_for_nvidia(divergence, form, target):
         assert all(loop.narrow_accesses == 0 for loop in fast)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
 def test_dense_kernel_for_amd(divergence, form):
     target = aot.TARGETS["gfx942"]
     for launched in launches(divergence, FORMS[form], target):
@@ -119,11 +140,16 @@ LIMITS = {
     "forward_kl": (36, 4.5),
     "reverse_kl": (38, 4.5),
     "jensen_shannon": (64, 8.5),
+    "symmetric_kl": (70, 6.5),
+    "skew_forward_kl": (70, 9.5),
+    "skew_reverse_kl": (70, 9.5),
+    "total_variation": (50, 6.5),
+    "alpha_beta": (90, 12.5),
 }
 
 
 @pytest.mark.parametrize("form", ["bf16", "bf16 short", "bf16 odd"])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
+@pytest.mark.parametrize("divergence", DIVERGENCES + OTHERS, ids=name_of)
 def test_instructions_an_element(divergence, form):
     target = aot.TARGETS["sm_90"]
     (launched,) = launches(divergence, FORMS[form], target)
