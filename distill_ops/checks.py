@@ -111,10 +111,13 @@ def _vocabulary(student_logits, teacher_logits, vocab_size) -> int:
     return vocab_size
 
 
-def _label_values(labels: torch.Tensor, ignore_index: int, n_cols: int) -> None:
+def _label_values(labels, loss_mask, ignore_index: int, n_cols: int) -> None:
+    """Labels of tokens that count; what a masked token is labelled does not matter."""
     if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or _debug):
         return
     outside = ((labels < 0) | (labels >= n_cols)) & (labels != ignore_index)
+    if loss_mask is not None:
+        outside &= loss_mask != 0
     if outside.any():
         raise ValueError(
             f"labels must lie in [0, {n_cols}) or equal ignore_index={ignore_index}, "
@@ -168,6 +171,8 @@ def check_arguments(
     temperature = _number("temperature", temperature, "a positive number")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not 1e-18 <= temperature <= 1e18:  # its square and inverse must be float32 numbers
+        raise ValueError(f"temperature must lie in [1e-18, 1e18], got {temperature}")
     weight = _number("hard_label_weight", hard_label_weight, "a number in [0, 1]")
     if not 0 <= weight <= 1:
         raise ValueError(f"hard_label_weight must lie in [0, 1], got {hard_label_weight}")
@@ -189,7 +194,7 @@ def check_arguments(
         _per_token("labels", labels, student_logits)
         if labels.dtype != torch.int64:
             raise TypeError(f"labels must be int64 token ids, got {labels.dtype}")
-        _label_values(labels, ignore_index, n_cols)
+        _label_values(labels, loss_mask, ignore_index, n_cols)
     elif weight > 0:
         raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
     if normalizer is not None:

@@ -25,6 +25,13 @@ softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
 
 
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows: the same bits for a row alone, which PyTorch would split across threads."""
+    if values.shape[0] == 1:
+        return values.expand(2, -1).sum(-1)[:1]
+    return values.sum(-1)
+
+
 class Terms(NamedTuple):
     """What is computed of a row: the options of the loss that reach this far."""
 
@@ -98,7 +105,7 @@ class Chunk:
         work, log_q, p, *_ = self.buffers
         torch.log_softmax(self.student_logits(), -1, out=log_q)
         torch.softmax(self.teacher_logits(), -1, out=p)
-        loss = torch.mul(p, log_q, out=work).sum(-1).neg_()
+        loss = row_sums(torch.mul(p, log_q, out=work)).neg_()
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
         return loss
@@ -109,7 +116,7 @@ class Chunk:
         teacher = self.teacher_logits()
         torch.log_softmax(teacher, -1, out=log_p)
         torch.softmax(teacher, -1, out=p)
-        loss = log_p.sub_(log_q).mul_(p).sum(-1)
+        loss = row_sums(log_p.sub_(log_q).mul_(p))
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
         return loss
@@ -121,7 +128,7 @@ class Chunk:
         torch.softmax(student, -1, out=q)
         torch.log_softmax(self.teacher_logits(), -1, out=log_p)
         log_ratio = log_q.sub_(log_p)
-        loss = torch.mul(q, log_ratio, out=work).sum(-1)
+        loss = row_sums(torch.mul(q, log_ratio, out=work))
         if gradient is not None:  # the slope is q log_ratio + q, and its second term cancels
             softmax_backward(log_ratio.mul_(self.scale), q, -1, q.dtype, grad_input=gradient)
         return loss
@@ -138,7 +145,7 @@ class Chunk:
         log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
         log_ratio = log_q.sub_(log_m)
         of_teacher = log_p.sub_(log_m).mul_(p)
-        loss = torch.mul(q, log_ratio, out=work).lerp_(of_teacher, beta).sum(-1)
+        loss = row_sums(torch.mul(q, log_ratio, out=work).lerp_(of_teacher, beta))
         if gradient is not None:
             log_ratio.mul_(self.scale * (1 - beta))
             softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)
@@ -177,7 +184,7 @@ class Chunk:
             slope = slope.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
         if gradient is not None:
             log_softmax_backward(slope * self.scale, log_q, -1, log_q.dtype, out=gradient)
-        return value.sum(-1)
+        return row_sums(value)
 
 
 CLOSED_FORMS = {

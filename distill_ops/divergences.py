@@ -37,7 +37,15 @@ class Divergence:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        DIVERGENCES[cls.name] = cls
+        name = cls.__dict__.get("name")
+        if not isinstance(name, str):
+            raise TypeError(f"{cls.__name__} needs a class attribute name, a string of its own")
+        if name in DIVERGENCES:
+            raise ValueError(
+                f"{cls.__name__}: a divergence is called {name!r} already, "
+                f"{DIVERGENCES[name].__name__}; choose another name"
+            )
+        DIVERGENCES[name] = cls
 
     @property
     def parameters(self) -> tuple[float, ...]:

@@ -52,18 +52,27 @@ def rows_in_chunk(n_rows: int, n_cols: int, itemsize: int, n_threads: int) -> in
     return max(1, min(n_rows, rows, BUFFER_BYTES // (BUFFERS * n_cols * itemsize)))
 
 
-def row_blocks(*tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
-    """The tensors ``[..., V]`` as matrices of rows, without a copy whatever their strides."""
+def row_blocks(*tensors: torch.Tensor | None, size: int) -> Iterator[list[torch.Tensor | None]]:
+    """The tensors ``[..., V]`` as matrices of rows, whatever their strides.
+
+    Where no single stride reaches the rows, as in ``logits[:, :-1]``, a block is what one does
+    reach; blocks of fewer than ``size`` rows are copied into matrices of about that many."""
     if tensors[0].dim() == 2:
         yield list(tensors)
         return
     try:
         matrices = [t if t is None else t.view(-1, t.shape[-1]) for t in tensors]
-    except RuntimeError:  # no single stride reaches the rows, as in logits[:, :-1]
+    except RuntimeError:
         n_parts = len(tensors[0])
-        parts = [[None] * n_parts if t is None else t.unbind(0) for t in tensors]
+        rows_a_part = tensors[0][0].numel() // tensors[0].shape[-1]
+        together = max(1, size // max(rows_a_part, 1))
+        n_blocks = -(-n_parts // together)
+        parts = [[None] * n_blocks if t is None else t.split(together) for t in tensors]
         for part in zip(*parts, strict=True):
-            yield from row_blocks(*part)
+            if together > 1:
+                yield [t if t is None else t.reshape(-1, t.shape[-1]) for t in part]
+            else:
+                yield from row_blocks(*[t if t is None else t[0] for t in part], size=size)
     else:
         yield matrices
 
@@ -127,7 +136,7 @@ def dense(
             block[2][rows, :n_cols] = group[2]
 
     first = 0
-    for block in row_blocks(student, teacher, gradient):
+    for block in row_blocks(student, teacher, gradient, size=size):
         end = first + block[0].shape[0]
         kept = range(end - first)
         if weights is not None:

@@ -106,7 +106,8 @@ def distillation_loss(
             gradients stay comparable as T grows.
         reduction: "mean" (over the sum of weights), "sum", or "none" (per token, ``[...]``).
         normalizer: number or 0-d tensor that replaces the sum of weights in "mean", such as
-            ``num_items_in_batch`` under gradient accumulation.
+            ``num_items_in_batch`` under gradient accumulation. Under ``torch.compile`` give a tensor:
+            each new number (of any option) compiles again.
         infinities: "drop" leaves out the terms that are infinite where a logit is -inf (for
             divergences that are infinite where the teacher's is, the student is restricted to the
             teacher's support); "propagate" keeps them: loss +inf.
@@ -166,7 +167,7 @@ def distillation_loss(
         return loss
     if hard_label_weight > 0:
         return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach(), torch.zeros_like(loss))
+    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
 
 
 class DistillationLoss(torch.nn.Module):

@@ -8,6 +8,7 @@ The options travel in three lists, because PyTorch's own cost of a call grows wi
 the number of arguments (86 of 330 microseconds with 18 of them).
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .divergences import DIVERGENCES, Divergence
 
 NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"
 
-STATISTICS = 9  # float32 numbers a token that the Triton path keeps for a gradient made backward
+STATISTICS = 9  # float32 numbers a token that the Triton path keeps; as in kernels/dense.py
 
 
 class Options(NamedTuple):
@@ -163,6 +164,11 @@ def _host_loss(inputs: Inputs, options: Options, gradient, with_components: bool
 # --- Triton path ---------------------------------------------------------------------------------
 
 
+def _device_of(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def _formula(options: Options):
     from .kernels.dense import Formula
 
@@ -199,6 +205,8 @@ def _triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_co
         over = inputs.normalizer
     elif not math.isnan(options.denominator):
         over = options.denominator
+    if n_rows == 0:
+        over = 1.0  # loss 0, as where no token is kept
     losses = new(n_rows, dtype=torch.float32)
     components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
     kernel.run(
@@ -210,7 +218,7 @@ def _triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_co
         components = components[:0]
     if options.reduction == "none":
         shape = inputs.student.shape[:-1]
-        return losses.view(shape), components.view(-1, *shape) if with_components else None
+        return losses.view(shape), components.view(2, *shape) if with_components else None
     return reduction.total(losses, components, weights, over)
 
 
@@ -236,7 +244,8 @@ def _dense_loss(*arguments):
     if options.backend == "triton":
         if mode == BACKWARD:
             statistics = new((inputs.n_rows, STATISTICS), dtype=torch.float32)
-        loss, components = _triton_loss(inputs, options, gradient, statistics, with_components)
+        with _device_of(inputs.student):
+            loss, components = _triton_loss(inputs, options, gradient, statistics, with_components)
     else:
         loss, components = _host_loss(inputs, options, gradient, with_components)
     if not with_components:
@@ -265,11 +274,12 @@ def _dense_gradient(*arguments):
     if options.backend == "triton":
         from .kernels import dense as kernel
 
-        kernel.run(
-            _formula(options), inputs.student, inputs.teacher, _flat(inputs.labels),
-            options.n_cols, gradient=gradient, statistics=statistics,
-            upstream=upstream.reshape(-1) if upstream.dim() else upstream,
-        )  # fmt: skip
+        with _device_of(inputs.student):
+            kernel.run(
+                _formula(options), inputs.student, inputs.teacher, _flat(inputs.labels),
+                options.n_cols, gradient=gradient, statistics=statistics,
+                upstream=upstream.reshape(-1) if upstream.dim() else upstream,
+            )  # fmt: skip
     else:
         _host_run(inputs, options, _host_scales(inputs, options), upstream, gradient)
     return gradient
@@ -298,28 +308,34 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(components, kept)
     ctx.set_materialize_grads(False)
     ctx.mode = inputs[N_SHARED]
+    ctx.options = inputs[N_TENSORS:N_SHARED]
     ctx.spent = False
     if ctx.mode == FORWARD:
         ctx.save_for_backward(kept)
     elif ctx.mode == BACKWARD:
-        ctx.options = inputs[N_TENSORS:N_SHARED]
-        ctx.save_for_backward(*inputs[:N_TENSORS], kept)
+        # the tensors made under inference mode cannot be saved, and cannot change either
+        saved = [None if t is None or t.is_inference() else t for t in inputs[:N_TENSORS]]
+        ctx.unsaved = [
+            t if t is not None and t.is_inference() else None for t in inputs[:N_TENSORS]
+        ]
+        ctx.save_for_backward(*saved, kept)
     else:
         raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
 
 
-def _scale_(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
+def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
     """``gradient *= upstream``, which on a GPU is read there."""
     if gradient.device.type == "cpu":
         factor = upstream.item()
         if factor != 1:
             gradient.mul_(factor)
-    elif gradient.dtype == torch.float64:
-        gradient.mul_(upstream)
-    else:
+    elif backend == "triton":
         from .kernels import reduction
 
-        reduction.scale_(gradient, upstream)
+        with _device_of(gradient):
+            reduction.scale_(gradient, upstream)
+    else:
+        gradient.mul_(upstream)
 
 
 def _backward(ctx, upstream, *_):
@@ -334,17 +350,18 @@ def _backward(ctx, upstream, *_):
         )
     if ctx.mode == BACKWARD:
         *tensors, statistics = ctx.saved_tensors
+        tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
         return dense_gradient_op(*tensors, *ctx.options, statistics, upstream), *nothing
-    (gradient,) = ctx.saved_tensors
-    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
-        return gradient * upstream, *nothing
     if ctx.spent:
         raise RuntimeError(
             "distillation_loss was called with a gradient made in the forward, which the first "
             "backward used up: pass gradient='backward' to call backward again (retain_graph=True)"
         )
+    (gradient,) = ctx.saved_tensors
+    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
+        return gradient * upstream, *nothing
     ctx.spent = True
-    _scale_(gradient, upstream)
+    _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
     return gradient, *nothing
 
 

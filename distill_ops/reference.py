@@ -137,9 +137,9 @@ def distillation_loss(
 
     weights = torch.ones(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
     if loss_mask is not None:
-        weights = weights * loss_mask
+        weights = loss_mask.to(dtype)
     if labels is not None:
-        weights = weights * (labels != ignore_index)
+        weights = weights.masked_fill(labels == ignore_index, 0.0)
     unread = (weights == 0)[..., None]
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread, 0.0)
 
@@ -169,7 +169,9 @@ def distillation_loss(
             return total
         if bool(unread.all()):  # no kept token: loss 0 with a graph
             return total
-        return total / (weights.sum() if normalizer is None else normalizer)
+        if normalizer is None:
+            return total / weights.sum()
+        return total / torch.as_tensor(normalizer, dtype=dtype, device=total.device)
 
     if not return_components:
         return reduced(loss)

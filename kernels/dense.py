@@ -195,7 +195,9 @@ def dense_kernel(
                     tl.store(kept + STATISTICS - 1, scale)
         else:
             weight = tl.load(kept + STATISTICS - 1)
-            scale = weight * tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+            scale = weight * tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride).to(
+                tl.float32
+            )
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
@@ -245,7 +247,12 @@ def dense_kernel(
                 tl.store(losses_ptr + row, loss)
 
 
-MOMENTS = {"none": 0, "soft": 1, "forward": 2, "reverse": 3}
+MOMENTS = {
+    "none": NO_MOMENT.value,
+    "soft": SOFT_MOMENT.value,
+    "forward": FORWARD_MOMENT.value,
+    "reverse": REVERSE_MOMENT.value,
+}
 
 
 class Formula(NamedTuple):

@@ -45,6 +45,8 @@ def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
     ``logits[:, :-1]``). A tensor that needs three, or whose columns are not contiguous, is copied.
     """
     leading = tensors[0].shape[:-1]
+    if 0 in leading:  # no row is addressed
+        return 1, [Rows(t, 0, 0, 0) for t in tensors]
     tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
     def split_at(t, k):

@@ -52,6 +52,16 @@ def to_float32(x):
 
 
 @device_function
+def from_float32(x, dtype):
+    """A tile of float32 rounded to nearest. The interpreter would truncate to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@device_function
 def fast_log2(x):
     """Base-2 logarithm in one instruction: x float32, normal; absolute error 2**-22 near 1.
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .launch import reduction_block
+from .math import from_float32
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -67,11 +68,12 @@ def scale_kernel(gradient_ptr, upstream_ptr, n_elements, BLOCK: tl.constexpr):
     """``gradient *= upstream`` in place; where upstream is 1 memory is left alone."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     if upstream != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(n_elements, BLOCK), tl.num_programs(0)):
+        n_blocks = tl.cdiv(tl.cast(n_elements, tl.int64), BLOCK)
+        for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
             position = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = position < n_elements
             gradient = tl.load(gradient_ptr + position, mask=inside).to(tl.float32)
-            scaled = (gradient * upstream).to(gradient_ptr.dtype.element_ty)
+            scaled = from_float32(gradient * upstream, gradient_ptr.dtype.element_ty)
             tl.store(gradient_ptr + position, scaled, mask=inside)
 
 

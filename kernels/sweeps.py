@@ -22,7 +22,7 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import LN2, fma, to_float32
+from .math import LN2, fma, from_float32, to_float32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
@@ -334,7 +334,7 @@ def differentiate_tile(
         gradient += (q - tl.where(position == label_position, 1.0, 0.0)) * hard_scale
     if GUARDED:
         gradient += poison
-    gradient = gradient.to(gradient_row.dtype.element_ty)
+    gradient = from_float32(gradient, gradient_row.dtype.element_ty)
     if MASKED:
         tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
     else:

@@ -187,8 +187,7 @@ def test_strides(n_cols, student_view, teacher_view, backend, device):
         check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
 
 
-def test_strided_views_are_not_copied(backend, device):
-    """Rows of a shifted view are read in place: what lies between them may hold NaN."""
+def test_what_lies_between_strided_rows_is_not_read(backend, device):
     student, teacher = make_logits((2, 4, 21), device=device)
     student[:, -1] = teacher[:, -1] = float("nan")
     ours = run(distillation_loss, student[:, :-1], teacher[:, :-1], backend=backend)
@@ -316,10 +315,11 @@ def test_backward_twice(backend, device):
     once = student.grad.clone()
     loss.backward()
     assert torch.equal(student.grad, once + once)
-    loss = distillation_loss(student, teacher, gradient="forward", backend=backend)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gradient='backward'"):
-        loss.backward()
+    for upstream in (1.0, 0.5):
+        loss = distillation_loss(student, teacher, gradient="forward", backend=backend) * upstream
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="gradient='backward'"):
+            loss.backward()
 
 
 def test_second_derivative_is_an_error(backend, device):
@@ -329,6 +329,86 @@ def test_second_derivative_is_an_error(backend, device):
         loss = distillation_loss(student, teacher, gradient=gradient, backend=backend)
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_many_short_blocks(backend, device):
+    """A shifted view of many short sequences: rows that two strides reach."""
+    student, teacher = make_logits((50, 3, 40), device=device)
+    mask = (torch.arange(100, device=device) % 3 > 0).view(50, 2)
+    for options in ({}, {"loss_mask": mask}, {"reduction": "none", "loss_mask": mask}):
+        check(distillation_loss, student[:, :-1], teacher[:, 1:], backend=backend, **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("n_cols", [4096, 50257])
+def test_same_bits_in_any_batch_position(divergence, n_cols):
+    """Of the CPU path; the kernels hold it where rows are aligned, or in deterministic mode."""
+    student, teacher = make_logits((7, n_cols))
+    options = {"divergence": divergence, "reduction": "none"}
+    together = run(distillation_loss, student, teacher, upstream_seed=None, **options)
+    for rows in ([3], [6, 3], [0, 1, 2, 3, 4]):
+        part = run(distillation_loss, student[rows], teacher[rows], upstream_seed=None, **options)
+        assert torch.equal(part.loss, together.loss[rows])
+        assert torch.equal(part.gradient, together.gradient[rows])
+
+
+@pytest.mark.parametrize("n_cols", [48, 49])
+def test_same_bits_in_any_batch_position_in_deterministic_mode(n_cols, backend, device):
+    student, teacher = make_logits((7, n_cols), device=device)
+    options = {"divergence": "jensen_shannon", "reduction": "none", "backend": backend}
+    torch.use_deterministic_algorithms(True)
+    try:
+        together = run(distillation_loss, student, teacher, upstream_seed=None, **options)
+        part = run(distillation_loss, student[3:5], teacher[3:5], upstream_seed=None, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(part.loss, together.loss[3:5])
+    assert torch.equal(part.gradient, together.gradient[3:5])
+
+
+def test_no_token_at_all(backend, device):
+    labels = torch.zeros(2, 0, dtype=torch.int64, device=device)
+    student, teacher = make_logits((2, 0, 7), device=device)
+    student.requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        result = distillation_loss(
+            student, teacher, reduction=reduction, return_components=True, labels=labels,
+            hard_label_weight=0.5, backend=backend,
+        )  # fmt: skip
+        assert result.divergence.shape == result.loss.shape
+        result.loss.sum().backward()
+        assert result.loss.sum() == 0
+    for normalizer in (0, torch.tensor(0.0, device=device)):
+        loss = distillation_loss(student, teacher, normalizer=normalizer, backend=backend)
+        assert loss == 0
+
+
+def test_components_do_not_share_memory_with_the_loss(backend, device):
+    student, teacher = make_logits((2, 7), device=device)
+    result = distillation_loss(student, teacher, return_components=True, backend=backend)
+    kept = result.divergence.clone()
+    result.loss.div_(4)
+    assert torch.equal(result.divergence, kept)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "backward"}, {"reduction": "none"}])
+def test_a_teacher_from_inference_mode(options, backend, device):
+    student, teacher = make_logits((3, 20), device=device)
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    ours = run(distillation_loss, student, inferred, backend=backend, **options)
+    expected = run(distillation_loss, student, teacher, backend=backend, **options)
+    assert torch.equal(ours.gradient, expected.gradient)
+
+
+@pytest.mark.parametrize("offset", [300.0, -3e4])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_logits_far_from_zero(divergence, offset, backend, device):
+    """Folding the normaliser into one number would cost all of the value here.
+
+    Over several rows: the logits' own spacing is 2**-9 at 3e4, and a single one may be lucky."""
+    student, teacher = make_logits((32, 257), offset=offset, device=device)
+    check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
 
 
 def test_same_bits_every_time(backend, device):

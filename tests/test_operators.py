@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import make_logits, run
 from test_dense import FLOAT_MASK, LABELS, TOKENS
 
