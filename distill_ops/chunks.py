@@ -1,9 +1,10 @@
 """A chunk of rows on the CPU: its losses and gradient by whole-tensor PyTorch operations.
 
 Every divergence runs its own ``value_and_slope`` (``kernels/divergences.py``) on tensors; the four
-most used have a closed form here as well, with fewer passes over the chunk. A closed form has no
-guards: an infinite logit shows as a loss that is not finite, and such rows are done again by
-``general(guarded=True)``, the rules of semantics.md, section 3.
+most used have a closed form here as well, with fewer passes over the chunk. Neither has guards at
+first: an infinite logit shows as a loss that is not finite. Then a chunk's closed form runs again
+with GUARDS, which drop terms by the rules of semantics.md, section 3, and leave rows without
+infinities the same bits; what is still not finite, ``general`` does row by row with all its rules.
 
 With ``D = sum(slope)`` the gradient ``slope - q D`` is the backward of log_softmax, and where
 ``slope = q h`` it is the backward of softmax, ``q (h - sum(q h))``.
@@ -32,6 +33,10 @@ def row_sums(values: torch.Tensor) -> torch.Tensor:
     return values.sum(-1)
 
 
+# How a chunk is done: as if every logit were finite; its closed form with guards; row by row
+UNGUARDED, GUARDS, ROW_BY_ROW = range(3)
+
+
 class Terms(NamedTuple):
     """What is computed of a row: the options of the loss that reach this far."""
 
@@ -40,6 +45,13 @@ class Terms(NamedTuple):
     temperature: float
     propagate: bool
     dtype: torch.dtype  # float32, or float64 for float64 logits
+
+    @property
+    def has_guards(self) -> bool:
+        """Whether the closed form serves rows with infinities. Below temperature 1 the division
+        may overflow, which takes more care."""
+        closed = self.divergence is not None and self.divergence.name in CLOSED_FORMS
+        return closed and self.temperature >= 1 and not self.propagate
 
 
 @dataclass(slots=True)
@@ -54,18 +66,18 @@ class Chunk:
     scale: float | torch.Tensor
     hard_scale: float | torch.Tensor
     buffers: tuple[torch.Tensor, ...]
+    guards: int
 
-    def losses(self, gradient: torch.Tensor | None, guarded: bool):
+    def losses(self, gradient: torch.Tensor | None):
         """Divergence and cross-entropy of each row (None where not asked for); fills ``gradient``."""
         divergence_loss = hard_loss = out = None
         if gradient is not None:
             out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
         if self.terms.divergence is not None:
-            if guarded:
-                divergence_loss = self.general(out, guarded=True)
-            else:
-                form = CLOSED_FORMS.get(self.terms.divergence.name, Chunk.general)
-                divergence_loss = form(self, out)
+            form = CLOSED_FORMS.get(self.terms.divergence.name, Chunk.general)
+            if self.guards == ROW_BY_ROW:
+                form = Chunk.general
+            divergence_loss = form(self, out)
         if self.terms.hard:
             alone = divergence_loss is None
             hard_loss = self.cross_entropy(out if alone or out is None else self.buffers[3])
@@ -91,6 +103,13 @@ class Chunk:
     def teacher_logits(self) -> torch.Tensor:
         return self.logits(self.teacher, self.terms.temperature, self.buffers[0])
 
+    def finite_log(self, log: torch.Tensor) -> torch.Tensor:
+        """Logarithms of zeros as the lowest number: their probability makes them 0."""
+        return log.clamp_(min=torch.finfo(log.dtype).min) if self.guards else log
+
+    def without_student_zeros(self, values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill_(self.student == NEG_INF, 0.0) if self.guards else values
+
     def cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
         _, work, log_q, *_ = self.buffers
         torch.log_softmax(self.logits(self.student, 1.0, work), -1, out=log_q)
@@ -105,6 +124,8 @@ class Chunk:
         work, log_q, p, *_ = self.buffers
         torch.log_softmax(self.student_logits(), -1, out=log_q)
         torch.softmax(self.teacher_logits(), -1, out=p)
+        self.finite_log(log_q)
+        self.without_student_zeros(p)
         loss = row_sums(torch.mul(p, log_q, out=work)).neg_()
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
@@ -116,18 +137,22 @@ class Chunk:
         teacher = self.teacher_logits()
         torch.log_softmax(teacher, -1, out=log_p)
         torch.softmax(teacher, -1, out=p)
-        loss = row_sums(log_p.sub_(log_q).mul_(p))
+        self.without_student_zeros(p)
+        loss = row_sums(self.finite_log(log_p).sub_(self.finite_log(log_q)).mul_(p))
         if gradient is not None:
             log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
         return loss
 
     def reverse_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        work, log_q, log_p, q, _ = self.buffers
+        work, log_q, log_p, q, restricted = self.buffers
         student = self.student_logits()
+        if self.guards:  # the student restricted to the teacher's support
+            student = restricted.copy_(student).masked_fill_(self.teacher == NEG_INF, NEG_INF)
         torch.log_softmax(student, -1, out=log_q)
         torch.softmax(student, -1, out=q)
         torch.log_softmax(self.teacher_logits(), -1, out=log_p)
-        log_ratio = log_q.sub_(log_p)
+        log_ratio = self.finite_log(log_q).sub_(self.finite_log(log_p))
+        self.without_student_zeros(log_ratio)
         loss = row_sums(torch.mul(q, log_ratio, out=work))
         if gradient is not None:  # the slope is q log_ratio + q, and its second term cancels
             softmax_backward(log_ratio.mul_(self.scale), q, -1, q.dtype, grad_input=gradient)
@@ -143,16 +168,17 @@ class Chunk:
         torch.log_softmax(teacher, -1, out=log_p)
         torch.softmax(teacher, -1, out=p)
         log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
-        log_ratio = log_q.sub_(log_m)
-        of_teacher = log_p.sub_(log_m).mul_(p)
+        log_ratio = self.without_student_zeros(self.finite_log(log_q).sub_(log_m))
+        of_teacher = self.finite_log(log_p).sub_(log_m).mul_(p)
         loss = row_sums(torch.mul(q, log_ratio, out=work).lerp_(of_teacher, beta))
         if gradient is not None:
             log_ratio.mul_(self.scale * (1 - beta))
             softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)
         return loss
 
-    def general(self, gradient: torch.Tensor | None, guarded: bool = False) -> torch.Tensor:
-        """Any divergence by its own text; ``guarded`` adds the rules for infinite logits."""
+    def general(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        """Any divergence by its own text; ROW_BY_ROW adds every rule for infinite logits."""
+        guarded = self.guards == ROW_BY_ROW
         divergence, propagate = self.terms.divergence, self.terms.propagate
         student, teacher = self.student.to(self.terms.dtype), self.teacher.to(self.terms.dtype)
         if guarded:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .chunks import BUFFERS, Chunk, Terms
+from .chunks import BUFFERS, GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 
 CHUNK_ELEMENTS = 1 << 19  # of one buffer: 2 MiB in float32, about what the L2 caches hold
 BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
@@ -109,8 +109,9 @@ def dense(
     sums = [None, None]  # per-row divergence and cross-entropy, as far as they are wanted
     whole = n_cols == student.shape[-1] and (teacher is None or n_cols == teacher.shape[-1])
 
-    def run(block, first, rows, guarded):
-        """One group of a block's rows; the block begins at row ``first`` of the call."""
+    def run(block, first, rows, guards):
+        """One group of a block's rows, which begins at row ``first`` of the call. Returns whether
+        every divergence came out finite."""
         copied = not isinstance(rows, slice)
         if copied:
             n, out = len(rows), torch.tensor(rows, device=student.device) + first
@@ -121,9 +122,10 @@ def dense(
             group = [None if matrix is None else matrix[rows, :n_cols] for matrix in block]
         chunk = Chunk(
             terms, group[0], group[1], _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
-            buffers if n == size else tuple(b[:n] for b in buffers),
+            buffers if n == size else tuple(b[:n] for b in buffers), guards,
         )  # fmt: skip
-        for i, losses in enumerate(chunk.losses(group[2], guarded)):
+        results = chunk.losses(group[2])
+        for i, losses in enumerate(results):
             if losses is None:
                 continue
             if n == n_rows:
@@ -134,7 +136,9 @@ def dense(
                 sums[i][out] = losses
         if copied and gradient is not None:
             block[2][rows, :n_cols] = group[2]
+        return results[0] is None or math.isfinite(results[0].sum())
 
+    guards = UNGUARDED
     first = 0
     for block in row_blocks(student, teacher, gradient, size=size):
         end = first + block[0].shape[0]
@@ -147,12 +151,17 @@ def dense(
                 block[2][:, n_cols:] = 0
             if len(kept) < end - first:
                 block[2].index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
+        all_finite = True
         for rows in row_groups(kept, size):
-            run(block, first, rows, guarded=False)
-        if sums[0] is not None and not math.isfinite(sums[0][first:end].sum()):
+            finite = run(block, first, rows, guards)
+            if not finite and guards == UNGUARDED and terms.has_guards:
+                guards = GUARDS  # where one chunk holds infinities, the next ones will
+                finite = run(block, first, rows, guards)
+            all_finite &= finite
+        if not all_finite:
             infinite = (~sums[0][first:end].isfinite()).nonzero().squeeze(-1)
             for rows in row_groups(infinite.tolist(), size):
-                run(block, first, rows, guarded=True)
+                run(block, first, rows, ROW_BY_ROW)
         first = end
     if sums[0] is None and terms.divergence is not None:  # no row was kept
         sums[0] = torch.zeros(n_rows, **kind)

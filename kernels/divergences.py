@@ -53,9 +53,9 @@ def skew_forward_kl(log_q, log_p, q, p, alpha):
 
 @device_function
 def skew_reverse_kl(log_q, log_p, q, p, alpha):
-    m = alpha * q + (1 - alpha) * p
-    value = q * (log_q - log(m))
-    return value, value + q - alpha * q * share(q, m)
+    log_ratio = log_q - log(alpha * q + (1 - alpha) * p)
+    value = q * log_ratio
+    return value, value + q - alpha * q * tl.exp(log_ratio)
 
 
 @device_function

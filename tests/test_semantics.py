@@ -85,6 +85,8 @@ def test_worked_values(worked, backend, gradient, kernel_device):
     loss = loss_function(student, teacher, divergence=divergence, **options)
     loss.backward()
     tolerance = 6e-11 if dtype == torch.float64 else 2e-7
+    if divergence == "alpha_beta":
+        tolerance *= 5  # its sum is divided by alpha * beta = 0.14
     assert loss.item() == pytest.approx(expected, abs=tolerance)
     assert student.grad[0].tolist() == pytest.approx(expected_gradient, abs=tolerance)
     assert (student.grad[1] == 0).all()
