@@ -1,5 +1,6 @@
-"""Fused knowledge-distillation losses for language models: one read of the logits, no probability
-tensor. See :func:`distillation_loss`."""
+"""Fused knowledge-distillation losses for language models, which hold no probability tensor.
+
+See :func:`distillation_loss`."""
 
 from . import reference
 from .checks import set_debug
