@@ -5,11 +5,7 @@ straight to its place; rows of weight 0 are skipped. The module runs on any devi
 serves where Triton does not (float64 on a GPU), though there it waits for the device.
 """
 
-import ctypes
-import functools
 import math
-import mmap
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -18,31 +14,6 @@ from .chunks import BUFFERS, GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 
 CHUNK_ELEMENTS = 1 << 19  # of one buffer: 2 MiB in float32, about what the L2 caches hold
 BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
-HUGE_PAGES_FROM = 8 << 20
-
-
-@functools.cache
-def _madvise():
-    if not sys.platform.startswith("linux"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return madvise
-
-
-def empty_gradient(like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised contiguous tensor; a big one on the CPU asks for huge pages.
-
-    Touching fresh 4 KiB pages takes twice the time of 2 MiB ones: 18 of the 78 ms of a
-    [1024, 32000] float32 loss when this was written."""
-    gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
-    n_bytes = gradient.numel() * gradient.element_size()
-    if n_bytes >= HUGE_PAGES_FROM and gradient.device.type == "cpu" and _madvise():
-        page = mmap.PAGESIZE
-        start = -(-gradient.data_ptr() // page) * page
-        length = (gradient.data_ptr() + n_bytes - start) // page * page
-        _madvise()(start, length, mmap.MADV_HUGEPAGE)  # advice: nothing depends on its success
-    return gradient
 
 
 def rows_in_chunk(n_rows: int, n_cols: int, itemsize: int, n_threads: int) -> int:
