@@ -19,10 +19,9 @@ from torch.autograd import forward_ad
 from . import host
 from .chunks import Terms
 from .divergences import DIVERGENCES, Divergence
+from .kernels.launch import STATISTICS
 
 NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"
-
-STATISTICS = 9  # float32 numbers a token that the Triton path keeps; as in kernels/dense.py
 
 
 class Options(NamedTuple):

@@ -36,8 +36,7 @@ from .sweeps import (
     reduce,
 )
 
-# m_s, l_s, m_t, l_t, D, m_h, l_h, whether the fast loops serve, and weight / denominator
-STATISTICS = tl.constexpr(9)
+STATISTICS = tl.constexpr(launch.STATISTICS)
 
 
 @triton.jit

@@ -5,6 +5,10 @@ None of them was measured on a GPU yet; the reasons are counts from compiled cod
 
 from dataclasses import dataclass
 
+# Numbers that the dense kernel keeps of a row for a gradient made in the backward: m_s, l_s, m_t,
+# l_t, D, m_h, l_h, whether the fast loops serve, and weight / denominator.
+STATISTICS = 9
+
 
 @dataclass(frozen=True)
 class DeviceFacts:
