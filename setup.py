@@ -20,7 +20,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["distill_ops", "distill_ops.integrations", "distill_ops.kernels"],
+    packages=[
+        "distill_ops",
+        "distill_ops.analysis",
+        "distill_ops.integrations",
+        "distill_ops.kernels",
+    ],
     package_dir={"distill_ops.kernels": "kernels"},
     package_data={"distill_ops": ["py.typed"]},
     install_requires=["torch>=2.11", "numpy>=1.26"],

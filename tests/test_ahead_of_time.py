@@ -4,18 +4,15 @@ Asserted on the machine code: no stack (and so no spill), 16-byte accesses and n
 fast loops, and the counts that the design sets. Opcode counts are NVIDIA's; for AMD, registers
 and stack."""
 
-import math
-
 import pytest
 import torch
 from helpers import make_logits
 
 pytest.importorskip("triton")
 
-from distill_ops.kernels import dense, launch, reduction
+from distill_ops.kernels import launch, reduction
 from distill_ops.kernels.layout import row_layouts
 
-from benchmarks import aot, sass
 from distill_ops import (
     AlphaBeta,
     ForwardKL,
@@ -26,8 +23,9 @@ from distill_ops import (
     SoftCrossEntropy,
     SymmetricKL,
     TotalVariation,
-    ops,
 )
+from distill_ops.analysis import aot, sass
+from distill_ops.analysis.forms import Form, count
 
 DIVERGENCES = [SoftCrossEntropy(), ForwardKL(), ReverseKL(), JensenShannon()]
 OTHERS = [SymmetricKL(), SkewForwardKL(), SkewReverseKL(), TotalVariation(), AlphaBeta()]
@@ -35,60 +33,18 @@ HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
 
 # what is launched: vocabulary, dtypes of student and teacher, and the options that change the code
 FORMS = {
-    "bf16": {"n_cols": 128256},
-    "bf16 short": {"n_cols": 32000},
-    "bf16 odd": {"n_cols": 50257},  # GPT-2's: rows begin anywhere
-    "bf16 no gradient": {"n_cols": 128256, "gradient": "none"},
-    "bf16 hard": {"n_cols": 151936, "hard_label_weight": 0.5},
-    "bf16 hard T": {"n_cols": 151936, "hard_label_weight": 0.5, "temperature": 2.0},
-    "fp16": {"n_cols": 128256, "dtypes": (FP16, FP16), "gradient": "backward"},
-    "fp32": {"n_cols": 32000, "dtypes": (WIDE, WIDE)},
-    "mixed": {"n_cols": 32000, "dtypes": (HALF, WIDE)},
-    "vocab_size": {"n_cols": 151936, "vocab_size": 151643},
-    "mismatched": {"n_cols": 50257, "teacher_stride": 50304},
+    "bf16": Form(128256),
+    "bf16 short": Form(32000),
+    "bf16 odd": Form(50257),  # GPT-2's: rows begin anywhere
+    "bf16 no gradient": Form(128256, gradient="none"),
+    "bf16 hard": Form(151936, hard_label_weight=0.5),
+    "bf16 hard T": Form(151936, hard_label_weight=0.5, temperature=2.0),
+    "fp16": Form(128256, FP16, FP16, gradient="backward"),
+    "fp32": Form(32000, WIDE, WIDE),
+    "mixed": Form(32000, HALF, WIDE),
+    "vocab_size": Form(151936, vocab_size=151643),
+    "mismatched": Form(50257, teacher_stride=50304),
 }
-
-
-def arguments_of(divergence, form):
-    """The operator's arguments for a form, on tensors without memory."""
-    n_rows, n_cols = 4096, form["n_cols"]
-    student_dtype, teacher_dtype = form.get("dtypes", (HALF, HALF))
-    stride = form.get("teacher_stride", n_cols)
-    student = torch.empty(n_rows, n_cols, dtype=student_dtype, device="meta")
-    teacher = torch.empty(n_rows, stride, dtype=teacher_dtype, device="meta")[:, :n_cols]
-    weight = form.get("hard_label_weight", 0.0)
-    labels = torch.empty(n_rows, dtype=torch.int64, device="meta") if weight else None
-    options = ops.Options(
-        divergence.name, "mean", "drop", "triton", form.get("temperature", 1.0), 1.0, weight,
-        math.nan, divergence.parameters, form.get("vocab_size", n_cols), -100,
-    )  # fmt: skip
-    return student, teacher, None, labels, None, *options.pack()
-
-
-def launches(divergence, form, target):
-    """The dense kernel's launches for one forward (and backward)."""
-    arguments = arguments_of(divergence, form)
-    mode = form.get("gradient", "forward")
-
-    def call():
-        outputs = ops._dense_loss(*arguments, mode, False)
-        if mode == "backward":
-            upstream = torch.empty((), device="meta")
-            ops._dense_gradient(*arguments, outputs[2], upstream)
-
-    recorded = aot.record(call, target.facts)
-    return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
-
-
-def columns_a_thread(launch, target):
-    arguments = launch.arguments
-    threads = arguments["num_warps"] * target.facts.warp_size
-    return arguments["LANES"] * arguments["WIDTH"] // threads
-
-
-def sweeps_of(compiled, launch, target):
-    code, usage = sass.disassemble(compiled)
-    return sass.sweeps(sass.innermost_loops(code), columns_a_thread(launch, target)), usage
 
 
 # every form of the four first, and of the others those that share least of their code
@@ -106,28 +62,27 @@ def name_of(value):
 @pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
 def test_dense_kernel_for_nvidia(divergence, form, target):
     target = aot.TARGETS[target]
-    recorded = launches(divergence, FORMS[form], target)
-    assert len(recorded) == (2 if FORMS[form].get("gradient") == "backward" else 1)
-    for launched in recorded:
-        sweeps, usage = sweeps_of(aot.compile_launch(launched, target), launched, target)
-        assert usage.stack == 0
-        makes_gradient = launched.arguments["WRITE_GRADIENT"]
-        assert bool(sweeps["differentiate"]) == makes_gradient
-        assert bool(sweeps["normalise"]) == launched.arguments["WRITE_LOSS"]
-        loops = [loop for sweep in sweeps.values() for loop in sweep]
+    launches = FORMS[form].launches(divergence, target)
+    assert len(launches) == (2 if FORMS[form].gradient == "backward" else 1)
+    for launched in launches:
+        counts = count(launched, target)
+        assert counts.usage.stack == 0
+        fast = counts.fast()
+        assert ("differentiate" in fast) == launched.arguments["WRITE_GRADIENT"]
+        assert ("normalise" in fast) == launched.arguments["WRITE_LOSS"]
+        loops = [loop for sweep in counts.sweeps.values() for loop in sweep]
         assert all(loop.barriers == 0 for loop in loops)
-        fast = [sweep[0] for sweep in sweeps.values() if sweep]
         if form == "mixed":  # the bf16 tensor of the two: 8 bytes for 4 logits
             continue
         if form == "mismatched":  # the teacher's rows begin elsewhere than the student's
             continue
-        assert all(loop.narrow_accesses == 0 for loop in fast)
+        assert all(loop.narrow_accesses == 0 for loop in fast.values())
 
 
 @pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
 def test_dense_kernel_for_amd(divergence, form):
     target = aot.TARGETS["gfx942"]
-    for launched in launches(divergence, FORMS[form], target):
+    for launched in FORMS[form].launches(divergence, target):
         compiled = aot.compile_launch(launched, target)
         assert sass.amd_usage(compiled).stack == 0
         if form not in ("mixed", "mismatched"):
@@ -152,14 +107,9 @@ LIMITS = {
 @pytest.mark.parametrize("divergence", DIVERGENCES + OTHERS, ids=name_of)
 def test_instructions_an_element(divergence, form):
     target = aot.TARGETS["sm_90"]
-    (launched,) = launches(divergence, FORMS[form], target)
-    sweeps, _ = sweeps_of(aot.compile_launch(launched, target), launched, target)
-    passes = ["normalise", "differentiate"]
-    if divergence.moment == "none":
-        passes.insert(1, "reduce")
-    n = columns_a_thread(launched, target)
-    instructions = sum(sweeps[name][0].instructions for name in passes) / n
-    special = sum(sweeps[name][0].special for name in passes) / n
+    (launched,) = FORMS[form].launches(divergence, target)
+    counts = count(launched, target)
+    instructions, special = counts.instructions(), counts.special()
     print(f"{divergence.name} {form}: {instructions:.1f} instructions, {special:.2f} exp + log")
     most_instructions, most_special = LIMITS[divergence.name]
     assert instructions <= most_instructions

@@ -12,10 +12,11 @@ from unittest import mock
 
 import torch
 import triton
-from distill_ops.kernels import dense, reduction
-from distill_ops.kernels.launch import DeviceFacts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ..kernels import dense, reduction
+from ..kernels.launch import DeviceFacts
 
 
 @dataclass(frozen=True)

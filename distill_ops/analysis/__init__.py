@@ -1,0 +1,1 @@
+"""What the kernels cost, read from their compiled code: no GPU needed."""

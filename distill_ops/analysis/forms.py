@@ -1,0 +1,100 @@
+"""The dense kernel's launches, form by form, and what their compiled loops cost.
+
+A form is what changes the code: sizes, dtypes and options. The operator itself makes the launches,
+on tensors without memory, so the counts are those of what users run.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from ..divergences import Divergence
+from ..kernels import dense
+from . import aot, sass
+
+
+@dataclass(frozen=True)
+class Form:
+    """``[n_rows, n_cols]`` logits and the options that change the kernel's code.
+
+    ``gradient``: made in the "forward", in the "backward", or "none" (evaluation)."""
+
+    n_cols: int
+    student_dtype: torch.dtype = torch.bfloat16
+    teacher_dtype: torch.dtype = torch.bfloat16
+    gradient: str = "forward"
+    hard_label_weight: float = 0.0
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    teacher_stride: int | None = None
+    n_rows: int = 4096
+
+    def arguments(self, divergence: Divergence) -> tuple:
+        """The operator's arguments, on tensors without memory."""
+
+        def logits(stride, dtype):
+            wide = torch.empty(self.n_rows, stride or self.n_cols, dtype=dtype, device="meta")
+            return wide[:, : self.n_cols]
+
+        labels = None
+        if self.hard_label_weight:
+            labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
+        options = ops.Options(
+            divergence.name, "mean", "drop", "triton", self.temperature, 1.0,
+            self.hard_label_weight, math.nan, divergence.parameters,
+            self.vocab_size or self.n_cols, -100,
+        )  # fmt: skip
+        student = logits(None, self.student_dtype)
+        teacher = logits(self.teacher_stride, self.teacher_dtype)
+        return student, teacher, None, labels, None, *options.pack()
+
+    def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
+        """The dense kernel's launches for one forward (and, made there, one backward)."""
+        arguments = self.arguments(divergence)
+
+        def call():
+            outputs = ops._dense_loss(*arguments, self.gradient, False)
+            if self.gradient == "backward":
+                upstream = torch.empty((), device="meta")
+                ops._dense_gradient(*arguments, outputs[2], upstream)
+
+        recorded = aot.record(call, target.facts)
+        return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A compiled launch: its loops over tiles by sweep, from the fast form to the guarded one."""
+
+    sweeps: dict[str, list[sass.Loop]]
+    usage: sass.Usage
+    columns_a_thread: int
+
+    def fast(self) -> dict[str, sass.Loop]:
+        """The fast loop of each sweep that the kernel has."""
+        names = ("normalise", "reduce", "differentiate")
+        return {name: self.sweeps[name][0] for name in names if self.sweeps.get(name)}
+
+    def instructions(self) -> float:
+        """Instructions an element, over the fast loops."""
+        return sum(loop.instructions for loop in self.fast().values()) / self.columns_a_thread
+
+    def special(self) -> float:
+        """exp2, log2 and reciprocals an element, over the fast loops."""
+        return sum(loop.special for loop in self.fast().values()) / self.columns_a_thread
+
+
+def count(launch: aot.Launch, target: aot.Target) -> Counts:
+    """Compile a launch for an NVIDIA target and count its loops.
+
+    For a divergence with a moment the guarded ``reduce`` exists alone: it is listed under
+    ``guarded_reduce`` and is no part of the fast path."""
+    code, usage = sass.disassemble(aot.compile_launch(launch, target))
+    threads = launch.arguments["num_warps"] * target.facts.warp_size
+    columns = launch.arguments["LANES"] * launch.arguments["WIDTH"] // threads
+    sweeps = sass.sweeps(sass.innermost_loops(code), columns)
+    if launch.arguments["MOMENT"] != 0:
+        sweeps["guarded_reduce"] = sweeps.pop("reduce")
+    return Counts(sweeps, usage, columns)
