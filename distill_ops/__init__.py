@@ -4,6 +4,7 @@ See :func:`distillation_loss`."""
 
 from . import reference
 from .checks import set_debug
+from .declare import declare_divergence
 from .divergences import (
     AlphaBeta,
     Divergence,
@@ -18,6 +19,7 @@ from .divergences import (
 )
 from .losses import DistillationLoss, distillation_loss
 from .reference import LossComponents
+from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "AlphaBeta",
     "DistillationLoss",
     "Divergence",
+    "DivergenceReport",
     "ForwardKL",
     "JensenShannon",
     "LossComponents",
@@ -34,6 +37,8 @@ __all__ = [
     "SoftCrossEntropy",
     "SymmetricKL",
     "TotalVariation",
+    "check_divergence",
+    "declare_divergence",
     "distillation_loss",
     "reference",
     "set_debug",

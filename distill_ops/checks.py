@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .divergences import Divergence, as_divergence
+from .divergences import Divergence, Domain, as_divergence
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -125,6 +125,34 @@ def _label_values(labels, loss_mask, ignore_index: int, n_cols: int) -> None:
         )
 
 
+def _parameters(divergence: Divergence, student_logits, loss_mask) -> None:
+    """Parameters given as tensors; what a masked token's value is does not matter."""
+    for name, value in zip(divergence.__match_args__, divergence.parameters, strict=True):
+        if not isinstance(value, torch.Tensor):
+            continue
+        title = f"{name} of {divergence.name}"
+        if value.dim():
+            _per_token(title, value, student_logits)
+        _same_device(title, value, student_logits)
+        if torch.compiler.is_compiling() or not (value.device.type == "cpu" or _debug):
+            continue
+        domain = divergence.domain(name)
+        outside = _outside(value, domain)
+        if loss_mask is not None and value.dim():
+            outside &= loss_mask != 0
+        if outside.any():
+            raise ValueError(
+                f"{title}, a tensor, must hold values {domain.text(domain.tensor_ends)}, "
+                f"got {value[outside].flatten()[0].item()}"
+            )
+
+
+def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:
+    if domain.tensor_ends:
+        return ~((value >= domain.low) & (value <= domain.high))
+    return ~((value > domain.low) & (value < domain.high))
+
+
 def check_normalizer(normalizer, reduction: str, student_logits: torch.Tensor) -> None:
     if reduction != "mean":
         raise ValueError(
@@ -190,6 +218,8 @@ def check_arguments(
             raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if weight < 1:
+        _parameters(divergence, student_logits, loss_mask)
     if labels is not None:
         _per_token("labels", labels, student_logits)
         if labels.dtype != torch.int64:

@@ -40,7 +40,7 @@ UNGUARDED, GUARDS, ROW_BY_ROW = range(3)
 class Terms(NamedTuple):
     """What is computed of a row: the options of the loss that reach this far."""
 
-    divergence: Divergence | None  # None: the hard label alone
+    divergence: type[Divergence] | None  # None: the hard label alone
     hard: bool
     temperature: float
     propagate: bool
@@ -56,8 +56,9 @@ class Terms(NamedTuple):
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, are numbers
-    or ``[rows, 1]``; ``buffers`` are BUFFERS matrices in the working dtype."""
+    """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, and the
+    divergence's parameters are numbers, ``[]`` or ``[rows, 1]``; ``buffers`` are BUFFERS matrices in
+    the working dtype."""
 
     terms: Terms
     student: torch.Tensor  # [rows, V]
@@ -65,6 +66,7 @@ class Chunk:
     labels: torch.Tensor | None  # [rows]
     scale: float | torch.Tensor
     hard_scale: float | torch.Tensor
+    parameters: list[float | torch.Tensor]
     buffers: tuple[torch.Tensor, ...]
     guards: int
 
@@ -72,7 +74,9 @@ class Chunk:
         """Divergence and cross-entropy of each row (None where not asked for); fills ``gradient``."""
         divergence_loss = hard_loss = out = None
         if gradient is not None:
-            out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
+            # PyTorch's backward of softmax ignores the strides of its ``out``
+            direct = gradient.dtype == self.terms.dtype and gradient.is_contiguous()
+            out = gradient if direct else self.buffers[0]
         if self.terms.divergence is not None:
             form = CLOSED_FORMS.get(self.terms.divergence.name, Chunk.general)
             if self.guards == ROW_BY_ROW:
@@ -160,7 +164,7 @@ class Chunk:
 
     def jensen_shannon(self, gradient: torch.Tensor | None) -> torch.Tensor:
         work, log_q, q, log_p, p = self.buffers
-        (beta,) = self.terms.divergence.parameters
+        (beta,) = self.parameters
         student = self.student_logits()
         torch.log_softmax(student, -1, out=log_q)
         torch.softmax(student, -1, out=q)
@@ -197,7 +201,7 @@ class Chunk:
         lowest = torch.finfo(log_q.dtype).min if guarded else None
         finite = [log.clamp(min=lowest) if guarded else log for log in (log_q, log_p)]
         formula = on_tensors(divergence.value_and_slope)
-        value, slope = formula(*finite, log_q.exp(), log_p.exp(), *divergence.parameters)
+        value, slope = formula(*finite, log_q.exp(), log_p.exp(), *self.parameters)
         if guarded:
             if divergence.infinite_at_student_zero and propagate:
                 value = value.masked_fill(student_zero, math.inf)

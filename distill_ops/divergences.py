@@ -4,29 +4,64 @@ Units are nats. ``q`` is the student's distribution, ``p`` the teacher's, both a
 temperature. The formulas and their gradients are in ``kernels/divergences.py``, once, for the
 GPU and the CPU alike; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649) and Hinton et al.
 (arXiv:1503.02531) are their sources.
+
+A parameter is a number, or a tensor: 0-d, or one value a token, ``[...]``. Numbers and tensors
+alike are run-time values of the kernels; a tensor's values may change without a trace of it in a
+graph of ``torch.compile`` or a captured CUDA graph.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import torch
 
 from .kernels import divergences as formulas
 
 DIVERGENCES: dict[str, type["Divergence"]] = {}
+
+Parameter = float | torch.Tensor
+
+
+class Domain(NamedTuple):
+    """Where a parameter's values lie: between ``low`` and ``high``; whether a number, and whether a
+    tensor's value, may be at an end. An end that is another divergence is for numbers alone: it is
+    routed there before any kernel runs."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    number_ends: bool = False
+    tensor_ends: bool = False
+
+    def __str__(self) -> str:
+        return self.text(self.number_ends)
+
+    def text(self, ends: bool) -> str:
+        if self.high == math.inf:
+            return "finite" if self.low == -math.inf else f"greater than {self.low:g} and finite"
+        left, right = "[]" if ends else "()"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+SHARE = Domain(0, 1, number_ends=True)
 
 
 @dataclass(frozen=True)
 class Divergence:
     """Base of the divergences: a device function and the facts that the kernels need.
 
+    The nine built-in ones are subclasses; :func:`distill_ops.declare_divergence` makes one from a
+    function.
+
     Attributes:
         name: its name as a string argument, ``divergence="forward_kl"``.
         value_and_slope: device function ``(log_q, log_p, q, p, *parameters) -> (value, slope)``.
-        moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse"), or
-            "none"; semantics of closed moments in ``kernels/sweeps.py``.
+        moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse",
+            "symmetric"), or "none"; semantics of closed moments in ``kernels/sweeps.py``.
         infinite_at_student_zero: the value is infinite where q = 0 < p.
         infinite_at_teacher_zero: the value is infinite where p = 0 < q.
+        domains: where each parameter's values lie.
     """
 
     name: ClassVar[str]
@@ -34,37 +69,89 @@ class Divergence:
     moment: ClassVar[str] = "none"
     infinite_at_student_zero: ClassVar[bool] = False
     infinite_at_teacher_zero: ClassVar[bool] = False
+    domains: ClassVar[dict[str, Domain]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         name = cls.__dict__.get("name")
         if not isinstance(name, str):
             raise TypeError(f"{cls.__name__} needs a class attribute name, a string of its own")
-        if name in DIVERGENCES:
+        other = DIVERGENCES.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):  # the same text again is a module loaded again
             raise ValueError(
                 f"{cls.__name__}: a divergence is called {name!r} already, "
-                f"{DIVERGENCES[name].__name__}; choose another name"
+                f"{other.__module__}.{other.__qualname__}; choose another name"
             )
         DIVERGENCES[name] = cls
 
+    def __post_init__(self) -> None:
+        for name, value in zip(self.__match_args__, self.parameters, strict=True):
+            domain = self.domain(name)
+            if isinstance(value, torch.Tensor):
+                _check_tensor(name, value)
+            else:
+                _check_number(name, value, str(domain))
+                self.check_number(name, value, domain)
+
+    def check_number(self, name: str, value: float, domain: Domain) -> None:
+        inside = domain.low < value < domain.high
+        at_end = value in (domain.low, domain.high) and math.isfinite(value)
+        if not inside and not (domain.number_ends and at_end):  # also refuses NaN
+            raise ValueError(f"{name} must lie {domain}, got {value}")
+
+    @classmethod
+    def domain(cls, name: str) -> Domain:
+        return cls.domains.get(name, Domain())
+
     @property
-    def parameters(self) -> tuple[float, ...]:
-        return tuple(float(getattr(self, name)) for name in self.__match_args__)
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(getattr(self, name) for name in self.__match_args__)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The parameters, NaN for those that are tensors."""
+        return tuple(math.nan if isinstance(p, torch.Tensor) else float(p) for p in self.parameters)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters that are tensors, in order."""
+        return [p for p in self.parameters if isinstance(p, torch.Tensor)]
+
+    def column_parameters(self, dtype: torch.dtype) -> list[Parameter]:
+        """The parameters as they go with ``[..., vocab]`` columns: per-token ones ``[..., 1]``."""
+        parameters = []
+        for value in self.parameters:
+            if isinstance(value, torch.Tensor):
+                value = value.to(dtype)
+                value = value[..., None] if value.dim() else value
+            parameters.append(value)
+        return parameters
 
     def canonical(self) -> "Divergence":
         """The divergence that this one is at an end point of its parameters, or itself."""
         return self
 
 
+def is_number(parameter: Parameter, value: float) -> bool:
+    return not isinstance(parameter, torch.Tensor) and parameter == value
+
+
 def _check_number(name: str, value: float, expected: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a number {expected}, or a tensor of them (0-d, or one a token), "
+            f"got {type(value).__name__}"
+        )
 
 
-def _check_share(name: str, value: float) -> None:
-    _check_number(name, value, "a number in [0, 1]")
-    if not 0 <= value <= 1:  # also refuses NaN
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+def _check_tensor(name: str, value: torch.Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad, but gets no gradient here: detach it")
 
 
 @dataclass(frozen=True)
@@ -110,18 +197,16 @@ class JensenShannon(Divergence):
         ValueError: beta is not a number in [0, 1].
     """
 
-    beta: float = 0.5
+    beta: Parameter = 0.5
 
     name = "jensen_shannon"
     value_and_slope = staticmethod(formulas.jensen_shannon)
-
-    def __post_init__(self) -> None:
-        _check_share("beta", self.beta)
+    domains = {"beta": SHARE}
 
     def canonical(self) -> Divergence:
-        if self.beta == 0:
+        if is_number(self.beta, 0):
             return ForwardKL()
-        return ReverseKL() if self.beta == 1 else self
+        return ReverseKL() if is_number(self.beta, 1) else self
 
 
 @dataclass(frozen=True)
@@ -132,15 +217,13 @@ class SymmetricKL(Divergence):
         ValueError: weight is not a number in [0, 1].
     """
 
-    weight: float = 0.5
+    weight: Parameter = 0.5
 
     name = "symmetric_kl"
     value_and_slope = staticmethod(formulas.symmetric_kl)
     infinite_at_student_zero = True
     infinite_at_teacher_zero = True
-
-    def __post_init__(self) -> None:
-        _check_share("weight", self.weight)
+    domains = {"weight": SHARE._replace(tensor_ends=True)}
 
 
 @dataclass(frozen=True)
@@ -153,16 +236,14 @@ class SkewForwardKL(Divergence):
         ValueError: alpha is not a number in [0, 1].
     """
 
-    alpha: float = 0.1
+    alpha: Parameter = 0.1
 
     name = "skew_forward_kl"
     value_and_slope = staticmethod(formulas.skew_forward_kl)
-
-    def __post_init__(self) -> None:
-        _check_share("alpha", self.alpha)
+    domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:
-        return ForwardKL() if self.alpha == 0 else self
+        return ForwardKL() if is_number(self.alpha, 0) else self
 
 
 @dataclass(frozen=True)
@@ -175,16 +256,14 @@ class SkewReverseKL(Divergence):
         ValueError: alpha is not a number in [0, 1].
     """
 
-    alpha: float = 0.1
+    alpha: Parameter = 0.1
 
     name = "skew_reverse_kl"
     value_and_slope = staticmethod(formulas.skew_reverse_kl)
-
-    def __post_init__(self) -> None:
-        _check_share("alpha", self.alpha)
+    domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:
-        return ReverseKL() if self.alpha == 0 else self
+        return ReverseKL() if is_number(self.alpha, 0) else self
 
 
 @dataclass(frozen=True)
@@ -203,29 +282,25 @@ class AlphaBeta(Divergence):
     ``(0, 1)`` are the forward and the reverse KL.
 
     Raises:
-        ValueError: alpha and beta are neither both positive nor one of the two limits.
+        ValueError: alpha or beta is not positive and finite, and they are not one of the limits.
     """
 
-    alpha: float = 0.2
-    beta: float = 0.7
+    alpha: Parameter = 0.2
+    beta: Parameter = 0.7
 
     name = "alpha_beta"
     value_and_slope = staticmethod(formulas.alpha_beta)
+    domains = {"alpha": Domain(0), "beta": Domain(0)}
 
-    def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            _check_number(name, value, "a positive number")
-        positive = 0 < self.alpha < math.inf and 0 < self.beta < math.inf
-        if not positive and (self.alpha, self.beta) not in ((1, 0), (0, 1)):
-            raise ValueError(
-                f"alpha and beta must both be positive and finite, or (1, 0) or (0, 1), "
-                f"got ({self.alpha}, {self.beta})"
-            )
+    def check_number(self, name: str, value: float, domain: Domain) -> None:
+        limits = ((1, 0), (0, 1))
+        if not any(all(map(is_number, self.parameters, limit)) for limit in limits):
+            super().check_number(name, value, domain)
 
     def canonical(self) -> Divergence:
-        if self.beta == 0:
+        if is_number(self.beta, 0):
             return ForwardKL()
-        return ReverseKL() if self.alpha == 0 else self
+        return ReverseKL() if is_number(self.alpha, 0) else self
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:

@@ -69,6 +69,7 @@ def dense(
     weights: torch.Tensor | None,  # [N]; None: every row counts
     scale: float | torch.Tensor,  # or [N, 1]: factor of the divergence's gradient, 1 / T included
     hard_scale: float | torch.Tensor,
+    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
     n_cols: int,
     gradient: torch.Tensor | None,  # like student
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -93,7 +94,7 @@ def dense(
             group = [None if matrix is None else matrix[rows, :n_cols] for matrix in block]
         chunk = Chunk(
             terms, group[0], group[1], _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
-            buffers if n == size else tuple(b[:n] for b in buffers), guards,
+            [_rows(value, out) for value in parameters], buffers if n == size else tuple(b[:n] for b in buffers), guards,
         )  # fmt: skip
         results = chunk.losses(group[2])
         for i, losses in enumerate(results):

@@ -155,13 +155,13 @@ def distillation_loss(
         temperature**2 if scale_by_temperature_squared else 1.0,
         float(hard_label_weight),
         math.nan if in_tensor or normalizer is None else float(normalizer),
-        divergence.parameters,
+        divergence.numbers,
         n_cols,
         ignore_index,
     )
     loss, components, _ = dense_loss(
         student_logits, teacher_logits, loss_mask, labels, normalizer if in_tensor else None,
-        *options.pack(), mode, return_components,
+        divergence.tensors, *options.pack(), mode, return_components,
     )  # fmt: skip
     if not return_components:
         return loss

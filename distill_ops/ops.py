@@ -35,7 +35,7 @@ class Options(NamedTuple):
     divergence_scale: float  # 1, or temperature squared
     hard_label_weight: float
     denominator: float  # of "mean", where a number was given; else NaN
-    parameters: tuple[float, ...]  # of the divergence
+    parameters: tuple[float, ...]  # of the divergence; NaN: given as a tensor
     n_cols: int
     ignore_index: int
 
@@ -46,11 +46,9 @@ class Options(NamedTuple):
     def unpack(cls, choices: list[str], numbers: list[float], sizes: list[int]) -> "Options":
         return cls(*choices, *numbers[:4], tuple(numbers[4:]), *sizes)
 
-    def instance(self) -> Divergence | None:
-        """The divergence; None where the hard label has all the weight."""
-        if self.hard_label_weight == 1:
-            return None
-        return DIVERGENCES[self.divergence](*self.parameters)
+    def kind(self) -> type[Divergence] | None:
+        """The divergence's class, which has its facts; None where the hard label has all the weight."""
+        return None if self.hard_label_weight == 1 else DIVERGENCES[self.divergence]
 
 
 class Inputs(NamedTuple):
@@ -61,6 +59,7 @@ class Inputs(NamedTuple):
     loss_mask: torch.Tensor | None  # [...]
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
+    parameters: list[torch.Tensor]  # each [] or [...]: those of the divergence that are tensors
 
     @property
     def n_rows(self) -> int:
@@ -73,10 +72,15 @@ class Inputs(NamedTuple):
         wide = self.teacher is not None and self.teacher.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
+    def resolve(self, options: "Options") -> tuple[float | torch.Tensor, ...]:
+        """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[N]``."""
+        tensors = (t.reshape(-1) if t.dim() else t for t in self.parameters)
+        return tuple(next(tensors) if math.isnan(x) else x for x in options.parameters)
+
 
 _ARGUMENTS = (
     "Tensor student, Tensor? teacher, Tensor? loss_mask, Tensor? labels, Tensor? normalizer, "
-    "str[] choices, float[] numbers, SymInt[] sizes"
+    "Tensor[] parameters, str[] choices, float[] numbers, SymInt[] sizes"
 )
 
 _library = torch.library.Library("distill_ops", "DEF")
@@ -119,8 +123,14 @@ def _host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
     if weights is not None:
         scale = weights[:, None] * scale
     w = options.hard_label_weight
+    parameters = []
+    for value in inputs.resolve(options):
+        if isinstance(value, torch.Tensor):
+            value = value.to(inputs.dtype())
+            value = value[:, None] if value.dim() else value
+        parameters.append(value)
     terms = Terms(
-        options.instance(),
+        options.kind(),
         w > 0,
         options.temperature,
         options.infinities == "propagate",
@@ -129,7 +139,7 @@ def _host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
     return host.dense(
         terms, inputs.student, inputs.teacher, labels, weights,
         scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
-        options.n_cols, gradient,
+        parameters, options.n_cols, gradient,
     )  # fmt: skip
 
 
@@ -168,13 +178,13 @@ def _device_of(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _formula(options: Options):
+def _formula(inputs: Inputs, options: Options):
     from .kernels.dense import Formula
 
-    divergence = options.instance()
+    divergence = options.kind()
     return Formula(
         value_and_slope=None if divergence is None else divergence.value_and_slope,
-        parameters=() if divergence is None else divergence.parameters,
+        parameters=() if divergence is None else inputs.resolve(options),
         moment="none" if divergence is None else divergence.moment,
         drop=divergence is not None and divergence.infinite_at_student_zero,
         restrict=divergence is not None and divergence.infinite_at_teacher_zero,
@@ -209,7 +219,7 @@ def _triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_co
     losses = new(n_rows, dtype=torch.float32)
     components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
     kernel.run(
-        _formula(options), inputs.student, inputs.teacher, labels, options.n_cols,
+        _formula(inputs, options), inputs.student, inputs.teacher, labels, options.n_cols,
         gradient=gradient, statistics=statistics, losses=losses, components=components,
         weights=weights, denominator=over,
     )  # fmt: skip
@@ -282,7 +292,7 @@ def _dense_gradient(*arguments):
 
         with _device_of(inputs.student):
             kernel.run(
-                _formula(options), inputs.student, inputs.teacher, _flat(inputs.labels),
+                _formula(inputs, options), inputs.student, inputs.teacher, _flat(inputs.labels),
                 options.n_cols, gradient=gradient, statistics=statistics,
                 upstream=upstream.reshape(-1) if upstream.dim() else upstream,
             )  # fmt: skip
@@ -315,15 +325,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mode = inputs[N_SHARED]
     ctx.options = inputs[N_TENSORS:N_SHARED]
+    ctx.n_parameters = len(inputs[N_TENSORS - 1])
     ctx.spent = False
     if ctx.mode == FORWARD:
         ctx.save_for_backward(kept)
     elif ctx.mode == BACKWARD:
+        *tensors, parameters = inputs[:N_TENSORS]
+        tensors += parameters
         # the tensors made under inference mode cannot be saved, and cannot change either
-        saved = [None if t is None or t.is_inference() else t for t in inputs[:N_TENSORS]]
-        ctx.unsaved = [
-            t if t is not None and t.is_inference() else None for t in inputs[:N_TENSORS]
-        ]
+        ctx.unsaved = [t if t is not None and t.is_inference() else None for t in tensors]
+        saved = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
         ctx.save_for_backward(*saved, kept)
     else:
         raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
@@ -344,10 +355,9 @@ def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> Non
         gradient.mul_(upstream)
 
 
-def _backward(ctx, upstream, *_):
-    nothing = (None,) * (N_SHARED + 1)
+def _student_gradient(ctx, upstream):
     if upstream is None:
-        return None, *nothing
+        return None
     if torch.is_grad_enabled():
         raise RuntimeError(
             "distillation_loss has no second derivative: its backward was called with "
@@ -357,7 +367,8 @@ def _backward(ctx, upstream, *_):
     if ctx.mode == BACKWARD:
         *tensors, statistics = ctx.saved_tensors
         tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
-        return dense_gradient_op(*tensors, *ctx.options, statistics, upstream), *nothing
+        inputs = (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :])
+        return dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
     if ctx.spent:
         raise RuntimeError(
             "distillation_loss was called with a gradient made in the forward, which the first "
@@ -365,15 +376,39 @@ def _backward(ctx, upstream, *_):
         )
     (gradient,) = ctx.saved_tensors
     if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
-        return gradient * upstream, *nothing
+        return gradient * upstream
     ctx.spent = True
     _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
-    return gradient, *nothing
+    return gradient
+
+
+def _backward(ctx, upstream, *_):
+    others = [None] * (N_SHARED + 1)  # PyTorch wants an entry for each tensor of the list, too
+    others[N_TENSORS - 2] = [None] * ctx.n_parameters
+    return _student_gradient(ctx, upstream), *others
 
 
 torch.library.register_autograd(
     "distill_ops::dense_loss", _backward, setup_context=_setup_context, lib=_library
 )
+
+
+def _vmap_loss(info, in_dims, *arguments):
+    """Independent problems, one after the other."""
+
+    def part(value, dim, i):
+        if isinstance(value, list) and isinstance(dim, list):
+            return [part(*item, i) for item in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    outputs = [
+        dense_loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
+
+
+torch.library.register_vmap("distill_ops::dense_loss", _vmap_loss, lib=_library)
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -386,8 +421,8 @@ class _DenseLoss(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, *upstreams):
-        return _backward(ctx, *upstreams)
+    def backward(ctx, upstream, *_):
+        return _student_gradient(ctx, upstream), *(None,) * (N_SHARED + 1)
 
 
 def _refuse_transforms(student: torch.Tensor) -> bool:

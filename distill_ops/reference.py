@@ -5,6 +5,7 @@ every other path against it. It restates each formula instead of sharing the ker
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from .checks import check_arguments
 from .divergences import Divergence, SoftCrossEntropy
+from .kernels.portable import on_tensors
 
 NEG_INF = float("-inf")
 
@@ -30,15 +32,20 @@ def _times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
     return torch.where(dead, 0.0, probability * torch.where(dead, 0.0, log))
 
 
-def _log_mixture(weight: float, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """``log(weight p + (1 - weight) q)``, 0 where both are 0."""
-    pair = torch.stack([log_p + math.log(weight), log_q + math.log1p(-weight)])
+def _log_mixture(weight, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """``log(weight p + (1 - weight) q)``, 0 where both are 0; weight a number or ``[..., 1]``."""
+    weight = torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)
+    pair = torch.stack([log_p + weight.log(), log_q + torch.log1p(-weight)])
     return torch.logsumexp(torch.where((pair == NEG_INF).all(0), 0.0, pair), 0)
 
 
 def _values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
-    """The terms whose sum over the vocabulary is the divergence (semantics.md, section 2)."""
+    """The terms whose sum over the vocabulary is the divergence (semantics.md, section 2).
+
+    A divergence that a user declared is its own text: its value alone, of which autograd takes the
+    derivative."""
     q, p = log_q.exp(), log_p.exp()
+    parameters = divergence.column_parameters(log_q.dtype)
     if divergence.name == "soft_cross_entropy":
         return -_times(p, log_q)
     if divergence.name == "forward_kl":
@@ -46,24 +53,27 @@ def _values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
     if divergence.name == "reverse_kl":
         return _times(q, log_q - log_p)
     if divergence.name == "jensen_shannon":
-        beta = divergence.beta
+        (beta,) = parameters
         log_m = _log_mixture(beta, log_p, log_q)
         return beta * _times(p, log_p - log_m) + (1 - beta) * _times(q, log_q - log_m)
     if divergence.name == "symmetric_kl":
         forward, reverse = _times(p, log_p - log_q), _times(q, log_q - log_p)
-        return (1 - divergence.weight) * forward + divergence.weight * reverse
+        (weight,) = parameters
+        return (1 - weight) * forward + weight * reverse
     if divergence.name == "skew_forward_kl":
-        return _times(p, log_p - _log_mixture(divergence.alpha, log_p, log_q))
+        return _times(p, log_p - _log_mixture(*parameters, log_p, log_q))
     if divergence.name == "skew_reverse_kl":
-        return _times(q, log_q - _log_mixture(divergence.alpha, log_q, log_p))
+        return _times(q, log_q - _log_mixture(*parameters, log_q, log_p))
     if divergence.name == "total_variation":
         return (q - p).abs() / 2
     if divergence.name == "alpha_beta":
-        a, b = divergence.alpha, divergence.beta
+        a, b = parameters
         teacher, student = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
         sums = a / (a + b) * teacher + b / (a + b) * student
         return (sums - (a * log_p + b * log_q).exp()) / (a * b)
-    raise ValueError(f"the reference has no formula for {divergence.name!r}")
+    lowest = torch.finfo(log_q.dtype).min
+    logs = log_q.clamp(min=lowest), log_p.clamp(min=lowest)
+    return on_tensors(divergence.value_and_slope)(*logs, q, p, *parameters)[0]
 
 
 def divergence_terms(
@@ -146,6 +156,12 @@ def distillation_loss(
     divergence_loss = hard_loss = torch.zeros_like(weights)
     if hard_label_weight < 1:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread, 0.0)
+        unread_parameters = {  # whatever they hold must not leak
+            name: value.masked_fill(unread.squeeze(-1), 0.5)
+            for name, value in vars(divergence).items()
+            if isinstance(value, torch.Tensor) and value.dim()
+        }
+        divergence = replace(divergence, **unread_parameters)
         terms = divergence_terms(student, teacher, divergence, temperature, infinities)
         divergence_loss = terms.sum(-1)
         if scale_by_temperature_squared:

@@ -47,6 +47,19 @@ def row_offset(row, start, outer_stride, inner_stride, n_inner):
 
 
 @triton.jit
+def row_parameters(parameters, row, STRIDES: tl.constexpr):
+    """The divergence's parameters of a row: numbers as they are (stride None), tensors read."""
+    values = ()
+    for i in tl.static_range(len(STRIDES)):
+        if STRIDES[i] is None:
+            values = values + (parameters[i],)
+        else:
+            position = tl.cast(row, tl.int64) * STRIDES[i]
+            values = values + (tl.load(parameters[i] + position).to(tl.float32),)
+    return values
+
+
+@triton.jit
 def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
     """Where positions are counted from: ``lead`` columns before the row.
 
@@ -156,9 +169,9 @@ def dense_kernel(
     gradient_ptr, gradient_outer, gradient_inner,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
     denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, hard_weight, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
-    RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
-    TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
+    DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
+    HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     TEACHER_MATCHED: tl.constexpr, GRADIENT_MATCHED: tl.constexpr,
@@ -203,9 +216,10 @@ def dense_kernel(
         hard_loss = 0.0
         if weight != 0.0:
             label = tl.load(labels_ptr + row) if HARD else 0
+            row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
             if WRITE_LOSS:
                 loss, statistics = row_statistics(
-                    student, teacher, lead, n_cols, over_t, parameters,
+                    student, teacher, lead, n_cols, over_t, row_values,
                     VALUE_AND_SLOPE, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
                     LANES, WIDTH, ENDS, WRITE_GRADIENT,
                 )  # fmt: skip
@@ -225,7 +239,7 @@ def dense_kernel(
                 gradient_loss = row_gradient(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
                     scale * (1.0 - hard_weight) * divergence_scale * over_t, scale * hard_weight,
-                    label, parameters, VALUE_AND_SLOPE, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+                    label, row_values, VALUE_AND_SLOPE, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
                     HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
                 if WRITE_LOSS and SHORT:
@@ -258,7 +272,7 @@ class Formula(NamedTuple):
     """What the kernel computes of a row; ``value_and_slope`` None: the hard label alone."""
 
     value_and_slope: Callable | None
-    parameters: tuple[float, ...]
+    parameters: tuple[float | torch.Tensor, ...]  # numbers, [] or [N]
     moment: str
     drop: bool  # the value is infinite where the student's probability is 0
     restrict: bool  # ... or the teacher's
@@ -359,6 +373,10 @@ def run(
         hard_weight=float(formula.hard_label_weight),
         parameters=formula.parameters,
         VALUE_AND_SLOPE=formula.value_and_slope,
+        PARAMETER_STRIDES=tuple(
+            (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
+            for p in formula.parameters
+        ),
         MOMENT=MOMENTS[formula.moment],
         DROP=formula.drop,
         RESTRICT=formula.restrict,

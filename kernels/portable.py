@@ -17,8 +17,26 @@ except ImportError:  # the CPU path and the reference need no Triton
     triton = None
     tl = None
 
+
+def _maximum(x, y):
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+
+def _minimum(x, y):
+    return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
+
+
+class _TensorLanguage(types.SimpleNamespace):
+    def __getattr__(self, name):
+        known = ", ".join(sorted(vars(self)))
+        raise AttributeError(
+            f"tl.{name} has no PyTorch counterpart here; a formula that runs on every path may use "
+            f"tl.{{{known}}}"
+        )
+
+
 # What a device function may take from ``tl`` and still run on tensors.
-TENSOR_LANGUAGE = types.SimpleNamespace(
+TENSOR_LANGUAGE = _TensorLanguage(
     where=torch.where,
     exp=torch.exp,
     exp2=torch.exp2,
@@ -28,10 +46,18 @@ TENSOR_LANGUAGE = types.SimpleNamespace(
     rsqrt=torch.rsqrt,
     abs=torch.abs,
     sigmoid=torch.sigmoid,
-    maximum=lambda x, y: torch.clamp(x, min=y),
-    minimum=lambda x, y: torch.clamp(x, max=y),
+    erf=torch.erf,
+    sin=torch.sin,
+    cos=torch.cos,
+    floor=torch.floor,
+    maximum=_maximum,
+    minimum=_minimum,
+    clamp=torch.clamp,
+    fma=lambda x, y, z: x * y + z,
+    zeros_like=torch.zeros_like,
     float32=torch.float32,
 )
+LANGUAGES = (tl, getattr(tl, "math", None))  # modules that the table stands for
 
 _TENSOR_TWINS = {}  # plain function -> its own PyTorch text, or None to rebuild its body
 
@@ -62,8 +88,12 @@ def on_tensors(function):
         return twin
     names = dict(plain.__globals__, tl=TENSOR_LANGUAGE)
     for name in plain.__code__.co_names:
-        helper = names.get(name)
-        if isinstance(plain_function(helper), types.FunctionType):
-            if plain_function(helper) in _TENSOR_TWINS:
-                names[name] = on_tensors(helper)
+        value = names.get(name)
+        if value is not None and any(value is language for language in LANGUAGES):
+            names[name] = TENSOR_LANGUAGE
+        elif tl is not None and isinstance(value, tl.constexpr):
+            names[name] = value.value
+        elif isinstance(plain_function(value), types.FunctionType):
+            if plain_function(value) in _TENSOR_TWINS:
+                names[name] = on_tensors(value)
     return types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)

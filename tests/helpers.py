@@ -86,7 +86,8 @@ def condition(student, teacher, options) -> float:
         for x in (student, teacher)
     ]
     formula = on_tensors(divergence.value_and_slope)
-    value, slope = formula(*logs, *(log.exp() for log in logs), *divergence.parameters)
+    parameters = divergence.column_parameters(torch.float64)
+    value, slope = formula(*logs, *(log.exp() for log in logs), *parameters)
     ratios = (value.abs() + slope.abs()).sum(-1) / value.sum(-1).abs()
     return max([1.0, *ratios[ratios.isfinite()].tolist()])
 

@@ -61,7 +61,8 @@ OPTIONS = {
     "hard_only": {"labels": LABELS, "hard_label_weight": 1.0},
     "normalizer": {"normalizer": 17, "loss_mask": BOOL_MASK},
     "normalizer_tensor": {"normalizer": torch.tensor(11), "labels": LABELS},
-    "vocab_size": {"vocab_size": 29, "labels": LABELS, "hard_label_weight": 0.5},
+    "vocab_size": {"vocab_size": 29},
+    "vocab_size_hard": {"vocab_size": 29, "labels": LABELS, "hard_label_weight": 0.5},
     "gradient_backward": {"gradient": "backward", "loss_mask": FLOAT_MASK},
     "hard_backward": {
         "gradient": "backward", "labels": LABELS, "hard_label_weight": 0.3, "temperature": 1.5,

@@ -43,12 +43,12 @@ class Form:
             labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
         options = ops.Options(
             divergence.name, "mean", "drop", "triton", self.temperature, 1.0,
-            self.hard_label_weight, math.nan, divergence.parameters,
+            self.hard_label_weight, math.nan, divergence.numbers,
             self.vocab_size or self.n_cols, -100,
         )  # fmt: skip
         student = logits(None, self.student_dtype)
         teacher = logits(self.teacher_stride, self.teacher_dtype)
-        return student, teacher, None, labels, None, *options.pack()
+        return student, teacher, None, labels, None, divergence.tensors, *options.pack()
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
         """The dense kernel's launches for one forward (and, made there, one backward)."""
