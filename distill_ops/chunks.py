@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from .divergences import Divergence
-from .kernels.portable import on_tensors
 
 BUFFERS = 5
 NEG_INF = float("-inf")
@@ -200,8 +199,7 @@ class Chunk:
         log_p = torch.log_softmax(teacher / self.terms.temperature, -1)
         lowest = torch.finfo(log_q.dtype).min if guarded else None
         finite = [log.clamp(min=lowest) if guarded else log for log in (log_q, log_p)]
-        formula = on_tensors(divergence.value_and_slope)
-        value, slope = formula(*finite, log_q.exp(), log_p.exp(), *self.parameters)
+        value, slope = divergence.on_columns(*finite, self.parameters)
         if guarded:
             if divergence.infinite_at_student_zero and propagate:
                 value = value.masked_fill(student_zero, math.inf)

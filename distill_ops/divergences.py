@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .kernels import divergences as formulas
+from .kernels.portable import on_tensors
 
 DIVERGENCES: dict[str, type["Divergence"]] = {}
 
@@ -59,6 +60,8 @@ class Divergence:
         value_and_slope: device function ``(log_q, log_p, q, p, *parameters) -> (value, slope)``.
         moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse",
             "symmetric"), or "none"; semantics of closed moments in ``kernels/sweeps.py``.
+        paired: the function takes ``(log_ratio, ratio, q, p, *parameters)`` instead
+            (``kernels/divergences.py``): those of a mixture of both distributions.
         infinite_at_student_zero: the value is infinite where q = 0 < p.
         infinite_at_teacher_zero: the value is infinite where p = 0 < q.
         domains: where each parameter's values lie.
@@ -67,6 +70,7 @@ class Divergence:
     name: ClassVar[str]
     value_and_slope: ClassVar[Callable]
     moment: ClassVar[str] = "none"
+    paired: ClassVar[bool] = False
     infinite_at_student_zero: ClassVar[bool] = False
     infinite_at_teacher_zero: ClassVar[bool] = False
     domains: ClassVar[dict[str, Domain]] = {}
@@ -129,6 +133,22 @@ class Divergence:
                 value = value[..., None] if value.dim() else value
             parameters.append(value)
         return parameters
+
+    @classmethod
+    def on_columns(
+        cls, log_q: torch.Tensor, log_p: torch.Tensor, parameters: list[Parameter]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value and slope of columns whose log-probabilities are these: the text of
+        ``value_and_slope`` on tensors. The logarithm of a zero is the lowest finite number."""
+        q, p = log_q.exp(), log_p.exp()
+        columns = (log_q, log_p, q, p)
+        if cls.paired:
+            log_ratio = log_p - log_q
+            columns = (log_ratio, torch.exp(-log_ratio.abs()), q, p)
+        terms = on_tensors(cls.value_and_slope)(*columns, *parameters)
+        if not (isinstance(terms, tuple) and len(terms) == 2):
+            raise TypeError(f"{cls.name} must return (value, slope), got {type(terms).__name__}")
+        return tuple(torch.as_tensor(x, device=q.device).to(q.dtype) for x in terms)
 
     def canonical(self) -> "Divergence":
         """The divergence that this one is at an end point of its parameters, or itself."""
@@ -201,6 +221,7 @@ class JensenShannon(Divergence):
 
     name = "jensen_shannon"
     value_and_slope = staticmethod(formulas.jensen_shannon)
+    paired = True
     domains = {"beta": SHARE}
 
     def canonical(self) -> Divergence:
@@ -240,6 +261,7 @@ class SkewForwardKL(Divergence):
 
     name = "skew_forward_kl"
     value_and_slope = staticmethod(formulas.skew_forward_kl)
+    paired = True
     domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:
@@ -260,6 +282,7 @@ class SkewReverseKL(Divergence):
 
     name = "skew_reverse_kl"
     value_and_slope = staticmethod(formulas.skew_reverse_kl)
+    paired = True
     domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:

@@ -185,6 +185,7 @@ def _formula(inputs: Inputs, options: Options):
     return Formula(
         value_and_slope=None if divergence is None else divergence.value_and_slope,
         parameters=() if divergence is None else inputs.resolve(options),
+        paired=divergence is not None and divergence.paired,
         moment="none" if divergence is None else divergence.moment,
         drop=divergence is not None and divergence.infinite_at_student_zero,
         restrict=divergence is not None and divergence.infinite_at_teacher_zero,

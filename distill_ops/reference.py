@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from .checks import check_arguments
 from .divergences import Divergence, SoftCrossEntropy
-from .kernels.portable import on_tensors
 
 NEG_INF = float("-inf")
 
@@ -73,7 +72,7 @@ def _values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
         return (sums - (a * log_p + b * log_q).exp()) / (a * b)
     lowest = torch.finfo(log_q.dtype).min
     logs = log_q.clamp(min=lowest), log_p.clamp(min=lowest)
-    return on_tensors(divergence.value_and_slope)(*logs, q, p, *parameters)[0]
+    return divergence.on_columns(*logs, parameters)[0]
 
 
 def divergence_terms(

@@ -7,7 +7,7 @@ import torch
 
 from . import reference
 from .divergences import Divergence, as_divergence
-from .kernels.portable import on_tensors, triton
+from .kernels.portable import triton
 from .losses import INTERPRETED, distillation_loss
 
 N_COLUMNS = 4096
@@ -43,14 +43,10 @@ class DivergenceReport(NamedTuple):
         )
 
 
-def _evaluate(divergence: Divergence, log_q, log_p, q=None, p=None):
-    """Value and slope of columns ``[n, 1]``, so that a per-token parameter is one a column."""
-    columns = (log_q, log_p, log_q.exp() if q is None else q, log_p.exp() if p is None else p)
-    parameters = divergence.column_parameters(log_q.dtype)
-    result = on_tensors(divergence.value_and_slope)(*columns, *parameters)
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"{divergence.name} must return (value, slope), got {type(result)}")
-    return tuple(torch.as_tensor(x, dtype=log_q.dtype).expand_as(log_q) for x in result)
+def _evaluate(divergence: Divergence, log_q, log_p):
+    """Value and slope of columns ``[n, draws]``, so that a per-token parameter is one a row."""
+    terms = divergence.on_columns(log_q, log_p, divergence.column_parameters(log_q.dtype))
+    return tuple(x.expand_as(log_q) for x in terms)
 
 
 def _columns(divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,21 +95,16 @@ def _check_slope(divergence: Divergence) -> float:
 
 def _check_limit(divergence: Divergence, side: str, infinite: bool) -> None:
     """Value and slope where one probability is 0 (``side``) or both are."""
-    lowest = torch.finfo(torch.float64).min
     like = torch.zeros_like(_columns(divergence)[0][:, :1])
     log_other = (like + 0.25).log()
 
-    def at(log_zero: float, zero: float | None = None):
+    def at(log_zero: float):
         zeros = like + log_zero
-        zero = None if zero is None else like + zero
-        if side == "student":
-            return _evaluate(divergence, zeros, log_other, q=zero)
-        if side == "teacher":
-            return _evaluate(divergence, log_other, zeros, p=zero)
-        return _evaluate(divergence, zeros, zeros, zero, zero)
+        log_q = log_other if side == "teacher" else zeros
+        return _evaluate(divergence, log_q, log_other if side == "student" else zeros)
 
     where = {"student": "q = 0, p = 0.25", "teacher": "q = 0.25, p = 0", "both": "q = p = 0"}[side]
-    value, slope = at(lowest, 0.0)
+    value, slope = at(torch.finfo(torch.float64).min)
     near, nearer = at(FAR)[0], at(FARTHER)[0]
     grows = (nearer - near).abs() > 0.01 * near.abs().clamp(min=1e-3)
     fact = f"infinite_at_{side}_zero"

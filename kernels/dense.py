@@ -73,7 +73,7 @@ def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
 @triton.jit
 def row_statistics(
     student, teacher, lead, n_cols, over_t, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     KEEP: tl.constexpr,
@@ -99,7 +99,7 @@ def row_statistics(
         else:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
         # an infinity, or an overflow, anywhere in the row leaves a sum that is not finite
         fast = (l_s > 0.0) & (l_t > 0.0) & (tl.abs(loss + total_slope) < float("inf"))
@@ -116,7 +116,7 @@ def row_statistics(
         if DIVERGENCE:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, LANES, WIDTH, ENDS, True, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, True, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
             # a row without a finite logit, and NaN, must not vanish among the dropped terms
             loss += tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
@@ -126,7 +126,7 @@ def row_statistics(
 @triton.jit
 def row_gradient(
     student, teacher, gradient, lead, n_cols, statistics, over_t, scale, hard_scale, label, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def row_gradient(
         scales = (scale, hard_scale, total_slope, 0.0)
         loss = differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, LANES, WIDTH, ENDS, False, not SHORT,
+            VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, False, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
         )  # fmt: skip
     else:
@@ -150,7 +150,7 @@ def row_gradient(
         scales = (scale, hard_scale, total_slope, tl.where(good, 0.0, float("nan")))
         differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, LANES, WIDTH, ENDS, True, not SHORT,
+            VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, True, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, HARD,
         )  # fmt: skip
     return loss
@@ -169,7 +169,7 @@ def dense_kernel(
     gradient_ptr, gradient_outer, gradient_inner,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
     denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, hard_weight, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
@@ -220,7 +220,7 @@ def dense_kernel(
             if WRITE_LOSS:
                 loss, statistics = row_statistics(
                     student, teacher, lead, n_cols, over_t, row_values,
-                    VALUE_AND_SLOPE, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+                    VALUE_AND_SLOPE, PAIRED, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
                     LANES, WIDTH, ENDS, WRITE_GRADIENT,
                 )  # fmt: skip
                 if HARD:
@@ -239,10 +239,10 @@ def dense_kernel(
                 gradient_loss = row_gradient(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
                     scale * (1.0 - hard_weight) * divergence_scale * over_t, scale * hard_weight,
-                    label, row_values, VALUE_AND_SLOPE, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+                    label, row_values, VALUE_AND_SLOPE, PAIRED, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
                     HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
-                if WRITE_LOSS and SHORT:
+                if WRITE_LOSS and (SHORT or PAIRED):
                     loss = tl.where(statistics[7], gradient_loss, loss)
         if WRITE_LOSS:
             loss *= weight * divergence_scale
@@ -273,6 +273,7 @@ class Formula(NamedTuple):
 
     value_and_slope: Callable | None
     parameters: tuple[float | torch.Tensor, ...]  # numbers, [] or [N]
+    paired: bool  # q and p from one another
     moment: str
     drop: bool  # the value is infinite where the student's probability is 0
     restrict: bool  # ... or the teacher's
@@ -373,6 +374,7 @@ def run(
         hard_weight=float(formula.hard_label_weight),
         parameters=formula.parameters,
         VALUE_AND_SLOPE=formula.value_and_slope,
+        PAIRED=formula.paired,
         PARAMETER_STRIDES=tuple(
             (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
             for p in formula.parameters

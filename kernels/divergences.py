@@ -8,9 +8,14 @@ student's logits is ``(slope - q * D) / temperature``.
 
 The logarithms are finite whenever these functions are called on a row with infinite logits (they
 are clamped from below), so ``0 * log`` is 0.
+
+The functions of a mixture of both distributions (``paired`` divergences) receive, instead of the
+two logarithms, ``log_ratio = log(p / q)`` and ``ratio = min(p, q) / max(p, q)``. All that they need is
+in these two, and what rounding did to the rows' normalisers cancels in the first: near-equal rows
+keep their accuracy, and the mixture over the larger of p and q can neither over- nor underflow.
 """
 
-from .math import log, share
+from .math import log_of_normal, mixture, reciprocal
 from .portable import device_function, tl
 
 
@@ -31,31 +36,11 @@ def reverse_kl(log_q, log_p, q, p):
 
 
 @device_function
-def jensen_shannon(log_q, log_p, q, p, beta):
-    log_m = log(beta * p + (1 - beta) * q)
-    slope = (1 - beta) * q * (log_q - log_m)
-    return beta * p * (log_p - log_m) + slope, slope
-
-
-@device_function
 def symmetric_kl(log_q, log_p, q, p, weight):
     log_ratio = log_q - log_p
     student = weight * q * log_ratio
     teacher = (1 - weight) * p
     return student - teacher * log_ratio, student + weight * q - teacher
-
-
-@device_function
-def skew_forward_kl(log_q, log_p, q, p, alpha):
-    m = alpha * p + (1 - alpha) * q
-    return p * (log_p - log(m)), -(1 - alpha) * p * share(q, m)
-
-
-@device_function
-def skew_reverse_kl(log_q, log_p, q, p, alpha):
-    log_ratio = log_q - log(alpha * q + (1 - alpha) * p)
-    value = q * log_ratio
-    return value, value + q - alpha * q * tl.exp(log_ratio)
 
 
 @device_function
@@ -73,3 +58,25 @@ def alpha_beta(log_q, log_p, q, p, alpha, beta):
     teacher = tl.exp(total * log_p)
     value = (alpha * teacher + beta * student) / total - cross
     return value / (alpha * beta), (student - cross) / alpha
+
+
+@device_function
+def jensen_shannon(log_ratio, ratio, q, p, beta):
+    log_m = log_of_normal(mixture(log_ratio, ratio, beta))  # of m / max(p, q)
+    slope = (beta - 1) * q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
+    return beta * p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m) + slope, slope
+
+
+@device_function
+def skew_forward_kl(log_ratio, ratio, q, p, alpha):
+    m = tl.maximum(mixture(log_ratio, ratio, alpha), 1e-35)
+    value = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_of_normal(m))
+    return value, (alpha - 1) * tl.minimum(q, p) * reciprocal(m)
+
+
+@device_function
+def skew_reverse_kl(log_ratio, ratio, q, p, alpha):
+    m = tl.maximum(mixture(log_ratio, ratio, 1 - alpha), 1e-35)
+    value = -q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_of_normal(m))
+    q_over_m = tl.where(log_ratio > 0, ratio, 1.0) * reciprocal(m)
+    return value, value + q - alpha * q * q_over_m

@@ -7,6 +7,7 @@ from .portable import device_function, tl, triton
 if triton is not None:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
     LN2 = tl.constexpr(0.6931471805599453)
+    LOG2E = tl.constexpr(1.4426950408889634)
     SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
     @tl.core.builtin
@@ -83,6 +84,35 @@ def fast_log2(x):
 def log(x):
     """Natural logarithm of ``max(x, smallest normal)``: finite where x underflows to 0."""
     return fast_log2(tl.maximum(x, SMALLEST_NORMAL)) * LN2
+
+
+@device_function(tensor_twin=torch.log)
+def log_of_normal(x):
+    """Natural logarithm of a number that cannot underflow."""
+    return fast_log2(x) * LN2
+
+
+@device_function(tensor_twin=torch.reciprocal)
+def reciprocal(x):
+    """``1 / x`` of a normal number, within a unit in the last place; division takes 8 instructions."""
+    if INTERPRETED:
+        return 1.0 / x
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@device_function
+def mixture(log_ratio, ratio, weight):
+    """``(weight * p + (1 - weight) * q) / max(p, q)``, which neither over- nor underflows, from
+    ``log_ratio = log(p / q)`` and ``ratio = min(p, q) / max(p, q)``."""
+    of_student = (1 - weight) + weight * ratio
+    return tl.where(log_ratio > 0, weight + (1 - weight) * ratio, of_student)
 
 
 @device_function(tensor_twin=_share_of_tensors)

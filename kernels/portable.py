@@ -26,6 +26,12 @@ def _minimum(x, y):
     return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
 
 
+def _where(condition, x, y):
+    if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
+        x = torch.tensor(x, dtype=torch.float64, device=condition.device)  # not rounded to float32
+    return torch.where(condition, x, y)
+
+
 class _TensorLanguage(types.SimpleNamespace):
     def __getattr__(self, name):
         known = ", ".join(sorted(vars(self)))
@@ -37,7 +43,7 @@ class _TensorLanguage(types.SimpleNamespace):
 
 # What a device function may take from ``tl`` and still run on tensors.
 TENSOR_LANGUAGE = _TensorLanguage(
-    where=torch.where,
+    where=_where,
     exp=torch.exp,
     exp2=torch.exp2,
     log=torch.log,

@@ -22,9 +22,8 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import LN2, fma, from_float32, to_float32
+from .math import LN2, LOG2E, fma, from_float32, to_float32
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
@@ -222,6 +221,39 @@ def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
 
 
 @triton.jit
+def exponent(x, m, c, GUARDED: tl.constexpr):
+    """``(x - m) / T`` in base 2, as the normaliser's sum has it."""
+    if GUARDED:
+        return (x - m) * c
+    else:
+        return fma(x, c, -(m * c))
+
+
+@triton.jit
+def paired_softmax(x_s, x_t, row, GUARDED: tl.constexpr):
+    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials.
+
+    The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
+    rounded less, and of the sums."""
+    m_s, l_s, m_t, l_t, over_t = row
+    c = over_t * LOG2E
+    log_s = tl.log2(l_s)
+    log_t = tl.log2(l_t)
+    y_s = exponent(x_s, m_s, c, GUARDED)
+    y_t = exponent(x_t, m_t, c, GUARDED)
+    if GUARDED:
+        y_s = tl.where(y_s < SMALLEST / 2, SMALLEST / 2, y_s)  # keeps NaN
+        y_t = tl.where(y_t < SMALLEST / 2, SMALLEST / 2, y_t)
+    log_ratio = (y_t - y_s) - (log_t - log_s)
+    ratio = tl.exp2(-tl.abs(log_ratio))
+    log_ratio *= LN2
+    teacher = log_ratio > 0
+    larger = tl.exp2(tl.maximum(y_s - log_s, y_t - log_t))
+    smaller = larger * ratio
+    return log_ratio, ratio, tl.where(teacher, smaller, larger), tl.where(teacher, larger, smaller)
+
+
+@triton.jit
 def columns(
     x_s,
     x_t,
@@ -229,22 +261,31 @@ def columns(
     row,
     parameters,
     VALUE_AND_SLOPE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    SLOPE_ONLY: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
     DROP: tl.constexpr,
     RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr,
 ):
-    """Value, slope and student probability of a tile of columns, by the rules for infinities."""
+    """Value, slope and student probability of a tile of columns, by the rules for infinities.
+
+    SLOPE_ONLY: the value is not wanted, and may be anything that is infinite where a logit is."""
     m_s, l_s, m_t, l_t, over_t = row
     if GUARDED:
         student_zero = x_s == -INFINITY
         teacher_zero = x_t == -INFINITY
         if RESTRICT and not PROPAGATE:
             x_s = tl.where(teacher_zero, -INFINITY, x_s)
-    log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
-    log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
+    if PAIRED:
+        log_q, log_p, q, p = paired_softmax(x_s, x_t, row, GUARDED)
+    else:
+        log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
+        log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
     value, slope = VALUE_AND_SLOPE(log_q, log_p, q, p, *parameters)
+    if PAIRED and not GUARDED and SLOPE_ONLY:  # an infinity shows in any sum that is not finite
+        value = log_q
     if GUARDED:
         dead = student_zero & teacher_zero
         if DROP:
@@ -269,7 +310,7 @@ def columns(
 @triton.jit
 def reduce_tile(
     sums, student_row, teacher_row, position, inside, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
     KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     loss, total_slope = sums
@@ -277,7 +318,7 @@ def reduce_tile(
     x_t = read(teacher_row, position, inside, MASKED, KEEP)
     value, slope, _ = columns(
         x_s, x_t, inside, row, parameters,
-        VALUE_AND_SLOPE, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+        VALUE_AND_SLOPE, PAIRED, KEEP, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
     )  # fmt: skip
     return loss + tl.sum(value, axis=1), total_slope + tl.sum(slope, axis=1)
 
@@ -285,11 +326,13 @@ def reduce_tile(
 @triton.jit
 def reduce(
     student_row, teacher_row, lead, n_cols, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-    GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr, ENDS: tl.constexpr, GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr,
 ):  # fmt: skip
-    """The loss L and D, walking backward: the tiles read last are still in cache."""
+    """The loss L and D, walking backward: the tiles read last are still in cache.
+
+    L of a PAIRED divergence is left to the gradient's sweep, where one follows (KEEP)."""
     first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
     sums = (zero, zero)
@@ -297,13 +340,13 @@ def reduce(
         position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, PAIRED, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
     for i in range(first, end):
         position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, PAIRED, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
 
@@ -311,7 +354,7 @@ def reduce(
 @triton.jit
 def differentiate_tile(
     loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
@@ -321,7 +364,7 @@ def differentiate_tile(
         x_t = read(teacher_row, position, inside, MASKED, False)
         value, slope, q = columns(
             x_s, x_t, inside, row, parameters,
-            VALUE_AND_SLOPE, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, PAIRED, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
         loss += tl.sum(value, axis=1)
         gradient = (slope - q * total_slope) * scale
@@ -345,7 +388,7 @@ def differentiate_tile(
 @triton.jit
 def differentiate(
     student_row, teacher_row, gradient_row, lead, n_cols, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     GUARDED: tl.constexpr, FORWARD: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
@@ -356,7 +399,7 @@ def differentiate(
         position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
             loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            parameters, VALUE_AND_SLOPE, PAIRED, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
             HARD, OWN_HARD,
         )  # fmt: skip
     for i in range(first, end):
@@ -364,7 +407,7 @@ def differentiate(
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
             loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            parameters, VALUE_AND_SLOPE, PAIRED, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
             HARD, OWN_HARD,
         )  # fmt: skip
     return tl.sum(loss, axis=0)

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from distill_ops.kernels.portable import on_tensors
 
 from distill_ops import reference
 from distill_ops.divergences import as_divergence
@@ -85,9 +84,7 @@ def condition(student, teacher, options) -> float:
         torch.log_softmax(x.detach().double()[..., columns] / temperature, -1)
         for x in (student, teacher)
     ]
-    formula = on_tensors(divergence.value_and_slope)
-    parameters = divergence.column_parameters(torch.float64)
-    value, slope = formula(*logs, *(log.exp() for log in logs), *parameters)
+    value, slope = divergence.on_columns(*logs, divergence.column_parameters(torch.float64))
     ratios = (value.abs() + slope.abs()).sum(-1) / value.sum(-1).abs()
     return max([1.0, *ratios[ratios.isfinite()].tolist()])
 

@@ -4,6 +4,7 @@ For NVIDIA the disassembly and the resource usage come from ``nvdisasm`` and ``c
 ship inside Triton's wheel; for AMD from the assembly's own metadata.
 """
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -13,12 +14,21 @@ from pathlib import Path
 
 import triton
 
+from ..kernels.sweeps import rescale
+
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop: its instructions by opcode."""
+    """An innermost loop: its instructions by opcode, and the lines of source that they come from."""
 
     opcodes: Counter
+    lines: frozenset[tuple[str, int]] = frozenset()  # file name without folder, line
+
+    def has_lines_of(self, function: triton.JITFunction) -> bool:
+        """Whether instructions of this device function are in the loop."""
+        text, first = inspect.getsourcelines(function.fn)
+        file = Path(inspect.getsourcefile(function.fn)).name
+        return any(name == file and first <= n < first + len(text) for name, n in self.lines)
 
     def count(self, *prefixes: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
@@ -46,12 +56,6 @@ class Loop:
     def stores(self) -> int:
         return self.count("STG")
 
-    @property
-    def maxima(self) -> int:
-        """Operands compared; clamps that keep NaN are no maxima."""
-        pairs = sum(n for o, n in self.opcodes.items() if o.startswith("FMNMX") and "NAN" not in o)
-        return pairs + self.count("FMNMX3")
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -67,12 +71,13 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def disassemble(compiled) -> tuple[list[str], Usage]:
-    """SASS of a kernel compiled for NVIDIA, a line an instruction or label, and its usage."""
+    """SASS of a kernel compiled for NVIDIA, a line an instruction, label or place in the source,
+    and its usage."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", str(cubin))
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     stack = found["STACK"] + found["LOCAL"]
     return code.splitlines(), Usage(found["REG"], stack, found["SHARED"])
@@ -81,23 +86,31 @@ def disassemble(compiled) -> tuple[list[str], Usage]:
 def innermost_loops(code: list[str]) -> list[Loop]:
     """Loops that hold no other loop, in program order."""
     opcodes: list[str] = []
+    sources: list[tuple[str, int]] = []
+    source = ("", 0)
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     for line in code:
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(opcodes)
+        elif place := re.match(r'\s*//## File "(?:.*/)?([^"/]+)", line (\d+)', line):
+            source = (place[1], int(place[2]))
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*);", line):
             opcode, operands = instruction.groups()
             if opcode.startswith("BRA") and (target := re.search(r"\(?(\.L_\w+)\)?", operands)):
                 jumps.append((len(opcodes), target[1]))
             opcodes.append(opcode)
+            sources.append(source)
     spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
     inner = [
         (first, last)
         for first, last in spans
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
     ]
-    return [Loop(Counter(opcodes[first : last + 1])) for first, last in sorted(inner)]
+    return [
+        Loop(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
+        for first, last in sorted(inner)
+    ]
 
 
 def amd_usage(compiled) -> Usage:
@@ -113,17 +126,15 @@ def amd_usage(compiled) -> Usage:
 
 
 def sweeps(loops: list[Loop], columns_a_thread: int) -> dict[str, list[Loop]]:
-    """The loops over tiles by sweep, each list from the fast form to the guarded one.
-
-    A tile's loop reads at least a vector of both tensors; sweep 1 takes a maximum of every logit
-    and the last sweep stores."""
+    """The loops over tiles by sweep, each list from the fast form to the guarded one: the last
+    sweep stores, and the first one alone rescales a running sum."""
     found: dict[str, list[Loop]] = {"normalise": [], "reduce": [], "differentiate": []}
     for loop in loops:
         if loop.count("LDG") == 0 or loop.instructions < 3 * columns_a_thread:
             continue
         if loop.stores:
             found["differentiate"].append(loop)
-        elif loop.maxima >= 1.7 * columns_a_thread:
+        elif loop.has_lines_of(rescale):
             found["normalise"].append(loop)
         else:
             found["reduce"].append(loop)
