@@ -71,7 +71,8 @@ def jensen_shannon(log_ratio, ratio, q, p, beta):
 def skew_forward_kl(log_ratio, ratio, q, p, alpha):
     m = tl.maximum(mixture(log_ratio, ratio, alpha), 1e-35)
     value = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_of_normal(m))
-    return value, (alpha - 1) * tl.minimum(q, p) * reciprocal(m)
+    smaller = q * tl.where(log_ratio > 0, 1.0, ratio)
+    return value, (alpha - 1) * smaller * reciprocal(m)
 
 
 @device_function

@@ -35,6 +35,11 @@ FORWARD_MOMENT = tl.constexpr(2)
 REVERSE_MOMENT = tl.constexpr(3)
 
 
+# Tiles a turn of the loops: two share their addresses' arithmetic, a twentieth of the instructions,
+# and four loads are in flight. Not where it would spill: with a hard label's own softmax, in the
+# later sweeps of PAIRED divergences, and in the guarded loops, which are rare.
+UNROLL = tl.constexpr(2)
+
 # How a row ends. WHOLE_VECTORS: it begins on a boundary and holds a whole number of vectors.
 # TAIL: it begins where tile 0 does. PEELED: it begins ``lead`` columns into tile 0.
 WHOLE_VECTORS = tl.constexpr(0)
@@ -177,7 +182,7 @@ def normalise(
     low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
     state = (low, zero, low, zero, zero, low, zero)
-    for k in range(first, end):
+    for k in tl.range(first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD else UNROLL):
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         state = normalise_tile(
             state, student_row, teacher_row, position, inside, c,
@@ -230,8 +235,9 @@ def exponent(x, m, c, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def paired_softmax(x_s, x_t, row, GUARDED: tl.constexpr):
-    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials.
+def paired_softmax(x_s, x_t, row, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
+    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
+    probability from the larger, or for the slope, which needs no p, q alone.
 
     The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
     rounded less, and of the sums."""
@@ -247,6 +253,8 @@ def paired_softmax(x_s, x_t, row, GUARDED: tl.constexpr):
     log_ratio = (y_t - y_s) - (log_t - log_s)
     ratio = tl.exp2(-tl.abs(log_ratio))
     log_ratio *= LN2
+    if SLOPE_ONLY:
+        return log_ratio, ratio, tl.exp2(y_s - log_s), tl.exp2(y_t - log_t)
     teacher = log_ratio > 0
     larger = tl.exp2(tl.maximum(y_s - log_s, y_t - log_t))
     smaller = larger * ratio
@@ -279,7 +287,7 @@ def columns(
         if RESTRICT and not PROPAGATE:
             x_s = tl.where(teacher_zero, -INFINITY, x_s)
     if PAIRED:
-        log_q, log_p, q, p = paired_softmax(x_s, x_t, row, GUARDED)
+        log_q, log_p, q, p = paired_softmax(x_s, x_t, row, SLOPE_ONLY, GUARDED)
     else:
         log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
         log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
@@ -342,7 +350,7 @@ def reduce(
             sums, student_row, teacher_row, position, inside, row, parameters,
             VALUE_AND_SLOPE, PAIRED, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
-    for i in range(first, end):
+    for i in tl.range(first, end, loop_unroll_factor=1 if GUARDED or PAIRED else UNROLL):
         position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
@@ -402,7 +410,9 @@ def differentiate(
             parameters, VALUE_AND_SLOPE, PAIRED, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
             HARD, OWN_HARD,
         )  # fmt: skip
-    for i in range(first, end):
+    for i in tl.range(
+        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or PAIRED else UNROLL
+    ):
         k = i if FORWARD else end - 1 - i + first
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(

@@ -70,20 +70,24 @@ class Counts:
 
     sweeps: dict[str, list[sass.Loop]]
     usage: sass.Usage
-    columns_a_thread: int
+    column_bytes: int  # of student's and teacher's element together
 
     def fast(self) -> dict[str, sass.Loop]:
         """The fast loop of each sweep that the kernel has."""
         names = ("normalise", "reduce", "differentiate")
         return {name: self.sweeps[name][0] for name in names if self.sweeps.get(name)}
 
+    def columns(self, loop: sass.Loop) -> float:
+        """Columns that a thread does in one turn of a loop, by what it loads."""
+        return loop.bytes_loaded / self.column_bytes
+
     def instructions(self) -> float:
         """Instructions an element, over the fast loops."""
-        return sum(loop.instructions for loop in self.fast().values()) / self.columns_a_thread
+        return sum(loop.instructions / self.columns(loop) for loop in self.fast().values())
 
     def special(self) -> float:
         """exp2, log2 and reciprocals an element, over the fast loops."""
-        return sum(loop.special for loop in self.fast().values()) / self.columns_a_thread
+        return sum(loop.special / self.columns(loop) for loop in self.fast().values())
 
 
 def count(launch: aot.Launch, target: aot.Target) -> Counts:
@@ -92,9 +96,11 @@ def count(launch: aot.Launch, target: aot.Target) -> Counts:
     For a divergence with a moment the guarded ``reduce`` exists alone: it is listed under
     ``guarded_reduce`` and is no part of the fast path."""
     code, usage = sass.disassemble(aot.compile_launch(launch, target))
-    threads = launch.arguments["num_warps"] * target.facts.warp_size
-    columns = launch.arguments["LANES"] * launch.arguments["WIDTH"] // threads
-    sweeps = sass.sweeps(sass.innermost_loops(code), columns)
-    if launch.arguments["MOMENT"] != 0:
+    arguments = launch.arguments
+    column_bytes = arguments["student_ptr"].element_size()
+    if arguments["DIVERGENCE"]:
+        column_bytes += arguments["teacher_ptr"].element_size()
+    sweeps = sass.sweeps(sass.innermost_loops(code))
+    if arguments["MOMENT"] != 0:
         sweeps["guarded_reduce"] = sweeps.pop("reduce")
-    return Counts(sweeps, usage, columns)
+    return Counts(sweeps, usage, column_bytes)

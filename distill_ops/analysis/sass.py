@@ -53,6 +53,18 @@ class Loop:
         return sum(n for opcode, n in accesses.items() if ".128" not in opcode)
 
     @property
+    def bytes_loaded(self) -> int:
+        """From device memory, by a thread in one turn."""
+        sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        loads = [(o.split("."), n) for o, n in self.opcodes.items() if o.startswith("LDG")]
+        return sum(n * next((sizes[p] for p in o if p in sizes), 4) for o, n in loads)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it compares with infinity or clamps and keeps NaN, as the guarded sweeps do."""
+        return self.count("FMNMX.NAN", "FSETP.NEU", "FSETP.NEU.AND") > 0
+
+    @property
     def stores(self) -> int:
         return self.count("STG")
 
@@ -125,12 +137,12 @@ def amd_usage(compiled) -> Usage:
     )
 
 
-def sweeps(loops: list[Loop], columns_a_thread: int) -> dict[str, list[Loop]]:
+def sweeps(loops: list[Loop]) -> dict[str, list[Loop]]:
     """The loops over tiles by sweep, each list from the fast form to the guarded one: the last
     sweep stores, and the first one alone rescales a running sum."""
     found: dict[str, list[Loop]] = {"normalise": [], "reduce": [], "differentiate": []}
     for loop in loops:
-        if loop.count("LDG") == 0 or loop.instructions < 3 * columns_a_thread:
+        if loop.count("LDG") == 0 or loop.special == 0:
             continue
         if loop.stores:
             found["differentiate"].append(loop)
@@ -138,4 +150,5 @@ def sweeps(loops: list[Loop], columns_a_thread: int) -> dict[str, list[Loop]]:
             found["normalise"].append(loop)
         else:
             found["reduce"].append(loop)
-    return {name: sorted(found[name], key=lambda loop: loop.instructions) for name in found}
+    cost = lambda loop: (loop.guarded, loop.instructions / loop.bytes_loaded)
+    return {name: sorted(found[name], key=cost) for name in found}
