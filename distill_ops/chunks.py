@@ -1,16 +1,18 @@
 """A chunk of rows on the CPU: its losses and gradient by whole-tensor PyTorch operations.
 
-Every divergence runs its own ``value_and_slope`` (``kernels/divergences.py``) on tensors; the four
-most used have a closed form here as well, with fewer passes over the chunk. Neither has guards at
-first: an infinite logit shows as a loss that is not finite. Then a chunk's closed form runs again
-with GUARDS, which drop terms by the rules of semantics.md, section 3, and leave rows without
-infinities the same bits; what is still not finite, ``general`` does row by row with all its rules.
+Every divergence runs its own ``value_and_slope`` (``kernels/divergences.py``) on tensors; the
+built-in ones have a closed form as well (``closed_forms.py``), with fewer passes over the chunk and
+no temporaries. Neither has guards at first: an infinite logit shows as a loss that is not finite.
+Then a chunk's closed form runs again with GUARDS, which drop terms by the rules of semantics.md,
+section 3, and leave rows without infinities the same bits; what is still not finite, ``general``
+does row by row with all its rules.
 
-With ``D = sum(slope)`` the gradient ``slope - q D`` is the backward of log_softmax, and where
-``slope = q h`` it is the backward of softmax, ``q (h - sum(q h))``.
+The losses come first and the gradient after them, where the losses serve: it may overwrite the
+student's logits.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +22,9 @@ from .divergences import Divergence
 
 BUFFERS = 5
 NEG_INF = float("-inf")
+
+Write = Callable[[torch.Tensor], object]
+Form = Callable[["Chunk"], tuple[torch.Tensor, Write]]
 
 softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
@@ -45,13 +50,6 @@ class Terms(NamedTuple):
     propagate: bool
     dtype: torch.dtype  # float32, or float64 for float64 logits
 
-    @property
-    def has_guards(self) -> bool:
-        """Whether the closed form serves rows with infinities. Below temperature 1 the division
-        may overflow, which takes more care."""
-        closed = self.divergence is not None and self.divergence.name in CLOSED_FORMS
-        return closed and self.temperature >= 1 and not self.propagate
-
 
 @dataclass(slots=True)
 class Chunk:
@@ -69,26 +67,34 @@ class Chunk:
     buffers: tuple[torch.Tensor, ...]
     guards: int
 
-    def losses(self, gradient: torch.Tensor | None):
-        """Divergence and cross-entropy of each row (None where not asked for); fills ``gradient``."""
-        divergence_loss = hard_loss = out = None
+    def divergence(self, form: Form | None) -> tuple[torch.Tensor, Write]:
+        """Divergence of each row, by its closed form or else its own text, and what writes the
+        gradient."""
+        return self.general() if form is None or self.guards == ROW_BY_ROW else form(self)
+
+    def finish(
+        self, write: Write | None, gradient: torch.Tensor | None, inplace: bool
+    ) -> torch.Tensor | None:
+        """Fill ``gradient`` (inplace: it is the student's memory); returns the cross-entropy of
+        each row, where it is asked for."""
+        out = None
         if gradient is not None:
             # PyTorch's backward of softmax ignores the strides of its ``out``
             direct = gradient.dtype == self.terms.dtype and gradient.is_contiguous()
-            out = gradient if direct else self.buffers[0]
-        if self.terms.divergence is not None:
-            form = CLOSED_FORMS.get(self.terms.divergence.name, Chunk.general)
-            if self.guards == ROW_BY_ROW:
-                form = Chunk.general
-            divergence_loss = form(self, out)
+            early = inplace and self.terms.hard and write is not None  # logits are read once more
+            out = gradient if direct and not early else self.buffers[0]
+            if write is not None:
+                write(out)
+        hard_loss = None
         if self.terms.hard:
-            alone = divergence_loss is None
-            hard_loss = self.cross_entropy(out if alone or out is None else self.buffers[3])
-            if out is not None and not alone:
-                out.add_(self.buffers[3])
+            hard_loss, write_hard = self.cross_entropy()
+            if out is not None:
+                write_hard(out if write is None else self.buffers[3])
+                if write is not None:
+                    out.add_(self.buffers[3])
         if out is not gradient:
             gradient.copy_(out)
-        return divergence_loss, hard_loss
+        return hard_loss
 
     def logits(
         self, logits: torch.Tensor, temperature: float, buffer: torch.Tensor
@@ -113,73 +119,19 @@ class Chunk:
     def without_student_zeros(self, values: torch.Tensor) -> torch.Tensor:
         return values.masked_fill_(self.student == NEG_INF, 0.0) if self.guards else values
 
-    def cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
+    def cross_entropy(self) -> tuple[torch.Tensor, Write]:
         _, work, log_q, *_ = self.buffers
         torch.log_softmax(self.logits(self.student, 1.0, work), -1, out=log_q)
         labels = self.labels[:, None]
         loss = -log_q.gather(-1, labels).squeeze(-1)
-        if gradient is not None:
+
+        def write(out):
             slope = work.zero_().scatter_(-1, labels, -1.0).mul_(self.hard_scale)
-            log_softmax_backward(slope, log_q, -1, slope.dtype, out=gradient)
-        return loss
+            log_softmax_backward(slope, log_q, -1, slope.dtype, out=out)
 
-    def soft_cross_entropy(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        work, log_q, p, *_ = self.buffers
-        torch.log_softmax(self.student_logits(), -1, out=log_q)
-        torch.softmax(self.teacher_logits(), -1, out=p)
-        self.finite_log(log_q)
-        self.without_student_zeros(p)
-        loss = row_sums(torch.mul(p, log_q, out=work)).neg_()
-        if gradient is not None:
-            log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
-        return loss
+        return loss, write
 
-    def forward_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        _, log_q, log_p, p, _ = self.buffers
-        torch.log_softmax(self.student_logits(), -1, out=log_q)
-        teacher = self.teacher_logits()
-        torch.log_softmax(teacher, -1, out=log_p)
-        torch.softmax(teacher, -1, out=p)
-        self.without_student_zeros(p)
-        loss = row_sums(self.finite_log(log_p).sub_(self.finite_log(log_q)).mul_(p))
-        if gradient is not None:
-            log_softmax_backward(p.mul_(-self.scale), log_q, -1, p.dtype, out=gradient)
-        return loss
-
-    def reverse_kl(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        work, log_q, log_p, q, restricted = self.buffers
-        student = self.student_logits()
-        if self.guards:  # the student restricted to the teacher's support
-            student = restricted.copy_(student).masked_fill_(self.teacher == NEG_INF, NEG_INF)
-        torch.log_softmax(student, -1, out=log_q)
-        torch.softmax(student, -1, out=q)
-        torch.log_softmax(self.teacher_logits(), -1, out=log_p)
-        log_ratio = self.finite_log(log_q).sub_(self.finite_log(log_p))
-        self.without_student_zeros(log_ratio)
-        loss = row_sums(torch.mul(q, log_ratio, out=work))
-        if gradient is not None:  # the slope is q log_ratio + q, and its second term cancels
-            softmax_backward(log_ratio.mul_(self.scale), q, -1, q.dtype, grad_input=gradient)
-        return loss
-
-    def jensen_shannon(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        work, log_q, q, log_p, p = self.buffers
-        (beta,) = self.parameters
-        student = self.student_logits()
-        torch.log_softmax(student, -1, out=log_q)
-        torch.softmax(student, -1, out=q)
-        teacher = self.teacher_logits()
-        torch.log_softmax(teacher, -1, out=log_p)
-        torch.softmax(teacher, -1, out=p)
-        log_m = torch.lerp(q, p, beta, out=work).clamp_(min=torch.finfo(work.dtype).tiny).log_()
-        log_ratio = self.without_student_zeros(self.finite_log(log_q).sub_(log_m))
-        of_teacher = self.finite_log(log_p).sub_(log_m).mul_(p)
-        loss = row_sums(torch.mul(q, log_ratio, out=work).lerp_(of_teacher, beta))
-        if gradient is not None:
-            log_ratio.mul_(self.scale * (1 - beta))
-            softmax_backward(log_ratio, q, -1, q.dtype, grad_input=gradient)
-        return loss
-
-    def general(self, gradient: torch.Tensor | None) -> torch.Tensor:
+    def general(self) -> tuple[torch.Tensor, Write]:
         """Any divergence by its own text; ROW_BY_ROW adds every rule for infinite logits."""
         guarded = self.guards == ROW_BY_ROW
         divergence, propagate = self.terms.divergence, self.terms.propagate
@@ -210,14 +162,6 @@ class Chunk:
             no_softmax = ~(student_max + teacher_max).isfinite()
             value = value.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
             slope = slope.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
-        if gradient is not None:
-            log_softmax_backward(slope * self.scale, log_q, -1, log_q.dtype, out=gradient)
-        return row_sums(value)
-
-
-CLOSED_FORMS = {
-    "soft_cross_entropy": Chunk.soft_cross_entropy,
-    "forward_kl": Chunk.forward_kl,
-    "reverse_kl": Chunk.reverse_kl,
-    "jensen_shannon": Chunk.jensen_shannon,
-}
+        return row_sums(value), lambda out: log_softmax_backward(
+            slope * self.scale, log_q, -1, log_q.dtype, out=out
+        )

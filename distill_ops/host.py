@@ -11,23 +11,30 @@ from collections.abc import Iterator
 import torch
 
 from .chunks import BUFFERS, GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
+from .closed_forms import CLOSED_FORMS
 
 CHUNK_ELEMENTS = 1 << 19  # of one buffer: 2 MiB in float32, about what the L2 caches hold
+GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
 BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
 
 
-def rows_in_chunk(n_rows: int, n_cols: int, itemsize: int, n_threads: int) -> int:
-    """Rows a chunk: enough to fill the cache, a whole number a thread, within BUFFER_BYTES."""
-    rows = max(1, CHUNK_ELEMENTS // n_cols)
+def rows_in_chunk(
+    n_rows: int, n_cols: int, itemsize: int, n_threads: int, elements: int = CHUNK_ELEMENTS
+) -> int:
+    """Rows a chunk: about ``elements``, a whole number a thread, within BUFFER_BYTES."""
+    rows = max(1, elements // n_cols)
     rows = -(-rows // n_threads) * n_threads
     return max(1, min(n_rows, rows, BUFFER_BYTES // (BUFFERS * n_cols * itemsize)))
 
 
-def row_blocks(*tensors: torch.Tensor | None, size: int) -> Iterator[list[torch.Tensor | None]]:
+def row_blocks(
+    *tensors: torch.Tensor | None, size: int, copies: bool
+) -> Iterator[list[torch.Tensor | None]]:
     """The tensors ``[..., V]`` as matrices of rows, whatever their strides.
 
     Where no single stride reaches the rows, as in ``logits[:, :-1]``, a block is what one does
-    reach; blocks of fewer than ``size`` rows are copied into matrices of about that many."""
+    reach; where ``copies`` may be made, blocks of fewer than ``size`` rows are copied into matrices
+    of about that many."""
     if tensors[0].dim() == 2:
         yield list(tensors)
         return
@@ -36,14 +43,15 @@ def row_blocks(*tensors: torch.Tensor | None, size: int) -> Iterator[list[torch.
     except RuntimeError:
         n_parts = len(tensors[0])
         rows_a_part = tensors[0][0].numel() // tensors[0].shape[-1]
-        together = max(1, size // max(rows_a_part, 1))
+        together = max(1, size // max(rows_a_part, 1)) if copies else 1
         n_blocks = -(-n_parts // together)
         parts = [[None] * n_blocks if t is None else t.split(together) for t in tensors]
         for part in zip(*parts, strict=True):
             if together > 1:
                 yield [t if t is None else t.reshape(-1, t.shape[-1]) for t in part]
             else:
-                yield from row_blocks(*[t if t is None else t[0] for t in part], size=size)
+                inner = [t if t is None else t[0] for t in part]
+                yield from row_blocks(*inner, size=size, copies=copies)
     else:
         yield matrices
 
@@ -61,6 +69,84 @@ def _rows(tensor, rows):
     return tensor[rows] if isinstance(tensor, torch.Tensor) and tensor.dim() else tensor
 
 
+class _Run:
+    """One call of :func:`dense`: what serves all its chunks, and the rows' sums so far."""
+
+    def __init__(self, terms, n_rows, n_cols, device, per_row, inplace):
+        self.terms, self.n_rows, self.n_cols, self.inplace = terms, n_rows, n_cols, inplace
+        self.per_row = per_row  # labels, scale, hard_scale, parameters
+        name = None if terms.divergence is None else terms.divergence.name
+        self.form = CLOSED_FORMS.get(name)
+        # below temperature 1 the division may overflow, which takes more care than theirs
+        self.has_guards = self.form is not None and terms.temperature >= 1 and not terms.propagate
+        self.kind = {"dtype": terms.dtype, "device": device}
+        elements = CHUNK_ELEMENTS if name is None or self.form else GENERAL_ELEMENTS
+        threads = torch.get_num_threads()
+        self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
+        self.buffers = tuple(torch.empty(self.size, n_cols, **self.kind) for _ in range(BUFFERS))
+        self.sums = [None, None]  # divergence and cross-entropy, as far as they are wanted
+
+    def chunk(self, group, places, n, guards) -> Chunk:
+        """The matrices of ``n`` rows whose places in the call are a slice or a tensor."""
+        labels, scale, hard_scale, parameters = self.per_row
+        return Chunk(
+            self.terms, group[0], group[1], _rows(labels, places), _rows(scale, places),
+            _rows(hard_scale, places), [_rows(value, places) for value in parameters],
+            self.buffers if n == self.size else tuple(b[:n] for b in self.buffers), guards,
+        )  # fmt: skip
+
+    def store(self, i, places, losses) -> None:
+        if losses is None:
+            return
+        if isinstance(places, slice) and losses.shape[0] == self.n_rows:
+            self.sums[i] = losses
+        else:
+            if self.sums[i] is None:
+                self.sums[i] = torch.zeros(self.n_rows, **self.kind)
+            self.sums[i][places] = losses
+
+    def rows(self, group, places, n, guards) -> int:
+        """Losses and gradient of a group of rows; returns the guards that it took."""
+        chunk = self.chunk(group, places, n, guards)
+        write, bad = None, ()
+        if self.terms.divergence is not None:
+            losses, write = chunk.divergence(self.form)
+            finite = math.isfinite(losses.sum())
+            if not finite and guards == UNGUARDED and self.has_guards:
+                chunk.guards = GUARDS
+                losses, write = chunk.divergence(self.form)
+                finite = math.isfinite(losses.sum())
+            self.store(0, places, losses)
+            if not finite and guards != ROW_BY_ROW:
+                bad = (~losses.isfinite()).nonzero().squeeze(-1)
+                # these rows come again: copied before a gradient overwrites them
+                again = [None if matrix is None else matrix[bad] for matrix in group]
+        self.store(1, places, chunk.finish(write, group[2], self.inplace))
+        if len(bad):
+            if isinstance(places, slice):
+                places = torch.arange(places.start, places.stop, device=bad.device)
+            self.rows(again, places[bad], len(bad), ROW_BY_ROW)
+            if group[2] is not None:
+                group[2][bad] = again[2]
+        return chunk.guards
+
+    def group(self, block, first, rows, guards) -> int:
+        """``rows`` of a block that begins at row ``first`` of the call."""
+        copied = not isinstance(rows, slice)
+        if copied:
+            n, places = len(rows), torch.tensor(rows, device=block[0].device) + first
+        else:
+            n, places = rows.stop - rows.start, slice(first + rows.start, first + rows.stop)
+        group = block
+        whole = all(m is None or m.shape == (n, self.n_cols) for m in block)
+        if copied or not whole:
+            group = [None if matrix is None else matrix[rows, : self.n_cols] for matrix in block]
+        guards = self.rows(group, places, n, guards)
+        if copied and block[2] is not None:
+            block[2][rows, : self.n_cols] = group[2]
+        return guards
+
+
 def dense(
     terms: Terms,
     student: torch.Tensor,  # [..., V]
@@ -71,48 +157,15 @@ def dense(
     hard_scale: float | torch.Tensor,
     parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
     n_cols: int,
-    gradient: torch.Tensor | None,  # like student
+    gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
-    size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads())
-    shape, kind = (size, n_cols), {"dtype": terms.dtype, "device": student.device}
-    buffers = tuple(torch.empty(shape, **kind) for _ in range(BUFFERS))
-    sums = [None, None]  # per-row divergence and cross-entropy, as far as they are wanted
-    whole = n_cols == student.shape[-1] and (teacher is None or n_cols == teacher.shape[-1])
-
-    def run(block, first, rows, guards):
-        """One group of a block's rows, which begins at row ``first`` of the call. Returns whether
-        every divergence came out finite."""
-        copied = not isinstance(rows, slice)
-        if copied:
-            n, out = len(rows), torch.tensor(rows, device=student.device) + first
-        else:
-            n, out = rows.stop - rows.start, slice(first + rows.start, first + rows.stop)
-        group = block
-        if copied or n < n_rows or not whole:
-            group = [None if matrix is None else matrix[rows, :n_cols] for matrix in block]
-        chunk = Chunk(
-            terms, group[0], group[1], _rows(labels, out), _rows(scale, out), _rows(hard_scale, out),
-            [_rows(value, out) for value in parameters], buffers if n == size else tuple(b[:n] for b in buffers), guards,
-        )  # fmt: skip
-        results = chunk.losses(group[2])
-        for i, losses in enumerate(results):
-            if losses is None:
-                continue
-            if n == n_rows:
-                sums[i] = losses
-            else:
-                if sums[i] is None:
-                    sums[i] = torch.zeros(n_rows, **kind)
-                sums[i][out] = losses
-        if copied and gradient is not None:
-            block[2][rows, :n_cols] = group[2]
-        return results[0] is None or math.isfinite(results[0].sum())
-
+    per_row = labels, scale, hard_scale, parameters
+    run = _Run(terms, n_rows, n_cols, student.device, per_row, gradient is student)
     guards = UNGUARDED
     first = 0
-    for block in row_blocks(student, teacher, gradient, size=size):
+    for block in row_blocks(student, teacher, gradient, size=run.size, copies=not run.inplace):
         end = first + block[0].shape[0]
         kept = range(end - first)
         if weights is not None:
@@ -123,20 +176,12 @@ def dense(
                 block[2][:, n_cols:] = 0
             if len(kept) < end - first:
                 block[2].index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
-        all_finite = True
-        for rows in row_groups(kept, size):
-            finite = run(block, first, rows, guards)
-            if not finite and guards == UNGUARDED and terms.has_guards:
-                guards = GUARDS  # where one chunk holds infinities, the next ones will
-                finite = run(block, first, rows, guards)
-            all_finite &= finite
-        if not all_finite:
-            infinite = (~sums[0][first:end].isfinite()).nonzero().squeeze(-1)
-            for rows in row_groups(infinite.tolist(), size):
-                run(block, first, rows, ROW_BY_ROW)
+        for rows in row_groups(kept, run.size):
+            guards = run.group(block, first, rows, guards)  # infinities here: in the next, too
         first = end
+    sums = run.sums
     if sums[0] is None and terms.divergence is not None:  # no row was kept
-        sums[0] = torch.zeros(n_rows, **kind)
+        sums[0] = torch.zeros(n_rows, **run.kind)
     if sums[1] is None and terms.hard:
-        sums[1] = torch.zeros(n_rows, **kind)
+        sums[1] = torch.zeros(n_rows, **run.kind)
     return sums[0], sums[1]

@@ -1,0 +1,91 @@
+"""The counts of :mod:`sass`, for AMD: from the assembly text, there being no disassembler here.
+
+Counted are the instructions of the vector unit: scalar, memory and waiting instructions issue
+beside it, from other wavefronts. A packed instruction works on two columns.
+"""
+
+import re
+from collections import Counter
+
+from . import aot, forms, sass
+
+# AMD's opcodes for the NVIDIA ones that sass.Loop counts
+OPCODES = {
+    "MUFU": ("v_exp_f32", "v_log_f32", "v_rcp_f32"),
+    "LDG": ("global_load", "buffer_load"),
+    "STG": ("global_store", "buffer_store"),
+    "BAR": ("s_barrier", "ds_"),
+}
+LOADED = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "ubyte": 1}
+
+
+class Loop(sass.Loop):
+    """An innermost loop in AMD's assembly."""
+
+    def count(self, *prefixes: str) -> int:
+        return super().count(*(name for p in prefixes for name in OPCODES.get(p, (p,))))
+
+    @property
+    def instructions(self) -> int:
+        return super().count("v_")
+
+    @property
+    def bytes_loaded(self) -> int:
+        loads = [(o, n) for o, n in self.opcodes.items() if o.startswith(OPCODES["LDG"])]
+        return sum(n * LOADED.get(opcode.split("_")[2], 2) for opcode, n in loads)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it compares with infinity, as the guarded sweeps do."""
+        return super().count("v_cmp_eq_f32", "v_cmp_neq_f32", "v_cmp_class_f32") > 0
+
+    @property
+    def narrow_accesses(self) -> int:
+        wide = sum(n for opcode, n in self.opcodes.items() if opcode.endswith("_dwordx4"))
+        return self.count("LDG", "STG") - wide
+
+
+def innermost_loops(text: str) -> list[Loop]:
+    """Loops that hold no other loop, in program order."""
+    opcodes: list[str] = []
+    sources: list[tuple[str, int]] = []
+    source = ("", 0)
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif place := re.match(r"\t\.loc\s.*;\s+([^\s:]+):(\d+)", line):
+            source = (place[1], int(place[2]))
+        elif instruction := re.match(r"\t([a-z]\w*)(?:\s+(\.LBB\w+))?", line):
+            opcode, target = instruction.groups()
+            if target:
+                jumps.append((len(opcodes), target))
+            opcodes.append(opcode)
+            sources.append(source)
+    spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+    return [
+        Loop(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
+        for first, last in sorted(inner)
+    ]
+
+
+def count(launch: aot.Launch, target: aot.Target) -> forms.Counts:
+    """Compile a launch of the dense kernel for an AMD target and count its loops."""
+    compiled = aot.compile_launch(launch, target)
+    arguments = launch.arguments
+    column_bytes = arguments["student_ptr"].element_size()
+    if arguments["DIVERGENCE"]:
+        column_bytes += arguments["teacher_ptr"].element_size()
+    sweeps = sass.sweeps(innermost_loops(compiled.asm["amdgcn"]))
+    # a peeled end is broken into a branch a column, parts of which look like loops of their own
+    for loops in sweeps.values():
+        loops.sort(key=lambda loop: loop.narrow_accesses > 0)
+    if arguments["MOMENT"] != 0:
+        sweeps["guarded_reduce"] = sweeps.pop("reduce")
+    return forms.Counts(sweeps, sass.amd_usage(compiled), column_bytes)

@@ -1,0 +1,174 @@
+"""The built-in divergences of a chunk of rows on the CPU, with as few passes over it as can be.
+
+Each function takes a :class:`~distill_ops.chunks.Chunk` and returns the rows' losses and a function
+that writes the gradient to a matrix ``out``, which may be the chunk's first buffer. What the second
+needs lies in the other buffers, so the chunk itself is not read again: ``out`` may be the student's
+logits, and it need not be called where a loss is not finite.
+
+With ``D = sum(slope)`` the gradient is ``slope - q D``: the backward of log_softmax; and where
+``slope = q h`` that of softmax, ``q (h - sum(q h))``. Neither changes by a constant in h.
+"""
+
+import torch
+
+from .chunks import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
+
+
+def soft_cross_entropy(chunk: Chunk):
+    work, log_q, p, *_ = chunk.buffers
+    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    torch.softmax(chunk.teacher_logits(), -1, out=p)
+    chunk.finite_log(log_q)
+    chunk.without_student_zeros(p)
+    loss = row_sums(torch.mul(p, log_q, out=work)).neg_()
+    return loss, lambda out: log_softmax_backward(p.mul_(-chunk.scale), log_q, -1, p.dtype, out=out)
+
+
+def forward_kl(chunk: Chunk):
+    _, log_q, log_p, p, _ = chunk.buffers
+    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    teacher = chunk.teacher_logits()
+    torch.log_softmax(teacher, -1, out=log_p)
+    torch.softmax(teacher, -1, out=p)
+    chunk.without_student_zeros(p)
+    loss = row_sums(chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).mul_(p))
+    return loss, lambda out: log_softmax_backward(p.mul_(-chunk.scale), log_q, -1, p.dtype, out=out)
+
+
+def _restricted_student(chunk: Chunk, buffer: torch.Tensor) -> torch.Tensor:
+    """The student's logits; with guards, restricted to the teacher's support."""
+    student = chunk.student_logits()
+    if not chunk.guards:
+        return student
+    return buffer.copy_(student).masked_fill_(chunk.teacher == NEG_INF, NEG_INF)
+
+
+def reverse_kl(chunk: Chunk):
+    work, log_q, log_p, q, other = chunk.buffers
+    student = _restricted_student(chunk, other)
+    torch.log_softmax(student, -1, out=log_q)
+    torch.softmax(student, -1, out=q)
+    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
+    chunk.without_student_zeros(log_ratio)
+    loss = row_sums(torch.mul(q, log_ratio, out=work))
+    return loss, lambda out: softmax_backward(
+        log_ratio.mul_(chunk.scale), q, -1, q.dtype, grad_input=out
+    )
+
+
+def symmetric_kl(chunk: Chunk):
+    work, log_q, log_p, q, p = chunk.buffers
+    (weight,) = chunk.parameters
+    torch.log_softmax(_restricted_student(chunk, p), -1, out=log_q)
+    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    torch.exp(log_q, out=q)
+    torch.exp(log_p, out=p)
+    chunk.without_student_zeros(p)
+    log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
+    chunk.without_student_zeros(log_ratio)
+    mixed = p.mul_(weight - 1).add_(torch.mul(q, weight, out=work))
+    loss = row_sums(torch.mul(mixed, log_ratio, out=work))
+
+    def write(out):
+        slope = mixed.add_(log_ratio.mul_(q).mul_(weight)).mul_(chunk.scale)
+        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+
+    return loss, write
+
+
+def _paired(chunk: Chunk, weight) -> tuple[torch.Tensor, ...]:
+    """``log(p / q)``, ``(weight p + (1 - weight) q) / max(p, q)``, q and p, and a free buffer: the
+    mixture from the ratio of p and q, as ``kernels/divergences.py`` has it."""
+    m, log_q, log_p, q, p = chunk.buffers
+    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    torch.exp(log_q, out=q)
+    torch.exp(log_p, out=p)
+    log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
+    ratio = torch.abs(log_ratio, out=log_q).neg_().exp_()
+    weights = (torch.as_tensor(w, dtype=m.dtype, device=m.device) for w in (weight, 1 - weight))
+    torch.where(log_ratio > 0, *weights, out=m)  # of the larger: its weight
+    torch.add(ratio.addcmul_(m, ratio, value=-1), m, out=m)  # lerp rounds 1 - weight
+    return log_ratio, m, q, p, ratio
+
+
+def jensen_shannon(chunk: Chunk):
+    (beta,) = chunk.parameters
+    log_ratio, m, q, p, free = _paired(chunk, beta)
+    log_m = m.log_()
+    of_student = torch.clamp(log_ratio, min=0, out=free).add_(log_m)  # log(m / q)
+    chunk.without_student_zeros(of_student)
+    of_teacher = log_ratio.clamp_(max=0).neg_().add_(log_m)  # log(m / p)
+    of_teacher.mul_(p).mul_(beta)
+    loss = row_sums(torch.mul(q, of_student, out=m).mul_(1 - beta).add_(of_teacher)).neg_()
+    return loss, lambda out: softmax_backward(
+        of_student.mul_((beta - 1) * chunk.scale), q, -1, q.dtype, grad_input=out
+    )
+
+
+def skew_forward_kl(chunk: Chunk):
+    (alpha,) = chunk.parameters
+    log_ratio, m, q, p, free = _paired(chunk, alpha)
+    m.clamp_(min=1e-35)
+    log_p_over_m = log_ratio.clamp_(max=0).sub_(torch.log(m, out=free))
+    loss = row_sums(log_p_over_m.mul_(p))
+
+    def write(out):
+        slope = torch.minimum(q, p, out=p).div_(m).mul_((alpha - 1) * chunk.scale)
+        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+
+    return loss, write
+
+
+def skew_reverse_kl(chunk: Chunk):
+    (alpha,) = chunk.parameters
+    log_ratio, m, q, _, free = _paired(chunk, 1 - alpha)
+    log_q_over_m = log_ratio.clamp_(min=0).add_(m.clamp_(min=1e-35).log_()).neg_()
+    chunk.without_student_zeros(log_q_over_m)
+    loss = row_sums(torch.mul(q, log_q_over_m, out=m))
+
+    def write(out):
+        share = torch.exp(log_q_over_m, out=free).mul_(alpha)
+        softmax_backward(log_q_over_m.sub_(share).mul_(chunk.scale), q, -1, q.dtype, grad_input=out)
+
+    return loss, write
+
+
+def total_variation(chunk: Chunk):
+    work, q, p, *_ = chunk.buffers
+    torch.softmax(chunk.student_logits(), -1, out=q)
+    torch.softmax(chunk.teacher_logits(), -1, out=p)
+    difference = torch.sub(q, p, out=p)
+    loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
+    return loss, lambda out: softmax_backward(
+        difference.sign_().mul_(0.5 * chunk.scale), q, -1, q.dtype, grad_input=out
+    )
+
+
+def alpha_beta(chunk: Chunk):
+    cross, log_q, log_p, student, _ = chunk.buffers
+    alpha, beta = chunk.parameters
+    total = alpha + beta
+    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    torch.mul(log_q, beta, out=student)
+    torch.mul(log_p, alpha, out=cross).add_(student).exp_()
+    torch.mul(log_q, total, out=student).exp_()
+    teacher = log_p.mul_(total).exp_()
+    values = torch.lerp(student, teacher, alpha / total, out=teacher).sub_(cross)
+    scale = alpha * beta
+    loss = row_sums(values).div_(scale.squeeze(-1) if isinstance(scale, torch.Tensor) else scale)
+    slope = student.sub_(cross)
+    return loss, lambda out: log_softmax_backward(
+        slope.mul_(chunk.scale / alpha), log_q, -1, slope.dtype, out=out
+    )
+
+
+CLOSED_FORMS = {
+    form.__name__: form
+    for form in (
+        soft_cross_entropy, forward_kl, reverse_kl, symmetric_kl, jensen_shannon,
+        skew_forward_kl, skew_reverse_kl, total_variation, alpha_beta,
+    )
+}  # fmt: skip
