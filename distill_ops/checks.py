@@ -170,6 +170,42 @@ def check_normalizer(normalizer, reduction: str, student_logits: torch.Tensor) -
         raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
 
 
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes that a tensor spans: from, to."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
+    """Whether the gradient may overwrite the student's logits, which require grad.
+
+    Raises:
+        ValueError: they are a leaf, share memory with themselves or the teacher's.
+    """
+    if student_logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter): "
+            "pass the output of the model, or inplace=False"
+        )
+    if torch.compiler.is_compiling() or student_logits.numel() == 0:
+        return
+    if any(
+        s == 0 and n > 1 for n, s in zip(student_logits.shape, student_logits.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"inplace=True needs student_logits without repeated memory, got strides "
+            f"{student_logits.stride()} (expanded): pass .contiguous(), or inplace=False"
+        )
+    if teacher_logits is None or type(student_logits) is not torch.Tensor:
+        return
+    (start, end), (other_start, other_end) = _extent(student_logits), _extent(teacher_logits)
+    if start < other_end and other_start < end:
+        raise ValueError(
+            "inplace=True would overwrite teacher_logits, which share memory with student_logits: "
+            "pass teacher_logits.clone(), or inplace=False"
+        )
+
+
 def check_arguments(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,

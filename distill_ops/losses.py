@@ -4,10 +4,12 @@ import math
 
 import torch
 
-from .checks import BACKENDS, GRADIENTS, check_arguments, one_of
+from .autograd import dense_loss, dense_loss_inplace
+from .checks import BACKENDS, GRADIENTS, check_arguments, check_inplace, one_of
 from .divergences import Divergence, SoftCrossEntropy
 from .kernels.portable import triton
-from .ops import BACKWARD, FORWARD, NO_GRADIENT, Options, dense_loss
+from .ops import BACKWARD, FORWARD, NO_GRADIENT
+from .paths import Options
 from .reference import LossComponents
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -77,6 +79,7 @@ def distillation_loss(
     infinities: str = "drop",
     vocab_size: int | None = None,
     gradient: str = "auto",
+    inplace: bool = False,
     return_components: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | LossComponents:
@@ -117,6 +120,10 @@ def distillation_loss(
             backward only. "backward": by the backward, which re-reads both logits; no
             gradient-sized buffer in between. "auto": "forward", but "backward" for
             ``reduction="none"`` and for float16.
+        inplace: the gradient overwrites the student's logits, so that no memory of their size is
+            taken: when it is made, in the forward or the backward. Autograd notices where another
+            operation still needs the logits. Without a gradient (grad mode off, or logits that do
+            not require one) nothing is written.
         return_components: return ``LossComponents(loss, divergence, hard_label)``, the last two
             detached and reduced alike.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
@@ -128,7 +135,7 @@ def distillation_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
-            made in the forward.
+            made in the forward or in place.
 
     Example:
         >>> import torch, distill_ops
@@ -159,7 +166,10 @@ def distillation_loss(
         n_cols,
         ignore_index,
     )
-    loss, components, _ = dense_loss(
+    inplace = inplace and mode != NO_GRADIENT
+    if inplace:
+        check_inplace(student_logits, teacher_logits)
+    loss, components, *_ = (dense_loss_inplace if inplace else dense_loss)(
         student_logits, teacher_logits, loss_mask, labels, normalizer if in_tensor else None,
         divergence.tensors, *options.pack(), mode, return_components,
     )  # fmt: skip

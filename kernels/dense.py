@@ -218,14 +218,15 @@ def dense_kernel(
             label = tl.load(labels_ptr + row) if HARD else 0
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
             if WRITE_LOSS:
+                if HARD:  # before any thread is past the sweeps: the gradient may overwrite it
+                    known = (label >= 0) & (label < n_cols)
+                    logit = tl.load(student + lead + label, mask=known, other=float("nan"))
                 loss, statistics = row_statistics(
                     student, teacher, lead, n_cols, over_t, row_values,
                     VALUE_AND_SLOPE, PAIRED, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
                     LANES, WIDTH, ENDS, WRITE_GRADIENT,
                 )  # fmt: skip
                 if HARD:
-                    known = (label >= 0) & (label < n_cols)
-                    logit = tl.load(student + lead + label, mask=known, other=float("nan"))
                     hard_loss = (statistics[5] - logit.to(tl.float32)) + tl.log(statistics[6])
             else:
                 statistics = (
@@ -302,7 +303,7 @@ def run(
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
     *,
-    gradient: torch.Tensor | None = None,  # like student, contiguous: write it
+    gradient: torch.Tensor | None = None,  # like student, contiguous, or the student: write it
     statistics: torch.Tensor | None = None,  # [N, STATISTICS]
     losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
     components: torch.Tensor | None = None,  # [2, N]
@@ -313,12 +314,24 @@ def run(
     """Launch the dense kernel: losses with the gradient or the statistics, or the gradient alone."""
     teacher_given = formula.value_and_slope is not None
     tensors = [student, teacher if teacher_given else student]
+    inplace = gradient is student
     n_inner, layouts = row_layouts(*tensors)
+    if inplace and not layouts[0].is_in(student):  # a copy, for the teacher's strides or its own
+        tensors[1] = tensors[1].contiguous()
+        n_inner, layouts = row_layouts(*tensors)
+        if not layouts[0].is_in(student):
+            raise ValueError(
+                f"inplace=True needs student_logits with contiguous columns and leading dimensions "
+                f"that two strides reach, got strides {student.stride()}: pass .contiguous(), or "
+                f"inplace=False"
+            )
     n_rows = student.numel() // student.shape[-1]
     if n_rows == 0:
         return
     width = student.shape[-1]
-    layouts.append(layouts[0] if gradient is None else Rows(gradient, 0, n_inner * width, width))
+    layouts.append(
+        layouts[0] if gradient is None or inplace else Rows(gradient, 0, n_inner * width, width)
+    )
     deterministic = torch.are_deterministic_algorithms_enabled()
     # Peeling gives 16-byte loads at odd vocabularies; which columns a thread sums then depends on
     # the row's place in memory, and with it the last bits.

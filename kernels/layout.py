@@ -19,6 +19,10 @@ class Rows(NamedTuple):
     def offsets(self) -> tuple[int, int, int]:
         return self.start, self.outer, self.inner
 
+    def is_in(self, tensor: torch.Tensor) -> bool:
+        """Whether the rows lie in this tensor's memory, and are no copy."""
+        return self.base.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
     def aligned(self) -> bool:
         """Every row begins at a multiple of 16 bytes."""
         return all(x % ALIGNMENT == 0 for x in self.offsets())

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from helpers import make_logits, run
 from test_dense import FLOAT_MASK, LABELS, TOKENS
 
-from distill_ops import distillation_loss, ops
+from distill_ops import autograd, distillation_loss, ops
 
 OPTIONS = {
     "forward": {},
@@ -24,7 +24,7 @@ OPTIONS = {
 def arguments_of(call):
     """What a call of the public function hands to the operator."""
     captured = []
-    original = ops.dense_loss
+    original = autograd.dense_loss
 
     def capture(*arguments):
         captured.append(arguments)
@@ -55,7 +55,7 @@ def test_opcheck_of_the_gradient(backend, device):
     arguments = arguments_of(
         lambda: distillation_loss(student, teacher, gradient="backward", backend=backend)
     )
-    statistics = ops.dense_loss(*arguments)[2]
+    statistics = autograd.dense_loss(*arguments)[2]
     shared = [student.detach(), *arguments[1 : ops.N_SHARED]]
     upstream = torch.tensor(0.5, device=device)
     torch.library.opcheck(ops.dense_gradient_op, (*shared, statistics, upstream))

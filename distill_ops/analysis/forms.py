@@ -12,6 +12,7 @@ import torch
 from .. import ops
 from ..divergences import Divergence
 from ..kernels import dense
+from ..paths import Options
 from . import aot, sass
 
 
@@ -41,7 +42,7 @@ class Form:
         labels = None
         if self.hard_label_weight:
             labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
-        options = ops.Options(
+        options = Options(
             divergence.name, "mean", "drop", "triton", self.temperature, 1.0,
             self.hard_label_weight, math.nan, divergence.numbers,
             self.vocab_size or self.n_cols, -100,
@@ -55,10 +56,10 @@ class Form:
         arguments = self.arguments(divergence)
 
         def call():
-            outputs = ops._dense_loss(*arguments, self.gradient, False)
+            outputs = ops.dense_loss(*arguments, self.gradient, False)
             if self.gradient == "backward":
                 upstream = torch.empty((), device="meta")
-                ops._dense_gradient(*arguments, outputs[2], upstream)
+                ops.dense_gradient(*arguments, outputs[2], upstream)
 
         recorded = aot.record(call, target.facts)
         return [launch for launch in recorded if launch.kernel is dense.dense_kernel]

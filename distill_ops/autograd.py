@@ -1,0 +1,216 @@
+"""Autograd of the dense loss, and what else watches a call: tracing, transforms, vmap."""
+
+import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
+
+from . import ops
+from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
+from .paths import device_of
+
+
+def _save_inputs(ctx, inputs, *others) -> None:
+    """Save the operator's tensors for the backward."""
+    *tensors, parameters = inputs[:N_TENSORS]
+    tensors += parameters
+    # the tensors made under inference mode cannot be saved, and cannot change either
+    traced = torch.compiler.is_compiling()
+    ctx.unsaved = [
+        t if not traced and t is not None and t.is_inference() else None for t in tensors
+    ]
+    saved = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
+    ctx.save_for_backward(*saved, *others)
+
+
+def _saved_inputs(ctx) -> tuple[tuple, torch.Tensor]:
+    """The operator's tensors again, and what was saved beside them."""
+    *tensors, other = ctx.saved_tensors
+    tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
+    return (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :]), other
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, components, kept = output
+    ctx.mark_non_differentiable(components, kept)
+    ctx.set_materialize_grads(False)
+    ctx.mode = inputs[N_SHARED]
+    ctx.options = inputs[N_TENSORS:N_SHARED]
+    ctx.n_parameters = len(inputs[N_TENSORS - 1])
+    ctx.spent = False
+    if ctx.mode == FORWARD:
+        ctx.save_for_backward(kept)
+    elif ctx.mode == BACKWARD:
+        _save_inputs(ctx, inputs, kept)
+    else:
+        raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
+
+
+def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
+    """``gradient *= upstream``, which on a GPU is read there."""
+    if gradient.device.type == "cpu":
+        factor = upstream.item()
+        if factor != 1:
+            gradient.mul_(factor)
+    elif backend == "triton" and gradient.is_contiguous():
+        from .kernels import reduction
+
+        with device_of(gradient):
+            reduction.scale_(gradient, upstream)
+    else:
+        gradient.mul_(upstream)
+
+
+def _check_backward(ctx) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "distillation_loss has no second derivative: its backward was called with "
+            "create_graph=True (torch.func.grad does that too). Use "
+            "distill_ops.reference.distillation_loss where one is needed."
+        )
+    if ctx.spent:
+        raise RuntimeError(
+            "distillation_loss was called with a gradient made in the forward (or inplace=True), "
+            "which the first backward used up: pass gradient='backward' without inplace to call "
+            "backward again (retain_graph=True)"
+        )
+
+
+def _student_gradient(ctx, upstream):
+    if upstream is None:
+        return None
+    _check_backward(ctx)
+    if ctx.mode == BACKWARD:
+        inputs, statistics = _saved_inputs(ctx)
+        return ops.dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
+    (gradient,) = ctx.saved_tensors
+    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
+        return gradient * upstream
+    ctx.spent = True
+    _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+    return gradient
+
+
+def _backward(ctx, upstream, *_):
+    others = [None] * (N_SHARED + 1)  # PyTorch wants an entry for each tensor of the list, too
+    others[N_TENSORS - 2] = [None] * ctx.n_parameters
+    return _student_gradient(ctx, upstream), *others
+
+
+torch.library.register_autograd(
+    "distill_ops::dense_loss", _backward, setup_context=_setup_context, lib=ops.library
+)
+
+
+def _vmap_loss(info, in_dims, *arguments):
+    """Independent problems, one after the other."""
+
+    def part(value, dim, i):
+        if isinstance(value, list) and isinstance(dim, list):
+            return [part(*item, i) for item in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    outputs = [
+        ops.dense_loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
+
+
+torch.library.register_vmap("distill_ops::dense_loss", _vmap_loss, lib=ops.library)
+
+
+class _DenseLoss(torch.autograd.Function):
+    """The same forward and backward without the dispatcher between."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = ops.dense_loss(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        return _student_gradient(ctx, upstream), *(None,) * (N_SHARED + 1)
+
+
+class _DenseLossInplace(torch.autograd.Function):
+    """The gradient overwrites the student's logits: in the forward, or in the backward."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *shared, ctx.mode, components = arguments
+        ctx.options = shared[N_TENSORS:]
+        ctx.spent = False
+        ctx.set_materialize_grads(False)
+        if ctx.mode == FORWARD:
+            loss, components = ops.dense_loss_inplace_op(*shared, components)
+            ctx.save_for_backward(shared[0])
+        else:
+            loss, components, statistics = ops.dense_loss_op(*shared, BACKWARD, components)
+            _save_inputs(ctx, shared, statistics)
+        ctx.mark_non_differentiable(components)
+        return loss, components
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        others = (None,) * (N_SHARED + 1)
+        if upstream is None:
+            return None, *others
+        _check_backward(ctx)
+        traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
+        if ctx.mode == BACKWARD:
+            inputs, statistics = _saved_inputs(ctx)
+            if traced:  # the compiler plans the memory
+                arguments = (*inputs, *ctx.options, statistics, upstream)
+                return ops.dense_gradient_op(*arguments), *others
+            ctx.spent = True
+            ops.dense_gradient_inplace_op(*inputs, *ctx.options, statistics, upstream)
+            return inputs[0].detach(), *others
+        (student,) = ctx.saved_tensors
+        if traced:
+            return student * upstream, *others
+        ctx.spent = True
+        gradient = student.detach()
+        _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+        ops.increment_version(student)
+        return gradient, *others
+
+
+def _refuse_transforms(student: torch.Tensor) -> bool:
+    """Whether a functorch transform is active; those that differentiate are refused."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+        raise NotImplementedError(
+            "distillation_loss has no forward-mode derivative (forward_ad, torch.func.jvp, "
+            "torch.func.jacfwd): use loss.backward(), or distill_ops.reference.distillation_loss"
+        )
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None:
+        return False
+    if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
+        raise NotImplementedError(
+            "distillation_loss cannot be differentiated by torch.func transforms: use "
+            "loss.backward(), or distill_ops.reference.distillation_loss"
+        )
+    return True
+
+
+def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator, called directly where nothing watches the dispatcher: on plain tensors, when
+    nothing traces, the way through it would be 90 of 235 microseconds on a tiny tensor."""
+    if torch.compiler.is_compiling():
+        return ops.dense_loss_op(*arguments)
+    student, teacher, *_ = arguments
+    transformed = _refuse_transforms(student)
+    plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
+    if transformed or not plain or torch._C._len_torch_dispatch_stack():
+        return ops.dense_loss_op(*arguments)
+    if arguments[N_SHARED] == NO_GRADIENT:
+        return ops.dense_loss(*arguments)
+    return _DenseLoss.apply(*arguments)
+
+
+def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss whose gradient overwrites the student's logits, which require grad."""
+    if not torch.compiler.is_compiling() and _refuse_transforms(arguments[0]):
+        raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
+    return _DenseLossInplace.apply(*arguments)
