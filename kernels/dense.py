@@ -159,14 +159,14 @@ def row_gradient(
 @triton.jit(
     do_not_specialize=[
         "student_start", "student_outer", "student_inner", "teacher_start", "teacher_outer",
-        "teacher_inner", "gradient_outer", "gradient_inner", "n_inner", "n_rows", "n_cols", "width",
+        "teacher_inner", "gradient_start", "gradient_outer", "gradient_inner", "n_inner", "n_rows", "n_cols", "width",
         "denominator", "over_t", "divergence_scale", "hard_weight", "upstream_stride",
     ]
 )  # fmt: skip
 def dense_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
-    gradient_ptr, gradient_outer, gradient_inner,
+    gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
     denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
@@ -188,7 +188,7 @@ def dense_kernel(
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
         teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
-        gradient_offset = row_offset(row, 0, gradient_outer, gradient_inner, n_inner)
+        gradient_offset = row_offset(row, gradient_start, gradient_outer, gradient_inner, n_inner)
         lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
         student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
         teacher = first_position(teacher_ptr, teacher_offset, lead, TEACHER_MATCHED)
@@ -368,6 +368,7 @@ def run(
         teacher_outer=teacher_rows.outer,
         teacher_inner=teacher_rows.inner,
         gradient_ptr=gradient_rows.base,
+        gradient_start=gradient_rows.start,
         gradient_outer=gradient_rows.outer,
         gradient_inner=gradient_rows.inner,
         losses_ptr=filler if losses is None else losses,
