@@ -242,6 +242,7 @@ class SymmetricKL(Divergence):
 
     name = "symmetric_kl"
     value_and_slope = staticmethod(formulas.symmetric_kl)
+    moment = "symmetric"
     infinite_at_student_zero = True
     infinite_at_teacher_zero = True
     domains = {"weight": SHARE._replace(tensor_ends=True)}

@@ -28,6 +28,7 @@ from .sweeps import (
     PEELED,
     REVERSE_MOMENT,
     SOFT_MOMENT,
+    SYMMETRIC_MOMENT,
     TAIL,
     WHOLE_VECTORS,
     differentiate,
@@ -80,22 +81,28 @@ def row_statistics(
 ):  # fmt: skip
     """L and what the gradient needs of a row. KEEP: the row will be read once more."""
     c = over_t * LOG2E
-    m_s, l_s, m_t, l_t, moment, m_h, l_h = normalise(
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = normalise(
         student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
         False, KEEP or MOMENT == NO_MOMENT, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
     )  # fmt: skip
     loss = 0.0
     total_slope = 0.0
     if DIVERGENCE:
+        forward = tl.log(l_s) - tl.log(l_t) - moment_t / l_t * LN2
+        reverse = tl.log(l_t) - tl.log(l_s) + moment_s / l_s * LN2
         if MOMENT == SOFT_MOMENT:
-            loss = tl.log(l_s) - moment / l_t * LN2
+            loss = tl.log(l_s) - moment_t / l_t * LN2
             total_slope = -1.0
         elif MOMENT == FORWARD_MOMENT:
-            loss = tl.log(l_s) - tl.log(l_t) - moment / l_t * LN2
+            loss = forward
             total_slope = -1.0
         elif MOMENT == REVERSE_MOMENT:
-            loss = tl.log(l_t) - tl.log(l_s) + moment / l_s * LN2
-            total_slope = loss + 1.0
+            loss = reverse
+            total_slope = reverse + 1.0
+        elif MOMENT == SYMMETRIC_MOMENT:
+            weight = parameters[0]
+            loss = (1.0 - weight) * forward + weight * reverse
+            total_slope = weight * (reverse + 1.0) - (1.0 - weight)
         else:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
@@ -109,7 +116,7 @@ def row_statistics(
         m_h = m_s
         l_h = l_s
     if not fast:
-        m_s, l_s, m_t, l_t, moment, m_h, l_h = normalise(
+        m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = normalise(
             student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
             True, True, DIVERGENCE, NO_MOMENT, RESTRICT and not PROPAGATE, HARD,
         )  # fmt: skip
@@ -266,6 +273,7 @@ MOMENTS = {
     "soft": SOFT_MOMENT.value,
     "forward": FORWARD_MOMENT.value,
     "reverse": REVERSE_MOMENT.value,
+    "symmetric": SYMMETRIC_MOMENT.value,
 }
 
 
@@ -346,12 +354,7 @@ def run(
     tempered = hard and formula.temperature != 1
     itemsize = max(t.element_size() for t in tensors)
     row_bytes = n_cols * sum(t.element_size() for t in (tensors if teacher_given else tensors[:1]))
-    if not all(matched):
-        budget = launch.SCATTERED
-    elif ends != WHOLE_VECTORS or hard or formula.moment == "none":
-        budget = launch.CROWDED
-    else:
-        budget = launch.LEAN
+    budget = launch.MATCHED if all(matched) else launch.SCATTERED
     choice = launch.dense_launch(
         n_rows, n_cols, itemsize, row_bytes, budget, device_facts(student.device)
     )

@@ -49,13 +49,11 @@ class Budget:
     registers: int | None
 
 
-# Two 16-byte loads a thread and 1024 threads keep 32 KiB a multiprocessor in flight; an H100's
-# bandwidth times its latency is about 18 KiB. The closed-moment divergences on aligned rows do not
-# spill at 64 registers (sm_80, sm_90, sm_100).
-LEAN = Budget(1024, 64)
-# Peeled ends, three sweeps or a hard-label term spill 8 to 96 bytes at 64 and nothing at 128. 16 KiB
-# in flight; those with three sweeps wait for exp and log anyway.
-CROWDED = Budget(512, 128)
+# The fast loops do two tiles a turn: four 16-byte loads a thread, 32 KiB a multiprocessor in flight;
+# an H100's bandwidth times its latency is about 18 KiB. They take up to 128 registers without a
+# spill (sm_80, sm_90, sm_100). Twice the threads with 64 registers and one tile a turn have as much
+# in flight, but 2 more instructions an element, and spilled 8 to 96 bytes in every other form.
+MATCHED = Budget(512, 128)
 # Rows that begin anywhere load 2 or 4 bytes at a time, with an address each: up to 225 registers.
 SCATTERED = Budget(256, None)
 

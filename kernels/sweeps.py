@@ -28,11 +28,13 @@ LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no i
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 
-# Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T].
+# Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T];
+# SYMMETRIC: the last two.
 NO_MOMENT = tl.constexpr(0)
 SOFT_MOMENT = tl.constexpr(1)
 FORWARD_MOMENT = tl.constexpr(2)
 REVERSE_MOMENT = tl.constexpr(3)
+SYMMETRIC_MOMENT = tl.constexpr(4)
 
 
 # Tiles a turn of the loops: two share their addresses' arithmetic, a twentieth of the instructions,
@@ -127,7 +129,7 @@ def normalise_tile(
     RESTRICT: tl.constexpr,
     OWN_HARD: tl.constexpr,
 ):
-    m_s, l_s, m_t, l_t, moment, m_h, l_h = state
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
     x_s = read(student_row, position, inside, MASKED, KEEP)
     if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
         m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
@@ -143,21 +145,25 @@ def normalise_tile(
     if DIVERGENCE and MOMENT != NO_MOMENT and not GUARDED:
         # kept relative to both running maxima, which the shifts move along
         if MOMENT == SOFT_MOMENT:
-            term = e_t * y_s
-            moment = factor_t * (moment + l_t * shift_s)
-        elif MOMENT == FORWARD_MOMENT:
-            term = e_t * (y_s - y_t)
-            moment = factor_t * (moment + l_t * (shift_s - shift_t))
+            y = y_s
+            shift = shift_s
         else:
-            term = e_s * (y_s - y_t)
-            moment = factor_s * (moment + l_s * (shift_s - shift_t))
-        if MASKED:
-            term = tl.where(inside, term, 0.0)
-        moment += tl.sum(term, axis=1)
+            y = y_s - y_t
+            shift = shift_s - shift_t
+        if MOMENT != REVERSE_MOMENT:
+            term = e_t * y
+            if MASKED:
+                term = tl.where(inside, term, 0.0)
+            moment_t = factor_t * (moment_t + l_t * shift) + tl.sum(term, axis=1)
+        if MOMENT == REVERSE_MOMENT or MOMENT == SYMMETRIC_MOMENT:
+            term = e_s * y
+            if MASKED:
+                term = tl.where(inside, term, 0.0)
+            moment_s = factor_s * (moment_s + l_s * shift) + tl.sum(term, axis=1)
     if DIVERGENCE:
         l_t = l_t * factor_t + tl.sum(e_t, axis=1)
         l_s = l_s * factor_s + tl.sum(e_s, axis=1)
-    return m_s, l_s, m_t, l_t, moment, m_h, l_h
+    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h
 
 
 @triton.jit
@@ -177,11 +183,11 @@ def normalise(
     RESTRICT: tl.constexpr,
     OWN_HARD: tl.constexpr,
 ):
-    """Maximum and sum of both rows, the moment, and the hard label's own maximum and sum."""
+    """Maximum and sum of both rows, the moments under p and q, the hard label's maximum and sum."""
     first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
-    state = (low, zero, low, zero, zero, low, zero)
+    state = (low, zero, low, zero, zero, zero, low, zero)
     for k in tl.range(first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD else UNROLL):
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         state = normalise_tile(
@@ -194,19 +200,16 @@ def normalise(
             state, student_row, teacher_row, position, inside, c,
             True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
         )  # fmt: skip
-    m_s, l_s, m_t, l_t, moment, m_h, l_h = state
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
     old_s = l_s
     old_t = l_t
     m_s, l_s, factor_s, shift_s = combine_lanes(m_s, l_s, c, GUARDED)
     m_t, l_t, factor_t, shift_t = combine_lanes(m_t, l_t, c, GUARDED)
     m_h, l_h, _, _ = combine_lanes(m_h, l_h, LOG2E, GUARDED)
-    if MOMENT == SOFT_MOMENT:
-        moment = factor_t * (moment + old_t * shift_s)
-    elif MOMENT == FORWARD_MOMENT:
-        moment = factor_t * (moment + old_t * (shift_s - shift_t))
-    elif MOMENT == REVERSE_MOMENT:
-        moment = factor_s * (moment + old_s * (shift_s - shift_t))
-    return m_s, l_s, m_t, l_t, tl.sum(moment, axis=0), m_h, l_h
+    shift = shift_s if MOMENT == SOFT_MOMENT else shift_s - shift_t
+    moment_t = tl.sum(factor_t * (moment_t + old_t * shift), axis=0)
+    moment_s = tl.sum(factor_s * (moment_s + old_s * shift), axis=0)
+    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h
 
 
 @triton.jit

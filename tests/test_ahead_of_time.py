@@ -148,7 +148,7 @@ def test_kernels_over_tokens(target):
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("n_cols", [1, 100, 32000, 50257, 128256, 151936, 262144])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("budget", [launch.LEAN, launch.CROWDED, launch.SCATTERED], ids=str)
+@pytest.mark.parametrize("budget", [launch.MATCHED, launch.SCATTERED], ids=str)
 def test_launch_choice(target, n_cols, itemsize, budget):
     facts = aot.TARGETS[target].facts
     row_bytes = 2 * itemsize * n_cols
@@ -166,10 +166,10 @@ def test_launch_choice(target, n_cols, itemsize, budget):
 
 def test_rows_in_flight_fit_the_cache_where_two_programs_are_chosen():
     facts = aot.TARGETS["sm_90"].facts
-    short = launch.dense_launch(8192, 32000, 2, 128000, launch.LEAN, facts)
+    short = launch.dense_launch(8192, 32000, 2, 128000, launch.MATCHED, facts)
     assert short.n_programs == 2 * facts.n_sm
     assert short.n_programs * 128000 <= facts.l2_bytes
-    long = launch.dense_launch(8192, 128256, 2, 513024, launch.LEAN, facts)
+    long = launch.dense_launch(8192, 128256, 2, 513024, launch.MATCHED, facts)
     assert long.n_programs == facts.n_sm
 
 
