@@ -18,6 +18,7 @@ from .divergences import (
     TotalVariation,
 )
 from .losses import DistillationLoss, distillation_loss
+from .metrics import DistillationMetrics, distillation_metrics
 from .reference import LossComponents
 from .verify import DivergenceReport, check_divergence
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaBeta",
     "DistillationLoss",
+    "DistillationMetrics",
     "Divergence",
     "DivergenceReport",
     "ForwardKL",
@@ -40,6 +42,7 @@ __all__ = [
     "check_divergence",
     "declare_divergence",
     "distillation_loss",
+    "distillation_metrics",
     "reference",
     "set_debug",
 ]

@@ -206,6 +206,22 @@ def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | N
         )
 
 
+def check_temperature(temperature: float) -> float:
+    temperature = _number("temperature", temperature, "a positive number")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not 1e-18 <= temperature <= 1e18:  # its square and inverse must be float32 numbers
+        raise ValueError(f"temperature must lie in [1e-18, 1e18], got {temperature}")
+    return temperature
+
+
+def check_pair(student_logits, teacher_logits, vocab_size: int | None) -> int:
+    """Check two rows of logits; returns the number of columns used."""
+    _logits("student_logits", student_logits)
+    _pair(student_logits, teacher_logits, vocab_size)
+    return _vocabulary(student_logits, teacher_logits, vocab_size)
+
+
 def check_arguments(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -232,11 +248,7 @@ def check_arguments(
     one_of("reduction", reduction, REDUCTIONS)
     one_of("infinities", infinities, INFINITIES)
     divergence = as_divergence(divergence)
-    temperature = _number("temperature", temperature, "a positive number")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if not 1e-18 <= temperature <= 1e18:  # its square and inverse must be float32 numbers
-        raise ValueError(f"temperature must lie in [1e-18, 1e18], got {temperature}")
+    check_temperature(temperature)
     weight = _number("hard_label_weight", hard_label_weight, "a number in [0, 1]")
     if not 0 <= weight <= 1:
         raise ValueError(f"hard_label_weight must lie in [0, 1], got {hard_label_weight}")

@@ -304,6 +304,24 @@ def device_facts(device: torch.device) -> launch.DeviceFacts:
     )
 
 
+def plan(
+    layouts: list[Rows], n_cols: int, width: int
+) -> tuple[tl.constexpr, list[bool], launch.Budget]:
+    """How rows end, which tensors' rows begin on the common boundary, and the budget of that form.
+
+    Peeling gives 16-byte loads at odd vocabularies; which columns a thread sums then depends on the
+    row's place in memory, and with it the last bits: not in deterministic mode."""
+    aligned = all(rows.aligned() for rows in layouts)
+    if not aligned and not torch.are_deterministic_algorithms_enabled():
+        matched = [rows.matches(layouts[0]) for rows in layouts]
+        ends = PEELED
+    else:
+        matched = [rows.aligned() for rows in layouts]
+        whole = aligned and n_cols % 8 == 0 and width % 8 == 0
+        ends = WHOLE_VECTORS if whole else TAIL
+    return ends, matched, launch.MATCHED if all(matched) else launch.SCATTERED
+
+
 def run(
     formula: Formula,
     student: torch.Tensor,  # [..., V]
@@ -340,21 +358,11 @@ def run(
     layouts.append(
         layouts[0] if gradient is None or inplace else Rows(gradient, 0, n_inner * width, width)
     )
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    # Peeling gives 16-byte loads at odd vocabularies; which columns a thread sums then depends on
-    # the row's place in memory, and with it the last bits.
-    peeled = not all(rows.aligned() for rows in layouts) and not deterministic
-    matched = [rows.matches(layouts[0]) if peeled else rows.aligned() for rows in layouts]
-    ends = TAIL
-    if peeled:
-        ends = PEELED
-    elif all(matched) and n_cols % 8 == 0 and width % 8 == 0:
-        ends = WHOLE_VECTORS
+    ends, matched, budget = plan(layouts, n_cols, width)
     hard = formula.hard_label_weight > 0
     tempered = hard and formula.temperature != 1
     itemsize = max(t.element_size() for t in tensors)
     row_bytes = n_cols * sum(t.element_size() for t in (tensors if teacher_given else tensors[:1]))
-    budget = launch.MATCHED if all(matched) else launch.SCATTERED
     choice = launch.dense_launch(
         n_rows, n_cols, itemsize, row_bytes, budget, device_facts(student.device)
     )

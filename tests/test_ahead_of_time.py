@@ -10,7 +10,7 @@ from helpers import make_logits
 
 pytest.importorskip("triton")
 
-from distill_ops.kernels import launch, reduction
+from distill_ops.kernels import launch, metrics, reduction
 from distill_ops.kernels.layout import row_layouts
 
 from distill_ops import (
@@ -114,6 +114,28 @@ def test_instructions_an_element(divergence, form):
     most_instructions, most_special = LIMITS[divergence.name]
     assert instructions <= most_instructions
     assert special <= most_special
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("n_cols", [128256, 50257])
+@pytest.mark.parametrize("dtype", [HALF, WIDE], ids=str)
+def test_metrics_kernel(dtype, n_cols, target):
+    target = aot.TARGETS[target]
+    student, teacher = (torch.empty(64, n_cols, dtype=dtype, device="meta") for _ in range(2))
+    sums = torch.empty(metrics.SUMS, 64, device="meta")
+    agreement = torch.empty(64, dtype=torch.uint8, device="meta")
+    call = lambda: metrics.run(student, teacher, 2.0, n_cols, sums, agreement)
+    (launched,) = aot.record(call, target.facts)
+    compiled = aot.compile_launch(launched, target)
+    if target.backend == "hip":
+        assert sass.amd_usage(compiled).stack == 0
+        return
+    code, usage = sass.disassemble(compiled)
+    assert usage.stack == 0
+    whole = [loop for loop in sass.innermost_loops(code) if loop.special > 8]
+    assert len(whole) >= 2
+    assert all(loop.barriers == 0 for loop in whole)
+    assert min(loop.narrow_accesses for loop in whole) == 0
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, reduction
+from ..kernels import dense, metrics, reduction
 from ..kernels.launch import DeviceFacts
 
 
@@ -46,6 +46,7 @@ TARGETS = {
 # modules whose kernels are launched, and the kernels
 KERNELS = (
     (dense, "dense_kernel"),
+    (metrics, "metrics_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),
@@ -83,7 +84,8 @@ class _Recorder:
 def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(dense, "device_facts", return_value=facts))
+        for module in (dense, metrics):
+            stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         for module, name in KERNELS:
             recorder = _Recorder(getattr(module, name), launches)
             stack.enter_context(mock.patch.object(module, name, recorder))

@@ -1,0 +1,159 @@
+"""Per-token metrics of two rows of logits, in one launch: both normalisers, then every sum.
+
+The second sweep finds the row in cache. Loops are guarded throughout (``sweeps.py``): metrics are
+for evaluation, where teachers are often masked, and need no fast form.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .dense import device_facts, first_position, plan, row_offset
+from .layout import row_layouts
+from .math import LN2, LOG2E, log_of_normal
+from .sweeps import (
+    INFINITY,
+    NO_MOMENT,
+    PEELED,
+    SMALLEST,
+    exponent,
+    normalise,
+    read,
+    tile,
+    whole_tiles,
+)
+
+# sums of a row: forward and reverse KL, Jensen-Shannon, total variation, sum of min(p, q), entropies
+SUMS = 7
+NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: tl.constexpr):
+    forward, reverse, middle, variation, overlap, h_s, h_t, top_s, top_t = sums
+    m_s, l_s, m_t, l_t, over_t = row
+    c = over_t * LOG2E
+    x_s = read(student_row, position, inside, MASKED, False)
+    x_t = read(teacher_row, position, inside, MASKED, False)
+    log_s = tl.log2(l_s)
+    log_t = tl.log2(l_t)
+    y_s = exponent(x_s, m_s, c, True)
+    y_t = exponent(x_t, m_t, c, True)
+    y_s = tl.where(y_s < SMALLEST / 2, SMALLEST / 2, y_s)
+    y_t = tl.where(y_t < SMALLEST / 2, SMALLEST / 2, y_t)
+    log_q = (y_s - log_s) * LN2
+    log_p = (y_t - log_t) * LN2
+    log_ratio = (y_t - y_s) - (log_t - log_s)
+    ratio = tl.exp2(-tl.abs(log_ratio))
+    log_ratio *= LN2
+    larger = tl.exp2(tl.maximum(y_s - log_s, y_t - log_t))
+    smaller = larger * ratio
+    q = tl.where(log_ratio > 0, smaller, larger)
+    p = tl.where(log_ratio > 0, larger, smaller)
+    log_m = log_of_normal(0.5 + 0.5 * ratio)
+    of_student = q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
+    of_teacher = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m)
+    to_student = tl.where((x_s == -INFINITY) & (p > 0), INFINITY, p * log_ratio)
+    to_teacher = tl.where((x_t == -INFINITY) & (q > 0), INFINITY, -q * log_ratio)
+    return (
+        forward + tl.sum(to_student, axis=1),
+        reverse + tl.sum(to_teacher, axis=1),
+        middle + tl.sum(0.5 * (of_teacher - of_student), axis=1),
+        variation + tl.sum(0.5 * (larger - smaller), axis=1),
+        overlap + tl.sum(smaller, axis=1),
+        h_s - tl.sum(q * log_q, axis=1),
+        h_t - tl.sum(p * log_p, axis=1),
+        tl.minimum(top_s, tl.min(tl.where(x_s == m_s, position, NOWHERE), axis=1)),
+        tl.minimum(top_t, tl.min(tl.where(x_t == m_t, position, NOWHERE), axis=1)),
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "student_start", "student_outer", "student_inner", "teacher_start", "teacher_outer",
+        "teacher_inner", "n_inner", "n_rows", "n_cols", "over_t",
+    ]
+)  # fmt: skip
+def metrics_kernel(
+    student_ptr, student_start, student_outer, student_inner,
+    teacher_ptr, teacher_start, teacher_outer, teacher_inner,
+    sums_ptr, agreement_ptr, n_inner, n_rows, n_cols, over_t,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    STUDENT_MATCHED: tl.constexpr, TEACHER_MATCHED: tl.constexpr,
+):  # fmt: skip
+    """SUMS numbers a row to ``sums`` [SUMS, n_rows], and whether the rows' maxima are one column."""
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
+        teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
+        lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
+        student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
+        teacher = first_position(teacher_ptr, teacher_offset, lead, TEACHER_MATCHED)
+        m_s, l_s, m_t, l_t, _, _, _, _ = normalise(
+            student, teacher, lead, n_cols, over_t * LOG2E, LANES, WIDTH, ENDS,
+            True, True, True, NO_MOMENT, False, False,
+        )  # fmt: skip
+        first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
+        zero = tl.zeros([LANES], tl.float32)
+        none = tl.full([LANES], NOWHERE, tl.int32)
+        sums = (zero, zero, zero, zero, zero, zero, zero, none, none)
+        statistics = (m_s, l_s, m_t, l_t, over_t)
+        for j in range(begin, stop):
+            position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
+            sums = metrics_tile(sums, student, teacher, position, inside, statistics, True)
+        for i in range(first, end):
+            position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
+            sums = metrics_tile(sums, student, teacher, position, inside, statistics, False)
+        # a row without a finite logit, or with NaN, has no softmax
+        poison = tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
+        for k in tl.static_range(7):
+            target = sums_ptr + tl.cast(k, tl.int64) * n_rows + row
+            tl.store(target, tl.sum(sums[k], axis=0) + poison)
+        top_s = tl.min(sums[7], axis=0)
+        agree = (top_s == tl.min(sums[8], axis=0)) & (top_s < NOWHERE)
+        tl.store(agreement_ptr + row, agree.to(tl.uint8))
+
+
+def run(
+    student: torch.Tensor,  # [..., V]
+    teacher: torch.Tensor,  # [..., V]
+    temperature: float,
+    n_cols: int,
+    sums: torch.Tensor,  # [SUMS, N] float32
+    agreement: torch.Tensor,  # [N] uint8
+) -> None:
+    """Launch the metrics kernel."""
+    n_inner, layouts = row_layouts(student, teacher)
+    n_rows = sums.shape[1]
+    if n_rows == 0:
+        return
+    ends, matched, budget = plan(layouts, n_cols, n_cols)
+    sizes = student.element_size(), teacher.element_size()
+    choice = launch.dense_launch(
+        n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(student.device)
+    )
+    options = {} if choice.maxnreg is None else {"maxnreg": choice.maxnreg}
+    student_rows, teacher_rows = layouts
+    metrics_kernel[(choice.n_programs,)](
+        student_ptr=student_rows.base,
+        student_start=student_rows.start,
+        student_outer=student_rows.outer,
+        student_inner=student_rows.inner,
+        teacher_ptr=teacher_rows.base,
+        teacher_start=teacher_rows.start,
+        teacher_outer=teacher_rows.outer,
+        teacher_inner=teacher_rows.inner,
+        sums_ptr=sums,
+        agreement_ptr=agreement,
+        n_inner=n_inner,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        over_t=1.0 / temperature,
+        LANES=choice.lanes,
+        WIDTH=choice.width,
+        ENDS=ends.value,
+        STUDENT_MATCHED=matched[0],
+        TEACHER_MATCHED=matched[1],
+        num_warps=choice.num_warps,
+        **options,
+    )
