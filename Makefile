@@ -16,6 +16,15 @@ bench: setup
 test: setup
 	$(RUN) -m pytest
 
+static: setup
+	$(RUN) -m benchmarks.static
+
+accuracy: setup
+	$(RUN) -m benchmarks.accuracy
+
+mutants: setup
+	$(RUN) tests/mutants.py
+
 check: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -23,4 +32,4 @@ check: setup
 example: setup
 	$(RUN) examples/distill_text.py
 
-.PHONY: setup bench test check example
+.PHONY: setup bench test static accuracy mutants check example

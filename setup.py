@@ -8,7 +8,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "distill_ops/__init__.py").read_text())[1]
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 BENCH = ["rich>=13", "matplotlib>=3.8"]
 EXAMPLES = ["transformers>=4.50", "tokenizers>=0.21", "matplotlib>=3.8"]
 
