@@ -20,8 +20,9 @@ from .screen import case_table, left_out, make_console, overhead_table, progress
 from .timing import Budget
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET = Budget(seconds=10.0, min_rounds=7, max_rounds=100)  # for each of a case's two modes
-QUICK_BUDGET = Budget(seconds=1.0, min_rounds=5, max_rounds=30)
+# of a case's forward + backward; its forward alone gets half
+BUDGET = Budget(seconds=7.0, min_rounds=5, max_rounds=100)
+QUICK_BUDGET = Budget(seconds=1.0, min_rounds=3, max_rounds=30)
 
 
 def parse_shape(text: str) -> Shape:
@@ -34,7 +35,11 @@ def parse_shape(text: str) -> Shape:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="few tokens, short rounds: within two minutes")
+    add(
+        "--quick",
+        action="store_true",
+        help="few tokens, short rounds: a few minutes, most of them torch.compile's",
+    )
     add("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     add("--shapes", nargs="+", type=parse_shape, metavar="TOKENSxVOCAB")
     add("--dtype", nargs="+", choices=DTYPES, help="of the logits, for every shape")

@@ -1,4 +1,4 @@
-"""What is measured: a case is a loss, a shape from a named model, and a dtype."""
+"""What is measured: a case is a loss, a shape from a named model, and a dtype; and its inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,17 @@ from itertools import product
 
 import torch
 
-LOSSES = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon")
+LOSSES = (
+    "soft_cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "symmetric_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+)
 DTYPES = ("float32", "bfloat16")
 MODES = ("train", "eval")  # forward + backward; forward without a gradient
 MODELS = {
@@ -98,3 +108,43 @@ def make_inputs(
         rows = torch.arange(case.tokens, device=device) % distinct
         student, teacher = student[rows], teacher[rows]
     return student.requires_grad_(), teacher
+
+
+class _Restored(torch.autograd.Function):
+    """``buffer`` in the place of ``leaf``, which gets its gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, leaf: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class Inputs:
+    """The logits of a case, the same in every run.
+
+    A loss that overwrites its student's logits cannot have the leaf. It gets a buffer that is no
+    leaf; ``reset`` fills it with the leaf's logits, outside of what is measured and before every
+    run, whoever's turn it is: all find the caches alike. The buffer's gradient becomes the leaf's
+    without a copy, so that the loss alone is measured.
+    """
+
+    def __init__(self, student: torch.Tensor, teacher: torch.Tensor, overwritten: bool) -> None:
+        self.student, self.teacher = student, teacher
+        self._buffer = torch.empty_like(student) if overwritten else None
+        self._restored = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Before each run: no gradient, and the logits as they were."""
+        self.student.grad = None
+        if self._buffer is not None:
+            self._restored = None
+            self._buffer.copy_(self.student.detach())
+            self._restored = _Restored.apply(self.student, self._buffer)
+
+    def student_for(self, inplace: bool) -> torch.Tensor:
+        """For one run after each ``reset``."""
+        return self._restored if inplace else self.student

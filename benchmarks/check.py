@@ -11,7 +11,7 @@ import torch
 
 from distill_ops import reference
 
-from .cases import Case
+from .cases import Case, Inputs
 from .providers import LossFunction
 
 DISTINCT_ROWS = 8
@@ -28,6 +28,7 @@ class Truth:
     gradient: torch.Tensor  # [distinct, V], float64: of the sum over tokens
     largest_log: float  # the largest magnitude of a log-probability
     dtype: torch.dtype
+    undecided: torch.Tensor  # [distinct], float64: what rounding may flip of a row's gradient
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class Errors:
     worst: float
 
 
+def undecided(loss: str, log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """The student's probability, row by row, whose slope either sign is right for.
+
+    The total variation's gradient jumps where q = p. Where float32 logarithms cannot tell which of
+    the two is larger, a column's slope is q / 2 or -q / 2.
+    """
+    if loss != "total_variation":
+        return torch.zeros(len(log_q), dtype=log_q.dtype, device=log_q.device)
+    roundings = FEW * torch.finfo(torch.float32).eps * torch.maximum(-log_q, -log_p)
+    return (log_q.exp() * ((log_q - log_p).abs() <= roundings)).sum(-1)
+
+
 def make_truth(case: Case, student: torch.Tensor, teacher: torch.Tensor) -> Truth:
     """The reference on the first DISTINCT_ROWS rows, weighted by how often they repeat."""
     rows = min(DISTINCT_ROWS, case.tokens)
@@ -48,8 +61,10 @@ def make_truth(case: Case, student: torch.Tensor, teacher: torch.Tensor) -> Trut
     loss = reference.distillation_loss(q, p, divergence=case.loss, loss_mask=counts)
     loss.backward()
     gradient = q.grad * case.tokens / counts[:, None]
-    largest_log = max(-x.detach().log_softmax(-1).min().item() for x in (q, p))
-    return Truth(loss.item(), gradient, largest_log, case.torch_dtype)
+    log_q, log_p = (x.detach().log_softmax(-1) for x in (q, p))
+    largest_log = max(-log_q.min().item(), -log_p.min().item())
+    flips = undecided(case.loss, log_q, log_p)
+    return Truth(loss.item(), gradient, largest_log, case.torch_dtype, flips)
 
 
 def run_once(function: LossFunction, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -59,15 +74,15 @@ def run_once(function: LossFunction, student: torch.Tensor, teacher: torch.Tenso
 
 
 def measure_errors(
-    function: LossFunction, student: torch.Tensor, teacher: torch.Tensor, truth: Truth
+    function: LossFunction, inputs: Inputs, truth: Truth, inplace: bool = False
 ) -> Errors:
     """Of the loss with and without a gradient, and of the gradient; leaves none behind."""
-    student.grad = None
-    value = run_once(function, student, teacher).item()
+    inputs.reset()
     with torch.no_grad():
-        value_alone = function(student, teacher).item()
-    gradient, student.grad = student.grad, None
-    tokens, rows = len(student), len(truth.gradient)
+        value_alone = function(inputs.student_for(inplace), inputs.teacher).item()
+    value = run_once(function, inputs.student_for(inplace), inputs.teacher).item()
+    gradient = inputs.student.grad
+    tokens, rows = len(gradient), len(truth.gradient)
     squares = truth_squares = worst = 0.0
     for row in range(rows):
         repeats = gradient[row::rows].double() * tokens
@@ -76,6 +91,7 @@ def measure_errors(
         truth_squares += truth.gradient[row].square().sum().item() * len(repeats)
         # max() would lose a NaN; the sum of squares keeps it
         worst = max(worst, difference.abs().max().item())
+    inputs.student.grad = None
     return Errors(
         max(abs(value - truth.value), abs(value_alone - truth.value)),
         (squares / truth_squares) ** 0.5,
@@ -95,10 +111,16 @@ def allowed(truth: Truth, native: bool, yardstick: Errors | None) -> Errors:
     if yardstick is None:
         yardstick = Errors(0.0, 0.0, 0.0)
         of_logs += eps32 * math.sqrt(truth.gradient.shape[-1])
+    # a flipped slope moves its entry by q_j and, through the slopes' sum, the row by q_i q_j
+    flipped = 2 * truth.undecided
     return Errors(
         2 * yardstick.value + FEW * of_logs,
-        2 * yardstick.gradient + FEW * (eps + of_logs),
-        2 * yardstick.worst + FEW * (eps + of_logs),
+        2 * yardstick.gradient
+        + FEW * (eps + of_logs)
+        + (flipped.norm() / truth.gradient.norm()).item(),
+        2 * yardstick.worst
+        + FEW * (eps + of_logs)
+        + (flipped.max() / truth.gradient.abs().max()).item(),
     )
 
 

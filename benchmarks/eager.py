@@ -1,7 +1,9 @@
-"""The baselines: the four losses as trainers write them today, mean over tokens.
+"""The baselines: the losses as trainers write them today, mean over tokens.
 
-``dtype=torch.float32`` computes in float32 whatever the logits' dtype, as MiniLLM and DistiLLM do
-(arXiv:2306.08543, arXiv:2402.03898); ``dtype=None`` stays in the logits' own, as TRL does.
+``dtype=torch.float32`` computes in float32 whatever the logits' dtype, as MiniLLM, DistiLLM and ABKD
+do (arXiv:2306.08543, 2402.03898, 2505.04560); ``dtype=None`` stays in the logits' own, as TRL does.
+
+Parameters default to those of ``distill_ops``' dataclasses.
 """
 
 import math
@@ -57,9 +59,84 @@ def jensen_shannon(
     return (beta * from_teacher + (1 - beta) * from_student).sum(-1).mean()
 
 
+def symmetric_kl(
+    student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype | None, weight: float = 0.5
+) -> torch.Tensor:
+    """Both KLs, each on its own, as DistiLLM adds them."""
+    forward, reverse = forward_kl(student, teacher, dtype), reverse_kl(student, teacher, dtype)
+    return (1 - weight) * forward + weight * reverse
+
+
+def _kl_to_mixture(
+    probs: torch.Tensor,
+    logprobs: torch.Tensor,
+    other_probs: torch.Tensor,
+    alpha: float,
+    inf_mask: torch.Tensor,
+) -> torch.Tensor:
+    mixed_logprobs = torch.log(alpha * probs + (1 - alpha) * other_probs)
+    products = torch.masked_fill(probs * logprobs, inf_mask, 0)
+    products -= torch.masked_fill(probs * mixed_logprobs, inf_mask, 0)
+    return products.sum(-1).mean()
+
+
+def skew_forward_kl(
+    student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype | None, alpha: float = 0.1
+) -> torch.Tensor:
+    """DistiLLM's: the mixture is made of probabilities."""
+    inf_mask = torch.isinf(student) | torch.isinf(teacher)
+    student_probs = F.softmax(student, dim=-1, dtype=dtype)
+    teacher_probs = F.softmax(teacher, dim=-1, dtype=dtype)
+    teacher_logprobs = F.log_softmax(teacher, dim=-1, dtype=dtype)
+    return _kl_to_mixture(teacher_probs, teacher_logprobs, student_probs, alpha, inf_mask)
+
+
+def skew_reverse_kl(
+    student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype | None, alpha: float = 0.1
+) -> torch.Tensor:
+    inf_mask = torch.isinf(student) | torch.isinf(teacher)
+    student_probs = F.softmax(student, dim=-1, dtype=dtype)
+    teacher_probs = F.softmax(teacher, dim=-1, dtype=dtype)
+    student_logprobs = F.log_softmax(student, dim=-1, dtype=dtype)
+    return _kl_to_mixture(student_probs, student_logprobs, teacher_probs, alpha, inf_mask)
+
+
+def total_variation(
+    student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    inf_mask = torch.isinf(student) | torch.isinf(teacher)
+    student_probs = F.softmax(student, dim=-1, dtype=dtype)
+    teacher_probs = F.softmax(teacher, dim=-1, dtype=dtype)
+    distances = torch.masked_fill((student_probs - teacher_probs).abs(), inf_mask, 0)
+    return 0.5 * distances.sum(-1).mean()
+
+
+def alpha_beta(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    dtype: torch.dtype | None,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+) -> torch.Tensor:
+    """ABKD's, by powers of the probabilities."""
+    inf_mask = torch.isinf(student) | torch.isinf(teacher)
+    student_probs = F.softmax(student, dim=-1, dtype=dtype)
+    teacher_probs = F.softmax(teacher, dim=-1, dtype=dtype)
+    total = alpha + beta
+    terms = teacher_probs.pow(alpha) * student_probs.pow(beta)
+    terms = terms - alpha / total * teacher_probs.pow(total)
+    terms = terms - beta / total * student_probs.pow(total)
+    return -torch.masked_fill(terms, inf_mask, 0).sum(-1).mean() / (alpha * beta)
+
+
 FORMULAS = {
     "soft_cross_entropy": soft_cross_entropy,
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
+    "symmetric_kl": symmetric_kl,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "alpha_beta": alpha_beta,
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import MODES, Case, make_inputs
+from .cases import MODES, Case, Inputs, make_inputs
 from .check import (
     DISTINCT_ROWS,
     Errors,
@@ -16,7 +16,7 @@ from .check import (
     require,
     run_once,
 )
-from .memory import peak_above_inputs
+from .memory import kept_above_inputs, peak_above_inputs
 from .peers import Skipped
 from .providers import PROVIDERS, LossFunction, Provider
 from .records import COPY, EAGER, FAILED, SKIPPED, Record, case_fields, time_fields
@@ -33,6 +33,7 @@ class Contender:
     function: LossFunction
     errors: Errors
     peaks: dict[str, int | None]  # bytes, by mode
+    kept: int | None  # bytes, between forward and backward
 
 
 def with_eager_first(providers: Sequence[Provider]) -> list[Provider]:
@@ -45,47 +46,54 @@ def stages(providers: Sequence[Provider]) -> int:
     return len(with_eager_first(providers)) + len(MODES)
 
 
-def runs_by_mode(
-    function: LossFunction, student: torch.Tensor, teacher: torch.Tensor
-) -> dict[str, Run]:
+def runs_by_mode(provider: Provider, function: LossFunction, inputs: Inputs) -> dict[str, Run]:
+    def train() -> torch.Tensor:
+        return run_once(function, inputs.student_for(provider.inplace), inputs.teacher)
+
     def evaluate() -> torch.Tensor:
         with torch.no_grad():
-            return function(student, teacher)
+            return function(inputs.student, inputs.teacher)
 
-    return {"train": lambda: run_once(function, student, teacher), "eval": evaluate}
+    runs = {"train": train, "eval": evaluate}
+    return {mode: runs[mode] for mode in provider.modes}
 
 
 def enter(
     provider: Provider,
     case: Case,
-    inputs: tuple[torch.Tensor, torch.Tensor],
+    inputs: Inputs,
     truth: Truth,
     yardstick: Errors | None,
 ) -> Contender:
     """Check a provider and measure its memory; what it compiles, it compiles here."""
-    student, teacher = inputs
-    function = provider.build(case, student.device)
-    errors = measure_errors(function, student, teacher, truth)
+    device = inputs.teacher.device
+    function = provider.build(case, device)
+    errors = measure_errors(function, inputs, truth, provider.inplace)
     require(errors, allowed(truth, provider.native, yardstick))
     peaks = {}
-    for mode, run in runs_by_mode(function, student, teacher).items():
-        peaks[mode] = peak_above_inputs(run, student.device)
-        student.grad = None
-    return Contender(provider, function, errors, peaks)
+    for mode, run in runs_by_mode(provider, function, inputs).items():
+        inputs.reset()
+        peaks[mode] = peak_above_inputs(run, device)
+    inputs.reset()
+    kept = kept_above_inputs(
+        lambda: function(inputs.student_for(provider.inplace), inputs.teacher), device
+    )
+    return Contender(provider, function, errors, peaks, kept)
 
 
 def enter_all(
     case: Case, providers: Sequence[Provider], device: torch.device, step: Callable[[str], None]
 ) -> tuple[list[Contender], Errors | None, list[Record]]:
     """Who passed, eager's errors (None: it failed), and the records of who did not."""
-    inputs = make_inputs(case, device, min(DISTINCT_ROWS, case.tokens))
-    truth = make_truth(case, *inputs)
-    reserve = torch.empty_like(inputs[1])  # the copy's: who fits beside it fits the timing too
+    student, teacher = make_inputs(case, device, min(DISTINCT_ROWS, case.tokens))
+    inputs = Inputs(student, teacher, any(provider.inplace for provider in providers))
+    truth = make_truth(case, student, teacher)
+    reserve = torch.empty_like(teacher)  # the copy's: who fits beside it fits the timing too
     contenders, refused = [], []
     yardstick = None
     for provider in with_eager_first(providers):
         step(f"checking {provider.label}")
-        inputs[0].grad = None
+        inputs.reset()
         try:
             contender = enter(provider, case, inputs, truth, yardstick)
         except Exception as error:  # a rival may fail in any way, which is a result too
@@ -118,15 +126,12 @@ def time_mode(
     budget: Budget,
 ) -> list[Record]:
     """The records of one mode, and of a copy timed in the same rounds."""
-    student, teacher = make_inputs(case, device)
-    copied = torch.empty_like(teacher)
-    runs = {c.provider.name: runs_by_mode(c.function, student, teacher)[mode] for c in contenders}
-
-    def clear_gradient() -> None:
-        student.grad = None
-
-    copy = {COPY: lambda: copied.copy_(teacher)}
-    times = interleaved(runs | copy, clear_gradient, device, budget)
+    contenders = [c for c in contenders if mode in c.provider.modes]
+    inputs = Inputs(*make_inputs(case, device), any(c.provider.inplace for c in contenders))
+    copied = torch.empty_like(inputs.teacher)
+    runs = {c.provider.name: runs_by_mode(c.provider, c.function, inputs)[mode] for c in contenders}
+    copy = {COPY: lambda: copied.copy_(inputs.teacher)}
+    times = interleaved(runs | copy, inputs.reset, device, budget)
     baseline = times.get(EAGER)
 
     def record(name: str, label: str, minimal_bytes: int, **fields: object) -> Record:
@@ -151,6 +156,7 @@ def time_mode(
             c.provider.label,
             case.minimal_bytes(mode),
             peak_bytes=c.peaks[mode],
+            kept_bytes=c.kept if mode == "train" else None,
             value_error=c.errors.value,
             gradient_error=c.errors.gradient,
             error_ratio=c.errors.gradient / yardstick.gradient if yardstick else None,
@@ -169,7 +175,8 @@ def run_case(
     """Every provider's records on a case; one that fails its check is not timed."""
     contenders, yardstick, records = enter_all(case, providers, device, step)
     wanted = [c for c in contenders if c.provider in providers]
-    for mode in MODES:
+    # what a trainer waits for gets more time than the forward alone
+    for mode, its_budget in zip(MODES, (budget, budget.half()), strict=True):
         step(f"timing {mode}")
-        records += time_mode(case, mode, wanted, yardstick, device, budget)
+        records += time_mode(case, mode, wanted, yardstick, device, its_budget)
     return records

@@ -9,9 +9,9 @@ import torch
 import distill_ops
 
 from . import peers
-from .cases import Case
+from .cases import MODES, Case
 from .eager import FORMULAS
-from .records import COMPILE, EAGER, OURS
+from .records import COMPILE, EAGER, OURS, OURS_BACKWARD, OURS_INPLACE
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student, teacher -> mean
 
@@ -21,12 +21,15 @@ class Provider:
     """``build`` gives the loss function of a case, or raises :class:`peers.Skipped`.
 
     ``native``: it computes in the logits' dtype, not in float32, and is as exact as that allows.
+    ``inplace``: its gradient overwrites the student's logits.
     """
 
     name: str  # in the command line and the JSON
     label: str  # in tables and plots
     build: Callable[[Case, torch.device], LossFunction]
     native: bool = False
+    inplace: bool = False
+    modes: tuple[str, ...] = MODES
 
 
 def eager(case: Case, device: torch.device) -> LossFunction:
@@ -53,6 +56,17 @@ def ours(case: Case, device: torch.device) -> LossFunction:
     return partial(distill_ops.distillation_loss, divergence=case.loss)
 
 
+def ours_backward(case: Case, device: torch.device) -> LossFunction:
+    return partial(ours(case, device), gradient="backward")
+
+
+def ours_inplace(case: Case, device: torch.device) -> LossFunction:
+    return partial(ours(case, device), inplace=True)
+
+
+TRAIN = ("train",)  # without a gradient there is no other way to hold it
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -63,5 +77,7 @@ PROVIDERS = {
         Provider("trl", "TRL", peers.trl, native=True),
         Provider("fla", "fla", peers.fla),
         Provider(OURS, "distill_ops", ours),
+        Provider(OURS_BACKWARD, "distill_ops, backward", ours_backward, modes=TRAIN),
+        Provider(OURS_INPLACE, "distill_ops, inplace", ours_inplace, inplace=True, modes=TRAIN),
     )
 }

@@ -10,6 +10,7 @@ from .timing import Times
 
 OK, SKIPPED, FAILED = "ok", "skipped", "failed"
 EAGER, COMPILE, OURS = "eager", "compile", "ours"  # providers that the reports name
+OURS_BACKWARD, OURS_INPLACE = "ours_backward", "ours_inplace"  # the gradient's other two ways
 COPY = "copy"  # the provider of a copy's records
 OVERHEAD = "overhead"  # the case of benchmarks/overhead.py
 
@@ -38,6 +39,7 @@ class Record:
     gb_per_s: float | None = None  # minimal_bytes over the median
     copy_fraction: float | None = None  # gb_per_s over that of the copy in the same rounds
     peak_bytes: int | None = None  # above the inputs, gradient included
+    kept_bytes: int | None = None  # above the inputs, between forward and backward
     value_error: float | None = None  # nats, against float64
     gradient_error: float | None = None  # relative, by norm, against float64
     error_ratio: float | None = None  # gradient_error over the eager baseline's

@@ -1,17 +1,36 @@
-"""The README's table out of a run's JSON: ``python -m benchmarks.report FILE [--readme README]``."""
+"""The README's tables out of a run's JSON: ``python -m benchmarks.report FILE [--readme README]``."""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .machine import machine_line
 from .providers import PROVIDERS
-from .records import COMPILE, EAGER, OURS, OVERHEAD, Record, find, group_by_case, load, ours_against
+from .records import (
+    COMPILE,
+    EAGER,
+    OURS,
+    OURS_BACKWARD,
+    OURS_INPLACE,
+    OVERHEAD,
+    Record,
+    find,
+    group_by_case,
+    load,
+    ours_against,
+)
 from .screen import mebibytes, number
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-NOT_PEERS = (EAGER, "native", COMPILE, OURS)
+WAYS = {OURS: "forward", OURS_BACKWARD: "backward", OURS_INPLACE: "in place"}
+NOT_PEERS = (EAGER, "native", COMPILE, *WAYS)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], n_names: int) -> list[str]:
+    """``n_names`` columns of names, the others of numbers."""
+    alignment = ["---"] * n_names + ["---:"] * (len(header) - n_names)
+    return ["| " + " | ".join(row) + " |" for row in (header, alignment, *rows)]
 
 
 def _row(records: Sequence[Record], providers: Sequence[str]) -> list[str]:
@@ -34,6 +53,44 @@ def _row(records: Sequence[Record], providers: Sequence[str]) -> list[str]:
     ]
 
 
+def _gradient_lines(cases: Iterable[Sequence[Record]]) -> list[str]:
+    """How the gradient is held: a row for each loss, at the first shape that was timed so."""
+    shape, rows = None, []
+    for records in cases:
+        ways = [find(records, provider=name, mode="train") for name in WAYS]
+        here = records[0].tokens, records[0].vocab, records[0].dtype
+        if not all(ways) or here != (shape or here):
+            continue
+        shape = here
+        forward, _, inplace = ways
+        rows.append(
+            [
+                forward.loss,
+                *(number(way.median_ms) for way in ways),
+                number(forward.median_ms / inplace.median_ms, "x"),
+                *(mebibytes(way.peak_bytes) for way in ways),
+                *(mebibytes(way.kept_bytes) for way in ways),
+            ]
+        )
+    if not rows:
+        return []
+    tokens, vocab, dtype = shape
+    header = [
+        f"[{tokens}, {vocab}] {dtype}",
+        *(f"{way}, ms" for way in WAYS.values()),
+        "in place vs forward",
+        *(f"peak MiB, {way}" for way in WAYS.values()),
+        *(f"kept MiB, {way}" for way in WAYS.values()),
+    ]
+    return [
+        *_table(header, rows, n_names=1),
+        "",
+        "The three ways to hold the gradient: made in the forward in a buffer of its own (the "
+        'default), `gradient="backward"`, `inplace=True`. Peak: above the inputs, the gradient '
+        "included; kept: above the inputs, between forward and backward.",
+    ]
+
+
 def _overhead_line(records: Sequence[Record]) -> str:
     first = records[0]
     ratios = ", ".join(
@@ -46,11 +103,12 @@ def _overhead_line(records: Sequence[Record]) -> str:
 
 
 def markdown(records: Sequence[Record], facts: dict[str, object]) -> str:
-    """A row for each case, ours beside eager, torch.compile and the peers that were timed, then
-    the caption and the overhead."""
+    """A row for each case, ours beside eager, torch.compile and the peers that were timed; a row
+    for each loss, ours in its three ways to hold the gradient; the captions and the overhead."""
     cases = group_by_case(records)
     overhead = cases.pop(OVERHEAD, None)
     measured = [r for group in cases.values() for r in group if r.measured]
+    rounds = [r.rounds for r in measured if r.mode == "train"]
     timed = {r.provider for r in measured}
     peers = [name for name in PROVIDERS if name in timed and name not in NOT_PEERS]
     providers = [EAGER, COMPILE, *peers, OURS]
@@ -64,17 +122,16 @@ def markdown(records: Sequence[Record], facts: dict[str, object]) -> str:
         "peak MiB, eager",
         "peak MiB, ours",
     ]
-    alignment = ["---"] * 2 + ["---:"] * (len(header) - 2)
-    rows = [header, alignment, *(_row(group, providers) for group in cases.values())]
     lines = [
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *_table(header, (_row(group, providers) for group in cases.values()), n_names=2),
         "",
-        f"Forward + backward, medians of {min(r.rounds for r in measured)} or more rounds in which "
+        f"Forward + backward, medians of {min(rounds)} or more rounds in which "
         "every provider runs once; memory above the inputs, gradient included; “of a copy”: reading "
         "both logits and writing the gradient at the speed of a copy would be 1.",
-        "",
-        f"`{facts['command']}` on {machine_line(facts)}.",
     ]
+    if ways := _gradient_lines(cases.values()):
+        lines += ["", *ways]
+    lines += ["", f"`{facts['command']}` on {machine_line(facts)}."]
     if overhead:
         lines += ["", _overhead_line(overhead)]
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def mebibytes(n_bytes: int | None) -> str:
-    return "–" if n_bytes is None else f"{n_bytes / MIB:.0f}"
+    return "–" if n_bytes is None else f"{round(n_bytes / MIB)}"  # no "-0"
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def case_table(records: Sequence[Record]) -> Table:
             f"[bold]{record.label}[/bold]" if record.provider == OURS else record.label,
             number(record.median_ms),
             f"{number(record.low_ms)}-{number(record.high_ms)}",
-            number(forward.median_ms),
+            number(forward and forward.median_ms),
             number(record.times_baseline, "x"),
             mebibytes(record.peak_bytes),
             number(record.copy_fraction),

@@ -20,6 +20,9 @@ class Budget:
     min_rounds: int
     max_rounds: int
 
+    def half(self) -> "Budget":
+        return Budget(self.seconds / 2, (self.min_rounds + 1) // 2, self.max_rounds)
+
 
 @dataclass(frozen=True)
 class Times:

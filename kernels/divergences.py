@@ -16,7 +16,9 @@ keep their accuracy, and the mixture over the larger of p and q can neither over
 """
 
 from .math import log_of_normal, mixture, reciprocal
-from .portable import device_function, tl
+from .portable import constant, device_function, tl
+
+BELOW_ONE = constant(1 - 2**-24)  # a share of 1 could leave a mixture of 0, whose logarithm is none
 
 
 @device_function
@@ -69,7 +71,8 @@ def jensen_shannon(log_ratio, ratio, q, p, beta):
 
 @device_function
 def skew_forward_kl(log_ratio, ratio, q, p, alpha):
-    m = tl.maximum(mixture(log_ratio, ratio, alpha), 1e-35)
+    alpha = tl.minimum(alpha, BELOW_ONE)
+    m = mixture(log_ratio, ratio, alpha)
     value = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_of_normal(m))
     smaller = q * tl.where(log_ratio > 0, 1.0, ratio)
     return value, (alpha - 1) * smaller * reciprocal(m)
@@ -77,7 +80,8 @@ def skew_forward_kl(log_ratio, ratio, q, p, alpha):
 
 @device_function
 def skew_reverse_kl(log_ratio, ratio, q, p, alpha):
-    m = tl.maximum(mixture(log_ratio, ratio, 1 - alpha), 1e-35)
+    alpha = tl.minimum(alpha, BELOW_ONE)
+    m = mixture(log_ratio, ratio, 1 - alpha)
     value = -q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_of_normal(m))
     q_over_m = tl.where(log_ratio > 0, ratio, 1.0) * reciprocal(m)
     return value, value + q - alpha * q * q_over_m

@@ -19,10 +19,14 @@ except ImportError:  # the CPU path and the reference need no Triton
 
 
 def _maximum(x, y):
+    if not isinstance(x, torch.Tensor):
+        return max(x, y)
     return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
 
 
 def _minimum(x, y):
+    if not isinstance(x, torch.Tensor):
+        return min(x, y)
     return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
 
 
@@ -78,6 +82,11 @@ def device_function(function=None, *, tensor_twin=None):
     # the interpreter wants triton.language among the module's names, used or not
     function.__globals__.setdefault("tl", tl)
     return triton.jit(function)
+
+
+def constant(number):
+    """A number of a module that device functions use."""
+    return number if tl is None else tl.constexpr(number)
 
 
 def plain_function(function):
