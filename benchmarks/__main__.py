@@ -21,7 +21,7 @@ from .timing import Budget
 
 RESULTS = Path(__file__).parent / "results"
 # of a case's forward + backward; its forward alone gets half
-BUDGET = Budget(seconds=7.0, min_rounds=5, max_rounds=100)
+BUDGET = Budget(seconds=6.0, min_rounds=5, max_rounds=100)
 QUICK_BUDGET = Budget(seconds=1.0, min_rounds=3, max_rounds=30)
 
 

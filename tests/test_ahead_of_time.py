@@ -49,17 +49,18 @@ FORMS = {
 
 # every form of the four first, and of the others those that share least of their code
 COMPILED = [(d, form) for d in DIVERGENCES for form in FORMS]
-COMPILED += [
-    (d, form) for d in OTHERS for form in ("bf16", "bf16 odd", "bf16 hard T", "fp16", "fp32")
-]
+COMPILED += [(d, form) for d in OTHERS for form in ("bf16", "bf16 hard T", "fp32")]
+# and where the compiler differs little from another's, fewer
+FEWER = [(d, form) for d, form in COMPILED if form in ("bf16", "bf16 odd", "bf16 hard T")]
+NVIDIA = [(d, form, target) for d, form in COMPILED for target in ("sm_90", "sm_100")]
+NVIDIA += [(d, form, "sm_80") for d, form in FEWER]
 
 
 def name_of(value):
     return value if isinstance(value, str) else value.name
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
+@pytest.mark.parametrize(("divergence", "form", "target"), NVIDIA, ids=name_of)
 def test_dense_kernel_for_nvidia(divergence, form, target):
     target = aot.TARGETS[target]
     launches = FORMS[form].launches(divergence, target)
@@ -79,7 +80,7 @@ def test_dense_kernel_for_nvidia(divergence, form, target):
         assert all(loop.narrow_accesses == 0 for loop in fast.values())
 
 
-@pytest.mark.parametrize(("divergence", "form"), COMPILED, ids=name_of)
+@pytest.mark.parametrize(("divergence", "form"), FEWER, ids=name_of)
 def test_dense_kernel_for_amd(divergence, form):
     target = aot.TARGETS["gfx942"]
     for launched in FORMS[form].launches(divergence, target):
@@ -87,33 +88,6 @@ def test_dense_kernel_for_amd(divergence, form):
         assert sass.amd_usage(compiled).stack == 0
         if form not in ("mixed", "mismatched"):
             assert "global_load_dwordx4" in compiled.asm["amdgcn"]
-
-
-# instructions and exp + log an element over the fast loops, bf16 with gradient, on sm_90
-LIMITS = {
-    "soft_cross_entropy": (34, 4.5),
-    "forward_kl": (36, 4.5),
-    "reverse_kl": (38, 4.5),
-    "jensen_shannon": (64, 8.5),
-    "symmetric_kl": (70, 6.5),
-    "skew_forward_kl": (70, 9.5),
-    "skew_reverse_kl": (70, 10.5),  # a logarithm and a ratio of m in both of its later sweeps
-    "total_variation": (50, 6.5),
-    "alpha_beta": (90, 12.5),
-}
-
-
-@pytest.mark.parametrize("form", ["bf16", "bf16 short", "bf16 odd"])
-@pytest.mark.parametrize("divergence", DIVERGENCES + OTHERS, ids=name_of)
-def test_instructions_an_element(divergence, form):
-    target = aot.TARGETS["sm_90"]
-    (launched,) = FORMS[form].launches(divergence, target)
-    counts = count(launched, target)
-    instructions, special = counts.instructions(), counts.special()
-    print(f"{divergence.name} {form}: {instructions:.1f} instructions, {special:.2f} exp + log")
-    most_instructions, most_special = LIMITS[divergence.name]
-    assert instructions <= most_instructions
-    assert special <= most_special
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
