@@ -23,6 +23,7 @@ OPTIONS = {
     "hard_backward": {
         "labels": LABELS, "hard_label_weight": 0.4, "gradient": "backward", "temperature": 2.0,
     },
+    "hard_all": {"labels": LABELS.clamp(min=0), "hard_label_weight": 0.4},
     "hard_only": {"labels": LABELS, "hard_label_weight": 1.0},
     "temperature": {"temperature": 0.5},
     "vocab_size": {"vocab_size": 29},
@@ -56,6 +57,8 @@ def assert_inplace_equals_fresh(student, teacher, **options):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_same_bits_as_a_fresh_gradient(divergence, option, backend, device):
+    if backend == "triton" and divergence not in DIVERGENCES[:5:2] and option != "plain":
+        pytest.skip("the options' code does not depend on the divergence: slow in the interpreter")
     options = moved(OPTIONS[option], device) | {"divergence": divergence, "backend": backend}
     student, teacher = make_logits((*TOKENS, 33), device=device)
     if option == "hard_only":

@@ -35,6 +35,7 @@ def problem():
     labels[0, :3] = labels[1, -1] = -100
     logits = torch.randn(BATCH, SEQ, VOCAB)
     logits[0, 4, 7] = float("-inf")
+    labels[0, 4] = 8  # not the column above
     return teacher, {"input_ids": ids}, {"label": labels}, logits.requires_grad_()
 
 

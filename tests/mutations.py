@@ -1,0 +1,23 @@
+"""Mistakes in the sources, each with the test that must notice it; ``mutants.py`` makes them.
+
+Old texts are short, so that they outlive changes around them, and occur once in their file.
+"""
+
+from mutations_autograd import (
+    GPU_HOST_CODE_AND_AUTOGRAD,
+    INPLACE_GRADIENT,
+    PARAMETERS_AND_DECLARED,
+)
+from mutations_host import CHECKS, CPU_PATH
+from mutations_kernels import KERNEL_MUTATIONS
+from mutations_tokens import TOKENS_AND_MOMENTS
+
+MUTATIONS = [
+    *GPU_HOST_CODE_AND_AUTOGRAD,
+    *INPLACE_GRADIENT,
+    *PARAMETERS_AND_DECLARED,
+    *CPU_PATH,
+    *CHECKS,
+    *KERNEL_MUTATIONS,
+    *TOKENS_AND_MOMENTS,
+]
