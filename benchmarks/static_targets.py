@@ -43,13 +43,12 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("soft_cross_entropy", "guarded"): 50.9,
     ("forward_kl", "guarded"): 54.9,
     ("reverse_kl", "guarded"): 61.9,
-    ("jensen_shannon", "instructions"): 69.3,
-    ("jensen_shannon", "guarded"): 88.4,
-    ("skew_forward_kl", "instructions"): 70.5,
-    ("skew_forward_kl", "guarded"): 90.2,
-    ("skew_reverse_kl", "instructions"): 76.4,
+    ("jensen_shannon", "instructions"): 71.6,
+    ("jensen_shannon", "guarded"): 90.5,
+    ("skew_forward_kl", "guarded"): 88.0,
+    ("skew_reverse_kl", "instructions"): 75.0,
     ("skew_reverse_kl", "special"): 10.3,
-    ("skew_reverse_kl", "guarded"): 94.7,
+    ("skew_reverse_kl", "guarded"): 92.9,
     ("total_variation", "guarded"): 64.4,
 }
 

@@ -14,6 +14,12 @@ import torch
 from .chunks import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
 
 
+def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
+    """``slope - q D``, of which no rounding of q's sum is left: the row sums to 0."""
+    mean = row_sums(slope).div_(row_sums(q))[:, None]
+    torch.addcmul(slope, q, mean, value=-1, out=out)
+
+
 def soft_cross_entropy(chunk: Chunk):
     work, log_q, p, *_ = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
@@ -72,7 +78,7 @@ def symmetric_kl(chunk: Chunk):
 
     def write(out):
         slope = mixed.add_(log_ratio.mul_(q).mul_(weight)).mul_(chunk.scale)
-        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+        _subtract_mean_slope(slope, q, out)
 
     return loss, write
 
@@ -87,9 +93,8 @@ def _paired(chunk: Chunk, weight) -> tuple[torch.Tensor, ...]:
     torch.exp(log_p, out=p)
     log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
     ratio = torch.abs(log_ratio, out=log_q).neg_().exp_()
-    weights = (torch.as_tensor(w, dtype=m.dtype, device=m.device) for w in (weight, 1 - weight))
-    torch.where(log_ratio > 0, *weights, out=m)  # of the larger: its weight
-    torch.add(ratio.addcmul_(m, ratio, value=-1), m, out=m)  # lerp rounds 1 - weight
+    weights = (torch.as_tensor(w, dtype=m.dtype, device=m.device) for w in (1 - weight, weight))
+    torch.where(log_ratio > 0, *weights, out=m).mul_(ratio.sub_(1)).add_(1)
     return log_ratio, m, q, p, ratio
 
 
@@ -116,7 +121,7 @@ def skew_forward_kl(chunk: Chunk):
 
     def write(out):
         slope = torch.minimum(q, p, out=p).div_(m).mul_((alpha - 1) * chunk.scale)
-        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+        _subtract_mean_slope(slope, q, out)
 
     return loss, write
 

@@ -88,8 +88,9 @@ def row_statistics(
     loss = 0.0
     total_slope = 0.0
     if DIVERGENCE:
-        forward = tl.log(l_s) - tl.log(l_t) - moment_t / l_t * LN2
-        reverse = tl.log(l_t) - tl.log(l_s) + moment_s / l_s * LN2
+        log_ratio = tl.log(tl.fdiv(l_s, l_t))  # two logarithms would be rounded twice
+        forward = log_ratio - moment_t / l_t * LN2
+        reverse = moment_s / l_s * LN2 - log_ratio
         if MOMENT == SOFT_MOMENT:
             loss = tl.log(l_s) - moment_t / l_t * LN2
             total_slope = -1.0

@@ -64,7 +64,10 @@ def alpha_beta(log_q, log_p, q, p, alpha, beta):
 
 @device_function
 def jensen_shannon(log_ratio, ratio, q, p, beta):
-    log_m = log_of_normal(mixture(log_ratio, ratio, beta))  # of m / max(p, q)
+    # m / max(p, q), about its value at p = q: what :func:`mixture` rounds to one side there is as
+    # large as the loss of near-equal rows
+    m = 1 + tl.where(log_ratio > 0, 1 - beta, beta) * (ratio - 1)
+    log_m = log_of_normal(m)
     slope = (beta - 1) * q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
     return beta * p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m) + slope, slope
 

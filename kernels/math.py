@@ -36,6 +36,13 @@ def fma(x, y, z):
 
 
 @device_function
+def rounded_product(x, y):
+    """``x * y`` rounded, also where a sum follows: the compiler would fuse the two, and a difference
+    of two products of which only one is rounded is wrong by that rounding."""
+    return fma(x, y, 0.0)
+
+
+@device_function
 def to_float32(x):
     """A tile of logits as float32.
 

@@ -22,7 +22,7 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import LN2, LOG2E, fma, from_float32, to_float32
+from .math import LN2, LOG2E, fma, from_float32, rounded_product, to_float32
 
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
@@ -95,8 +95,9 @@ def rescale(m, l, x, c, GUARDED: tl.constexpr):
         shift = (m - safe_m) * c
         y = (x - safe_m[:, None]) * c
     else:
-        shift = m * c - new_m * c
-        y = fma(x, c, -(new_m * c)[:, None])
+        scaled = rounded_product(new_m, c)
+        shift = rounded_product(m, c) - scaled
+        y = fma(x, c, -scaled[:, None])
     return new_m, tl.exp2(shift), shift, y
 
 
@@ -108,7 +109,7 @@ def combine_lanes(m, l, c, GUARDED: tl.constexpr):
         row_m = tl.where(row_m == -INFINITY, 0.0, row_m)
         shift = (m - row_m) * c
     else:
-        shift = m * c - row_m * c
+        shift = rounded_product(m, c) - rounded_product(row_m, c)
     factor = tl.exp2(shift)
     return row_m, tl.sum(l * factor, axis=0), factor, shift
 

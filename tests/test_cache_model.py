@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from distill_ops.kernels import dense
 
-from benchmarks.cache_model import PIECES, Cache, missed, n_walks, traffic_of_record, traffic
+from benchmarks.cache_model import PIECES, Cache, missed, n_walks, traffic, traffic_of_record
 from benchmarks.chips import CHIPS, chip_of
 from benchmarks.records import Record
 from distill_ops.analysis import aot
