@@ -55,7 +55,7 @@ class Budget:
 # in flight, but 2 more instructions an element, and spilled 8 to 96 bytes in every other form.
 MATCHED = Budget(512, 128)
 # Rows that begin anywhere load 2 or 4 bytes at a time, with an address each: up to 225 registers.
-SCATTERED = Budget(256, None)
+SCATTERED = Budget(256, 255)
 
 # The rows in flight may take this share of L2 for a second sweep to find them. 0.7 lets two rows
 # a multiprocessor of 32000 bf16 columns fit an H100's 50 MB (264 x 128 KB = 34 MB).

@@ -179,7 +179,7 @@ DENSE_KERNEL = [
     Mutation(
         "16-byte loads that the compiler cannot prove", "kernels/dense.py",
         "return pointer + offset // 8 * 8", "return pointer + (offset - lead)",
-        f"{AHEAD_OF_TIME}dense_kernel_for_nvidia[forward_kl-bf16 odd-sm_90]",
+        f"{AHEAD_OF_TIME}dense_kernel_for_nvidia[soft_cross_entropy-bf16 odd-sm_90]",
     ),
     Mutation(
         "a slow logarithm", "kernels/math.py",
