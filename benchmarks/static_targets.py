@@ -46,7 +46,7 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("jensen_shannon", "instructions"): 71.6,
     ("jensen_shannon", "guarded"): 90.5,
     ("skew_forward_kl", "guarded"): 88.0,
-    ("skew_reverse_kl", "instructions"): 75.0,
+    ("skew_reverse_kl", "instructions"): 75.3,
     ("skew_reverse_kl", "special"): 10.3,
     ("skew_reverse_kl", "guarded"): 92.9,
     ("total_variation", "guarded"): 64.4,
