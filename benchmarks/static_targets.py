@@ -49,7 +49,7 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("skew_reverse_kl", "instructions"): 75.3,
     ("skew_reverse_kl", "special"): 10.3,
     ("skew_reverse_kl", "guarded"): 92.9,
-    ("total_variation", "guarded"): 64.4,
+    ("total_variation", "guarded"): 66.9,
 }
 
 # an odd vocabulary's instructions over those of its even neighbour

@@ -47,9 +47,10 @@ def symmetric_kl(log_q, log_p, q, p, weight):
 
 @device_function
 def total_variation(log_q, log_p, q, p):
-    difference = q - p
-    sign = tl.where(difference > 0, 0.5, tl.where(difference < 0, -0.5, 0.0))
-    return difference * sign, q * sign
+    # compared, not subtracted: the compiler fuses a difference with the product that q is, and equal
+    # rows would have the sign of its rounding
+    sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return (q - p) * sign, q * sign
 
 
 @device_function

@@ -42,7 +42,7 @@ FORMULAS = [
     ),
     Mutation(
         "total variation's sign", "kernels/divergences.py",
-        "tl.where(difference < 0, -0.5, 0.0)", "tl.where(difference < 0, 0.5, 0.0)",
+        "tl.where(q < p, -0.5, 0.0)", "tl.where(q < p, 0.5, 0.0)",
         f"{SEMANTICS}closed_forms_agree_with_the_text_they_replace[TotalVariation()]",
     ),
     Mutation(
