@@ -10,7 +10,7 @@ from distill_ops.kernels.sweeps import PEELED
 
 from distill_ops.analysis import amd, aot, forms, sass
 from distill_ops.analysis.forms import Counts, Form
-from distill_ops.divergences import DIVERGENCES, Divergence
+from distill_ops.divergences import BUILT_IN, Divergence
 
 TRAIN, ODD, EVEN, EVAL, BACKWARD, HARD = (
     "train", "odd vocabulary", "even vocabulary", "no gradient", "gradient in backward", "hard label",
@@ -62,8 +62,7 @@ class Row:
 
 def built_in() -> dict[str, Divergence]:
     """The package's divergences with their default parameters, by name."""
-    own = {n: d for n, d in DIVERGENCES.items() if d.__module__.partition(".")[0] == "distill_ops"}
-    return {name: divergence() for name, divergence in own.items()}
+    return {name: divergence() for name, divergence in BUILT_IN.items()}
 
 
 def form(name: str, dtype: str) -> Form:

@@ -12,7 +12,7 @@ graph of ``torch.compile`` or a captured CUDA graph.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -123,6 +123,13 @@ class Divergence:
     def tensors(self) -> list[torch.Tensor]:
         """The parameters that are tensors, in order."""
         return [p for p in self.parameters if isinstance(p, torch.Tensor)]
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Divergence":
+        """The same with ``function`` applied to the parameters that are tensors."""
+        values = zip(self.__match_args__, self.parameters, strict=True)
+        return replace(
+            self, **{name: function(x) for name, x in values if isinstance(x, torch.Tensor)}
+        )
 
     def column_parameters(self, dtype: torch.dtype) -> list[Parameter]:
         """The parameters as they go with ``[..., vocab]`` columns: per-token ones ``[..., 1]``."""
@@ -325,6 +332,9 @@ class AlphaBeta(Divergence):
         if is_number(self.beta, 0):
             return ForwardKL()
         return ReverseKL() if is_number(self.alpha, 0) else self
+
+
+BUILT_IN = dict(DIVERGENCES)  # by name, before a user declares any
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:

@@ -9,7 +9,7 @@ from .checks import BACKENDS, GRADIENTS, check_arguments, check_inplace, one_of
 from .divergences import Divergence, SoftCrossEntropy
 from .kernels.portable import triton
 from .ops import BACKWARD, FORWARD, NO_GRADIENT
-from .paths import Options
+from .paths import Options, working_dtype
 from .reference import LossComponents
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -22,7 +22,7 @@ def use_triton(backend: str, student: torch.Tensor, teacher: torch.Tensor | None
         ValueError: ``backend="triton"`` cannot be had here.
     """
     one_of("backend", backend, BACKENDS)
-    wide = torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
+    wide = working_dtype(student, teacher) == torch.float64
     if backend == "auto":
         return triton is not None and student.is_cuda and not wide
     if backend == "triton":

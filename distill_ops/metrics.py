@@ -9,7 +9,7 @@ from .checks import check_pair, check_temperature
 from .host import row_blocks, row_groups, rows_in_chunk
 from .losses import use_triton
 from .ops import library
-from .paths import device_of
+from .paths import device_of, working_dtype
 
 
 class DistillationMetrics(NamedTuple):
@@ -61,8 +61,7 @@ def _rows(student: torch.Tensor, teacher: torch.Tensor, temperature: float, dtyp
 def _metrics(student, teacher, temperature: float, n_cols: int, backend: str):
     leading = student.shape[:-1]
     n_rows = math.prod(leading)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = working_dtype(student, teacher)
     if backend == "triton":
         from .kernels import metrics as kernel
 
@@ -85,8 +84,7 @@ def _metrics(student, teacher, temperature: float, n_cols: int, backend: str):
 
 
 def _metrics_fake(student, teacher, temperature, n_cols, backend):
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = working_dtype(student, teacher)
     leading = student.shape[:-1]
     sums = student.new_empty((N_SUMS, *leading), dtype=dtype)
     return sums, student.new_empty(leading, dtype=torch.bool)

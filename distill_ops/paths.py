@@ -13,6 +13,12 @@ from .chunks import Terms
 from .divergences import DIVERGENCES, Divergence
 
 
+def working_dtype(*logits: torch.Tensor | None) -> torch.dtype:
+    """Of sums and results: float32, or float64 where logits are float64."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in logits)
+    return torch.float64 if wide else torch.float32
+
+
 class Options(NamedTuple):
     """The options of the dense operators; ``pack`` and ``unpack`` are each other's inverse."""
 
@@ -55,11 +61,7 @@ class Inputs(NamedTuple):
         return self.student.numel() // self.student.shape[-1]
 
     def dtype(self) -> torch.dtype:
-        """Of sums and of the loss: float32, or float64 where an input is float64."""
-        if self.student.dtype == torch.float64:
-            return torch.float64
-        wide = self.teacher is not None and self.teacher.dtype == torch.float64
-        return torch.float64 if wide else torch.float32
+        return working_dtype(self.student, self.teacher)
 
     def resolve(self, options: "Options") -> tuple[float | torch.Tensor, ...]:
         """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[N]``."""

@@ -5,7 +5,6 @@ every other path against it. It restates each formula instead of sharing the ker
 """
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -155,12 +154,11 @@ def distillation_loss(
     divergence_loss = hard_loss = torch.zeros_like(weights)
     if hard_label_weight < 1:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread, 0.0)
-        unread_parameters = {  # whatever they hold must not leak
-            name: value.masked_fill(unread.squeeze(-1), 0.5)
-            for name, value in vars(divergence).items()
-            if isinstance(value, torch.Tensor) and value.dim()
-        }
-        divergence = replace(divergence, **unread_parameters)
+        divergence = (
+            divergence.map_tensors(  # whatever unread tokens' parameters hold must not leak
+                lambda x: x.masked_fill(unread.squeeze(-1), 0.5) if x.dim() else x
+            )
+        )
         terms = divergence_terms(student, teacher, divergence, temperature, infinities)
         divergence_loss = terms.sum(-1)
         if scale_by_temperature_squared:

@@ -60,16 +60,6 @@ def _columns(divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     return log_q, torch.where(noise < 0.3, log_q + 0.01 * (noise - 0.15), log_p).clamp(max=0)
 
 
-def _per_column(divergence: Divergence) -> Divergence:
-    """With its per-token parameters in one dimension."""
-    flat = {
-        name: value.detach().cpu().reshape(-1) if value.dim() else value.detach().cpu()
-        for name, value in vars(divergence).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return type(divergence)(**{**vars(divergence), **flat})
-
-
 def _check_slope(divergence: Divergence) -> float:
     log_q, log_p = _columns(divergence)
     leaf = log_q.requires_grad_()
@@ -198,7 +188,7 @@ def check_divergence(divergence: Divergence | str) -> DivergenceReport:
         ('reference', 'torch')
     """
     divergence = as_divergence(divergence)
-    flat = _per_column(divergence)
+    flat = divergence.map_tensors(lambda x: x.cpu().reshape(-1) if x.dim() else x.cpu())
     slope_error = _check_slope(flat)
     _check_limit(flat, "student", divergence.infinite_at_student_zero)
     _check_limit(flat, "teacher", divergence.infinite_at_teacher_zero)
@@ -209,8 +199,7 @@ def check_divergence(divergence: Divergence | str) -> DivergenceReport:
     elif triton is not None and torch.cuda.is_available():
         paths["triton"] = "cuda"
     for backend, device in paths.items():
-        moved = {k: v.to(device) for k, v in vars(divergence).items() if torch.is_tensor(v)}
-        _check_path(type(divergence)(**{**vars(divergence), **moved}), backend, device)
+        _check_path(divergence.map_tensors(lambda x, to=device: x.to(to)), backend, device)
     instructions = special = None
     if triton is not None and not INTERPRETED:
         from .analysis import aot, forms

@@ -367,22 +367,12 @@ def run(
     choice = launch.dense_launch(
         n_rows, n_cols, itemsize, row_bytes, budget, device_facts(student.device)
     )
-    (student_rows, teacher_rows, gradient_rows) = layouts
+    student_rows, teacher_rows, gradient_rows = layouts
     filler = student  # stands for a pointer that the kernel's form does not read
-    options = {} if choice.maxnreg is None else {"maxnreg": choice.maxnreg}
     dense_kernel[(choice.n_programs,)](
-        student_ptr=student_rows.base,
-        student_start=student_rows.start,
-        student_outer=student_rows.outer,
-        student_inner=student_rows.inner,
-        teacher_ptr=teacher_rows.base,
-        teacher_start=teacher_rows.start,
-        teacher_outer=teacher_rows.outer,
-        teacher_inner=teacher_rows.inner,
-        gradient_ptr=gradient_rows.base,
-        gradient_start=gradient_rows.start,
-        gradient_outer=gradient_rows.outer,
-        gradient_inner=gradient_rows.inner,
+        **student_rows.arguments("student"),
+        **teacher_rows.arguments("teacher"),
+        **gradient_rows.arguments("gradient"),
         losses_ptr=filler if losses is None else losses,
         components_ptr=filler if components is None else components,
         statistics_ptr=filler if statistics is None else statistics,
@@ -423,6 +413,5 @@ def run(
         STUDENT_MATCHED=matched[0],
         TEACHER_MATCHED=matched[1],
         GRADIENT_MATCHED=matched[2],
-        num_warps=choice.num_warps,
-        **options,
+        **choice.options(),
     )

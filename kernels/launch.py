@@ -30,6 +30,11 @@ class DenseLaunch:
     maxnreg: int | None
     n_programs: int
 
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps} | limit
+
 
 # One load holds 8 half-precision or 4 single-precision logits. With mixed dtypes the wider one
 # decides: both tensors must share one register layout, or every tile crosses shared memory.
@@ -46,7 +51,7 @@ class Budget:
     schedule of the same instructions, now 64 with a spill."""
 
     threads: int
-    registers: int | None
+    registers: int
 
 
 # The fast loops do two tiles a turn: four 16-byte loads a thread, 32 KiB a multiprocessor in flight;

@@ -19,6 +19,15 @@ class Rows(NamedTuple):
     def offsets(self) -> tuple[int, int, int]:
         return self.start, self.outer, self.inner
 
+    def arguments(self, name: str) -> dict[str, torch.Tensor | int]:
+        """As a kernel takes them, for its tensor of this name."""
+        return {
+            f"{name}_ptr": self.base,
+            f"{name}_start": self.start,
+            f"{name}_outer": self.outer,
+            f"{name}_inner": self.inner,
+        }
+
     def is_in(self, tensor: torch.Tensor) -> bool:
         """Whether the rows lie in this tensor's memory, and are no copy."""
         return self.base.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

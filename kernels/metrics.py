@@ -16,9 +16,9 @@ from .sweeps import (
     INFINITY,
     NO_MOMENT,
     PEELED,
-    SMALLEST,
-    exponent,
+    both_exponents,
     normalise,
+    paired_softmax,
     read,
     tile,
     whole_tiles,
@@ -32,25 +32,14 @@ NOWHERE = tl.constexpr(2147483647)
 @triton.jit
 def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: tl.constexpr):
     forward, reverse, middle, variation, overlap, h_s, h_t, top_s, top_t = sums
-    m_s, l_s, m_t, l_t, over_t = row
-    c = over_t * LOG2E
+    m_s, _, m_t, _, _ = row
     x_s = read(student_row, position, inside, MASKED, False)
     x_t = read(teacher_row, position, inside, MASKED, False)
-    log_s = tl.log2(l_s)
-    log_t = tl.log2(l_t)
-    y_s = exponent(x_s, m_s, c, True)
-    y_t = exponent(x_t, m_t, c, True)
-    y_s = tl.where(y_s < SMALLEST / 2, SMALLEST / 2, y_s)
-    y_t = tl.where(y_t < SMALLEST / 2, SMALLEST / 2, y_t)
+    exponents = both_exponents(x_s, x_t, row, True)
+    y_s, y_t, log_s, log_t = exponents
     log_q = (y_s - log_s) * LN2
     log_p = (y_t - log_t) * LN2
-    log_ratio = (y_t - y_s) - (log_t - log_s)
-    ratio = tl.exp2(-tl.abs(log_ratio))
-    log_ratio *= LN2
-    larger = tl.exp2(tl.maximum(y_s - log_s, y_t - log_t))
-    smaller = larger * ratio
-    q = tl.where(log_ratio > 0, smaller, larger)
-    p = tl.where(log_ratio > 0, larger, smaller)
+    log_ratio, ratio, q, p = paired_softmax(exponents, False)
     log_m = log_of_normal(0.5 + 0.5 * ratio)
     of_student = q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
     of_teacher = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m)
@@ -60,8 +49,8 @@ def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: 
         forward + tl.sum(to_student, axis=1),
         reverse + tl.sum(to_teacher, axis=1),
         middle + tl.sum(0.5 * (of_teacher - of_student), axis=1),
-        variation + tl.sum(0.5 * (larger - smaller), axis=1),
-        overlap + tl.sum(smaller, axis=1),
+        variation + tl.sum(0.5 * tl.abs(q - p), axis=1),
+        overlap + tl.sum(tl.minimum(q, p), axis=1),
         h_s - tl.sum(q * log_q, axis=1),
         h_t - tl.sum(p * log_p, axis=1),
         tl.minimum(top_s, tl.min(tl.where(x_s == m_s, position, NOWHERE), axis=1)),
@@ -132,17 +121,10 @@ def run(
     choice = launch.dense_launch(
         n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(student.device)
     )
-    options = {} if choice.maxnreg is None else {"maxnreg": choice.maxnreg}
     student_rows, teacher_rows = layouts
     metrics_kernel[(choice.n_programs,)](
-        student_ptr=student_rows.base,
-        student_start=student_rows.start,
-        student_outer=student_rows.outer,
-        student_inner=student_rows.inner,
-        teacher_ptr=teacher_rows.base,
-        teacher_start=teacher_rows.start,
-        teacher_outer=teacher_rows.outer,
-        teacher_inner=teacher_rows.inner,
+        **student_rows.arguments("student"),
+        **teacher_rows.arguments("teacher"),
         sums_ptr=sums,
         agreement_ptr=agreement,
         n_inner=n_inner,
@@ -154,6 +136,5 @@ def run(
         ENDS=ends.value,
         STUDENT_MATCHED=matched[0],
         TEACHER_MATCHED=matched[1],
-        num_warps=choice.num_warps,
-        **options,
+        **choice.options(),
     )

@@ -239,12 +239,8 @@ def exponent(x, m, c, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def paired_softmax(x_s, x_t, row, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
-    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
-    probability from the larger, or for the slope, which needs no p, q alone.
-
-    The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
-    rounded less, and of the sums."""
+def both_exponents(x_s, x_t, row, GUARDED: tl.constexpr):
+    """Of student and teacher: base-2 exponents, and logarithms of the sums that normalise them."""
     m_s, l_s, m_t, l_t, over_t = row
     c = over_t * LOG2E
     log_s = tl.log2(l_s)
@@ -254,6 +250,17 @@ def paired_softmax(x_s, x_t, row, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexp
     if GUARDED:
         y_s = tl.where(y_s < SMALLEST / 2, SMALLEST / 2, y_s)  # keeps NaN
         y_t = tl.where(y_t < SMALLEST / 2, SMALLEST / 2, y_t)
+    return y_s, y_t, log_s, log_t
+
+
+@triton.jit
+def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr):
+    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
+    probability from the larger, or for the slope, which needs no p, q alone.
+
+    The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
+    rounded less, and of the sums."""
+    y_s, y_t, log_s, log_t = exponents
     log_ratio = (y_t - y_s) - (log_t - log_s)
     ratio = tl.exp2(-tl.abs(log_ratio))
     log_ratio *= LN2
@@ -291,7 +298,8 @@ def columns(
         if RESTRICT and not PROPAGATE:
             x_s = tl.where(teacher_zero, -INFINITY, x_s)
     if PAIRED:
-        log_q, log_p, q, p = paired_softmax(x_s, x_t, row, SLOPE_ONLY, GUARDED)
+        exponents = both_exponents(x_s, x_t, row, GUARDED)
+        log_q, log_p, q, p = paired_softmax(exponents, SLOPE_ONLY)
     else:
         log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
         log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)

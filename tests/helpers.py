@@ -20,6 +20,11 @@ def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, de
     return tuple((x / math.sqrt(2) + offset).to(dtype).to(device) for x in pair)
 
 
+def moved(options, device):
+    """Options with their tensors on a device."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
 class Result(NamedTuple):
     """A loss and the gradient it gave, for one upstream gradient."""
 

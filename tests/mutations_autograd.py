@@ -149,7 +149,8 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "a view's gradient begins where its memory does", "kernels/dense.py",
-        "gradient_start=gradient_rows.start", "gradient_start=0",
+        '**gradient_rows.arguments("gradient")',
+        '**gradient_rows._replace(start=0).arguments("gradient")',
         f"{INPLACE}views[triton-forward-later columns]", interpreter=True,
     ),
     Mutation(

@@ -54,7 +54,7 @@ CPU_PATH = [
     ),
     Mutation(
         "a float64 teacher is rounded", "distill_ops/paths.py",
-        "wide = self.teacher is not None and self.teacher.dtype == torch.float64", "wide = False",
+        "return working_dtype(self.student, self.teacher)", "return working_dtype(self.student)",
         f"{DENSE}float64_on_the_torch_path[teacher]",
     ),
     Mutation(

@@ -7,17 +7,14 @@ import declared
 import pytest
 import torch
 from distill_ops.kernels.portable import triton
-from helpers import check, make_logits, run
+from helpers import check, make_logits, moved, run
 
 import distill_ops
 from distill_ops import Divergence, check_divergence, declare_divergence, distillation_loss
-from distill_ops.divergences import DIVERGENCES
+from distill_ops.divergences import BUILT_IN, DIVERGENCES
 from distill_ops.losses import INTERPRETED
 from examples.squared_hellinger import squared_hellinger
 
-BUILT_IN = [
-    name for name, kind in DIVERGENCES.items() if kind.__module__ == "distill_ops.divergences"
-]
 RIGHT = [squared_hellinger, declared.renyi_like, declared.chi_squared]
 OPTIONS = [
     {},
@@ -33,7 +30,7 @@ OPTIONS = [
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.name)
 def test_declared_divergence_on_every_path(kind, options, backend, device):
     student, teacher = make_logits((4, 77), device=device)
-    options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
+    options = moved(options, device)
     check(distillation_loss, student, teacher, divergence=kind(), backend=backend, **options)
 
 
@@ -72,7 +69,7 @@ def test_declared_parameters():
 # --- check_divergence ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BUILT_IN + [kind.name for kind in RIGHT])
+@pytest.mark.parametrize("name", [*BUILT_IN, *(kind.name for kind in RIGHT)])
 def test_check_passes_for_right_divergences(name, backend):
     report = check_divergence(name)
     assert report.name == name

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, check, make_logits, run, run_reference
+from helpers import assert_close, check, make_logits, moved, run, run_reference
 
 import distill_ops
 from distill_ops import (
@@ -69,10 +69,6 @@ OPTIONS = {
     },
     "propagate": {"infinities": "propagate"},
 }  # fmt: skip
-
-
-def moved(options, device):
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

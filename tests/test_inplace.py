@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_logits
-from test_dense import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS, moved
+from helpers import make_logits, moved
+from test_dense import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
 
 from distill_ops import JensenShannon, distillation_loss, ops
 from distill_ops.autograd import dense_loss_inplace

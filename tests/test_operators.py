@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import make_logits, run
+from helpers import make_logits, moved, run
 from test_dense import FLOAT_MASK, LABELS, TOKENS
 
 from distill_ops import autograd, distillation_loss, ops
@@ -38,9 +38,7 @@ def arguments_of(call):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
-    options = {
-        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[option].items()
-    }
+    options = moved(OPTIONS[option], device)
     student, teacher = make_logits((*TOKENS, 33), device=device)
     student.requires_grad_()
     arguments = arguments_of(

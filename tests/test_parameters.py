@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import check, make_logits, run
+from helpers import check, make_logits, moved, run
 
 from distill_ops import (
     AlphaBeta,
@@ -40,7 +40,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_token(kind, option, backend, device):
-    options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[option].items()}
+    options = moved(OPTIONS[option], device)
     student, teacher = make_logits((*TOKENS, 33), device=device)
     divergence = KINDS[kind](VALUES.to(device))
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend, **options)

@@ -5,7 +5,6 @@ beside it, from other wavefronts. A packed instruction works on two columns.
 """
 
 import re
-from collections import Counter
 
 from . import aot, forms, sass
 
@@ -63,29 +62,15 @@ def innermost_loops(text: str) -> list[Loop]:
                 jumps.append((len(opcodes), target))
             opcodes.append(opcode)
             sources.append(source)
-    spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
-    inner = [
-        (first, last)
-        for first, last in spans
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
-    ]
-    return [
-        Loop(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
-        for first, last in sorted(inner)
-    ]
+    return sass.loops_of(opcodes, sources, labels, jumps, Loop)
 
 
 def count(launch: aot.Launch, target: aot.Target) -> forms.Counts:
     """Compile a launch of the dense kernel for an AMD target and count its loops."""
     compiled = aot.compile_launch(launch, target)
-    arguments = launch.arguments
-    column_bytes = arguments["student_ptr"].element_size()
-    if arguments["DIVERGENCE"]:
-        column_bytes += arguments["teacher_ptr"].element_size()
-    sweeps = sass.sweeps(innermost_loops(compiled.asm["amdgcn"]))
+    loops = innermost_loops(compiled.asm["amdgcn"])
+    counts = forms.counts_of(launch, loops, sass.amd_usage(compiled))
     # a peeled end is broken into a branch a column, parts of which look like loops of their own
-    for loops in sweeps.values():
-        loops.sort(key=lambda loop: loop.narrow_accesses > 0)
-    if arguments["MOMENT"] != 0:
-        sweeps["guarded_reduce"] = sweeps.pop("reduce")
-    return forms.Counts(sweeps, sass.amd_usage(compiled), column_bytes)
+    for found in counts.sweeps.values():
+        found.sort(key=lambda loop: loop.narrow_accesses > 0)
+    return counts

@@ -91,17 +91,22 @@ class Counts:
         return sum(loop.special / self.columns(loop) for loop in self.fast().values())
 
 
-def count(launch: aot.Launch, target: aot.Target) -> Counts:
-    """Compile a launch for an NVIDIA target and count its loops.
+def counts_of(launch: aot.Launch, loops: list[sass.Loop], usage: sass.Usage) -> Counts:
+    """The counts of a compiled launch from its innermost loops.
 
     For a divergence with a moment the guarded ``reduce`` exists alone: it is listed under
     ``guarded_reduce`` and is no part of the fast path."""
-    code, usage = sass.disassemble(aot.compile_launch(launch, target))
     arguments = launch.arguments
     column_bytes = arguments["student_ptr"].element_size()
     if arguments["DIVERGENCE"]:
         column_bytes += arguments["teacher_ptr"].element_size()
-    sweeps = sass.sweeps(sass.innermost_loops(code))
+    sweeps = sass.sweeps(loops)
     if arguments["MOMENT"] != 0:
         sweeps["guarded_reduce"] = sweeps.pop("reduce")
     return Counts(sweeps, usage, column_bytes)
+
+
+def count(launch: aot.Launch, target: aot.Target) -> Counts:
+    """Compile a launch for an NVIDIA target and count its loops."""
+    code, usage = sass.disassemble(aot.compile_launch(launch, target))
+    return counts_of(launch, sass.innermost_loops(code), usage)

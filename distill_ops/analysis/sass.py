@@ -95,6 +95,29 @@ def disassemble(compiled) -> tuple[list[str], Usage]:
     return code.splitlines(), Usage(found["REG"], stack, found["SHARED"])
 
 
+def loops_of(
+    opcodes: list[str],
+    sources: list[tuple[str, int]],
+    labels: dict[str, int],
+    jumps: list[tuple[int, str]],
+    kind: type[Loop],
+) -> list[Loop]:
+    """Loops that hold no other loop, in program order: from a label to a jump back to it.
+
+    ``sources`` are the instructions' places; ``labels`` and ``jumps`` say before and at which
+    instruction they stand."""
+    spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+    return [
+        kind(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
+        for first, last in sorted(inner)
+    ]
+
+
 def innermost_loops(code: list[str]) -> list[Loop]:
     """Loops that hold no other loop, in program order."""
     opcodes: list[str] = []
@@ -113,16 +136,7 @@ def innermost_loops(code: list[str]) -> list[Loop]:
                 jumps.append((len(opcodes), target[1]))
             opcodes.append(opcode)
             sources.append(source)
-    spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
-    inner = [
-        (first, last)
-        for first, last in spans
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
-    ]
-    return [
-        Loop(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
-        for first, last in sorted(inner)
-    ]
+    return loops_of(opcodes, sources, labels, jumps, Loop)
 
 
 def amd_usage(compiled) -> Usage:
