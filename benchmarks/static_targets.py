@@ -34,7 +34,7 @@ LIMITS = {
     "skew_reverse_kl": Limit(70, 9.5, 80),
     "total_variation": Limit(50, 6.5, 58),
     "symmetric_kl": Limit(41, 4.5, 80, by_design=False),
-    "alpha_beta": Limit(86, 9.0, 108, by_design=False),
+    "alpha_beta": Limit(75, 9.5, 108, by_design=False),
 }
 
 # (divergence, quantity): the most that is counted today, on either target. A count above it is a
@@ -42,14 +42,13 @@ LIMITS = {
 KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("soft_cross_entropy", "guarded"): 50.9,
     ("forward_kl", "guarded"): 54.9,
-    ("reverse_kl", "guarded"): 61.9,
-    ("jensen_shannon", "instructions"): 71.6,
-    ("jensen_shannon", "guarded"): 90.5,
-    ("skew_forward_kl", "guarded"): 88.0,
-    ("skew_reverse_kl", "instructions"): 75.3,
+    ("reverse_kl", "guarded"): 59.9,
+    ("jensen_shannon", "instructions"): 69.7,
+    ("jensen_shannon", "guarded"): 88.2,
+    ("skew_forward_kl", "guarded"): 87.0,
     ("skew_reverse_kl", "special"): 10.3,
-    ("skew_reverse_kl", "guarded"): 92.9,
-    ("total_variation", "guarded"): 66.9,
+    ("skew_reverse_kl", "guarded"): 88.0,
+    ("total_variation", "guarded"): 65.5,
 }
 
 # an odd vocabulary's instructions over those of its even neighbour

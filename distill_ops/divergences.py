@@ -60,8 +60,8 @@ class Divergence:
         value_and_slope: device function ``(log_q, log_p, q, p, *parameters) -> (value, slope)``.
         moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse",
             "symmetric"), or "none"; semantics of closed moments in ``kernels/sweeps.py``.
-        paired: the function takes ``(log_ratio, ratio, q, p, *parameters)`` instead
-            (``kernels/divergences.py``): those of a mixture of both distributions.
+        operands: what the function takes before its parameters (``kernels/columns.py``): "logs", as
+            above, "ratio", "difference", "pair", "student" or "powers".
         infinite_at_student_zero: the value is infinite where q = 0 < p.
         infinite_at_teacher_zero: the value is infinite where p = 0 < q.
         domains: where each parameter's values lie.
@@ -70,7 +70,7 @@ class Divergence:
     name: ClassVar[str]
     value_and_slope: ClassVar[Callable]
     moment: ClassVar[str] = "none"
-    paired: ClassVar[bool] = False
+    operands: ClassVar[str] = "logs"
     infinite_at_student_zero: ClassVar[bool] = False
     infinite_at_teacher_zero: ClassVar[bool] = False
     domains: ClassVar[dict[str, Domain]] = {}
@@ -148,10 +148,20 @@ class Divergence:
         """Value and slope of columns whose log-probabilities are these: the text of
         ``value_and_slope`` on tensors. The logarithm of a zero is the lowest finite number."""
         q, p = log_q.exp(), log_p.exp()
-        columns = (log_q, log_p, q, p)
-        if cls.paired:
-            log_ratio = log_p - log_q
-            columns = (log_ratio, torch.exp(-log_ratio.abs()), q, p)
+        log_ratio = log_p - log_q
+        if cls.operands == "logs":
+            columns = (log_q, log_p, q, p)
+        elif cls.operands in ("pair", "student"):
+            lowest = torch.finfo(q.dtype).min
+            log2_ratio = (log_ratio / math.log(2)).clamp(lowest, -lowest)
+            columns = (log2_ratio, torch.exp(-log_ratio.abs()), q, p)
+            columns = columns if cls.operands == "pair" else columns[:3]
+        elif cls.operands == "difference":
+            columns = (log_ratio, p - q, q)
+        elif cls.operands == "powers":
+            columns = (log_ratio, torch.maximum(log_q, log_p))
+        else:
+            columns = (log_ratio, q, p)
         terms = on_tensors(cls.value_and_slope)(*columns, *parameters)
         if not (isinstance(terms, tuple) and len(terms) == 2):
             raise TypeError(f"{cls.name} must return (value, slope), got {type(terms).__name__}")
@@ -200,6 +210,7 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     value_and_slope = staticmethod(formulas.forward_kl)
     moment = "forward"
+    operands = "ratio"
     infinite_at_student_zero = True
 
 
@@ -210,6 +221,7 @@ class ReverseKL(Divergence):
     name = "reverse_kl"
     value_and_slope = staticmethod(formulas.reverse_kl)
     moment = "reverse"
+    operands = "ratio"
     infinite_at_teacher_zero = True
 
 
@@ -228,7 +240,7 @@ class JensenShannon(Divergence):
 
     name = "jensen_shannon"
     value_and_slope = staticmethod(formulas.jensen_shannon)
-    paired = True
+    operands = "pair"
     domains = {"beta": SHARE}
 
     def canonical(self) -> Divergence:
@@ -250,6 +262,7 @@ class SymmetricKL(Divergence):
     name = "symmetric_kl"
     value_and_slope = staticmethod(formulas.symmetric_kl)
     moment = "symmetric"
+    operands = "difference"
     infinite_at_student_zero = True
     infinite_at_teacher_zero = True
     domains = {"weight": SHARE._replace(tensor_ends=True)}
@@ -269,7 +282,7 @@ class SkewForwardKL(Divergence):
 
     name = "skew_forward_kl"
     value_and_slope = staticmethod(formulas.skew_forward_kl)
-    paired = True
+    operands = "pair"
     domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:
@@ -290,7 +303,7 @@ class SkewReverseKL(Divergence):
 
     name = "skew_reverse_kl"
     value_and_slope = staticmethod(formulas.skew_reverse_kl)
-    paired = True
+    operands = "student"
     domains = {"alpha": SHARE}
 
     def canonical(self) -> Divergence:
@@ -321,6 +334,7 @@ class AlphaBeta(Divergence):
 
     name = "alpha_beta"
     value_and_slope = staticmethod(formulas.alpha_beta)
+    operands = "powers"
     domains = {"alpha": Domain(0), "beta": Domain(0)}
 
     def check_number(self, name: str, value: float, domain: Domain) -> None:

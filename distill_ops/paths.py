@@ -163,7 +163,7 @@ def formula_of(inputs: Inputs, options: Options):
     return Formula(
         value_and_slope=None if divergence is None else divergence.value_and_slope,
         parameters=() if divergence is None else inputs.resolve(options),
-        paired=divergence is not None and divergence.paired,
+        operands="logs" if divergence is None else divergence.operands,
         moment="none" if divergence is None else divergence.moment,
         drop=divergence is not None and divergence.infinite_at_student_zero,
         restrict=divergence is not None and divergence.infinite_at_teacher_zero,

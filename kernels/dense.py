@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .columns import DIFFERENCE, LOGS, PAIR, POWERS, RATIO, STUDENT, log_of_sums, log_quotient
 from .layout import Rows, row_layouts
-from .math import LN2
+from .math import LN2, LOG2E
 from .sweeps import (
     FORWARD_MOMENT,
-    LOG2E,
     NO_MOMENT,
     PEELED,
     REVERSE_MOMENT,
@@ -38,6 +38,7 @@ from .sweeps import (
 )
 
 STATISTICS = tl.constexpr(launch.STATISTICS)
+NEARLY_EQUAL = tl.constexpr(0.05)  # nats
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
 @triton.jit
 def row_statistics(
     student, teacher, lead, n_cols, over_t, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     KEEP: tl.constexpr,
@@ -88,26 +89,32 @@ def row_statistics(
     loss = 0.0
     total_slope = 0.0
     if DIVERGENCE:
-        log_ratio = tl.log(tl.fdiv(l_s, l_t))  # two logarithms would be rounded twice
-        forward = log_ratio - moment_t / l_t * LN2
-        reverse = moment_s / l_s * LN2 - log_ratio
         if MOMENT == SOFT_MOMENT:
             loss = tl.log(l_s) - moment_t / l_t * LN2
             total_slope = -1.0
         elif MOMENT == FORWARD_MOMENT:
-            loss = forward
+            loss = log_quotient(l_s, l_t) - moment_t / l_t * LN2
             total_slope = -1.0
         elif MOMENT == REVERSE_MOMENT:
-            loss = reverse
-            total_slope = reverse + 1.0
+            loss = moment_s / l_s * LN2 - log_quotient(l_s, l_t)
+            total_slope = loss + 1.0
         elif MOMENT == SYMMETRIC_MOMENT:
             weight = parameters[0]
+            log_sums = log_of_sums((m_s, l_s, m_t, l_t, over_t))
+            forward = log_sums - moment_t / l_t * over_t
+            reverse = moment_s / l_s * over_t - log_sums
             loss = (1.0 - weight) * forward + weight * reverse
-            total_slope = weight * (reverse + 1.0) - (1.0 - weight)
+            total_slope = weight * reverse + (2.0 * weight - 1.0)
+            # where p and q cancel in every term, the moments' absolute error is too large
+            if loss < NEARLY_EQUAL:
+                loss, total_slope = reduce(
+                    student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
+                    VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
+                )  # fmt: skip
         else:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, False, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
         # an infinity, or an overflow, anywhere in the row leaves a sum that is not finite
         fast = (l_s > 0.0) & (l_t > 0.0) & (tl.abs(loss + total_slope) < float("inf"))
@@ -124,8 +131,10 @@ def row_statistics(
         if DIVERGENCE:
             loss, total_slope = reduce(
                 student, teacher, lead, n_cols, (m_s, l_s, m_t, l_t, over_t), parameters,
-                VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, True, KEEP, DROP, RESTRICT, PROPAGATE,
+                VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, True, KEEP, DROP, RESTRICT, PROPAGATE,
             )  # fmt: skip
+            if MOMENT == REVERSE_MOMENT and not PROPAGATE:  # the restricted student sums to 1
+                total_slope = loss + 1.0
             # a row without a finite logit, and NaN, must not vanish among the dropped terms
             loss += tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
     return loss, (m_s, l_s, m_t, l_t, total_slope, m_h, l_h, fast)
@@ -134,7 +143,7 @@ def row_statistics(
 @triton.jit
 def row_gradient(
     student, teacher, gradient, lead, n_cols, statistics, over_t, scale, hard_scale, label, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +156,7 @@ def row_gradient(
         scales = (scale, hard_scale, total_slope, 0.0)
         loss = differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, False, not SHORT,
+            VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, False, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
         )  # fmt: skip
     else:
@@ -158,7 +167,7 @@ def row_gradient(
         scales = (scale, hard_scale, total_slope, tl.where(good, 0.0, float("nan")))
         differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
-            VALUE_AND_SLOPE, PAIRED, LANES, WIDTH, ENDS, True, not SHORT,
+            VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, True, not SHORT,
             DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, HARD,
         )  # fmt: skip
     return loss
@@ -177,7 +186,7 @@ def dense_kernel(
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
     denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, hard_weight, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
@@ -231,7 +240,7 @@ def dense_kernel(
                     logit = tl.load(student + lead + label, mask=known, other=float("nan"))
                 loss, statistics = row_statistics(
                     student, teacher, lead, n_cols, over_t, row_values,
-                    VALUE_AND_SLOPE, PAIRED, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+                    VALUE_AND_SLOPE, OPERANDS, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
                     LANES, WIDTH, ENDS, WRITE_GRADIENT,
                 )  # fmt: skip
                 if HARD:
@@ -248,10 +257,10 @@ def dense_kernel(
                 gradient_loss = row_gradient(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
                     scale * (1.0 - hard_weight) * divergence_scale * over_t, scale * hard_weight,
-                    label, row_values, VALUE_AND_SLOPE, PAIRED, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+                    label, row_values, VALUE_AND_SLOPE, OPERANDS, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
                     HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
-                if WRITE_LOSS and (SHORT or PAIRED):
+                if WRITE_LOSS and (SHORT or OPERANDS >= PAIR):
                     loss = tl.where(statistics[7], gradient_loss, loss)
         if WRITE_LOSS:
             loss *= weight * divergence_scale
@@ -278,12 +287,22 @@ MOMENTS = {
 }
 
 
+OPERANDS = {
+    "logs": LOGS.value,
+    "ratio": RATIO.value,
+    "difference": DIFFERENCE.value,
+    "pair": PAIR.value,
+    "powers": POWERS.value,
+    "student": STUDENT.value,
+}
+
+
 class Formula(NamedTuple):
     """What the kernel computes of a row; ``value_and_slope`` None: the hard label alone."""
 
     value_and_slope: Callable | None
     parameters: tuple[float | torch.Tensor, ...]  # numbers, [] or [N]
-    paired: bool  # q and p from one another
+    operands: str  # what value_and_slope takes
     moment: str
     drop: bool  # the value is infinite where the student's probability is 0
     restrict: bool  # ... or the teacher's
@@ -390,7 +409,7 @@ def run(
         hard_weight=float(formula.hard_label_weight),
         parameters=formula.parameters,
         VALUE_AND_SLOPE=formula.value_and_slope,
-        PAIRED=formula.paired,
+        OPERANDS=OPERANDS[formula.operands],
         PARAMETER_STRIDES=tuple(
             (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
             for p in formula.parameters

@@ -1,21 +1,26 @@
 """``value_and_slope`` of each built-in divergence: one function each (semantics.md, section 2).
 
-A function receives, for one column or a tile of columns, the natural logarithms of the student's
-and the teacher's probability, ``log_q`` and ``log_p``, the probabilities ``q`` and ``p``, and the
-divergence's parameters. It returns ``value``, the column's term of the loss in nats, and ``slope``,
-its derivative with respect to ``log_q``. With ``D = sum(slope)`` the gradient with respect to the
-student's logits is ``(slope - q * D) / temperature``.
+A function receives, for one column or a tile of columns, what the divergence's ``operands`` name
+(``columns.py``), then its parameters:
+
+* ``log_q``, ``log_p``: the natural logarithms of the student's and the teacher's probability;
+* ``q``, ``p``: the probabilities;
+* ``difference = p - q``, ``log_ratio = log(p / q)``, ``log2_ratio = log2(p / q)``,
+  ``ratio = min(p, q) / max(p, q)``, ``log_larger = log(max(p, q))``.
+
+It returns ``value``, the column's term of the loss in nats, and ``slope``, its derivative with respect
+to ``log_q``. With ``D = sum(slope)`` the gradient with respect to the student's logits is
+``(slope - q * D) / temperature``.
 
 The logarithms are finite whenever these functions are called on a row with infinite logits (they
 are clamped from below), so ``0 * log`` is 0.
 
-The functions of a mixture of both distributions (``paired`` divergences) receive, instead of the
-two logarithms, ``log_ratio = log(p / q)`` and ``ratio = min(p, q) / max(p, q)``. All that they need is
-in these two, and what rounding did to the rows' normalisers cancels in the first: near-equal rows
-keep their accuracy, and the mixture over the larger of p and q can neither over- nor underflow.
+Most take the ratio's logarithm instead of two logarithms: what rounding did to the rows' normalisers cancels
+in it, so near-equal rows keep their accuracy. With ``ratio`` beside it, a mixture over the larger of p
+and q can neither over- nor underflow.
 """
 
-from .math import log_of_normal, mixture, reciprocal
+from .math import LN2, LOG2E, log2_of_normal, mixture, reciprocal
 from .portable import constant, device_function, tl
 
 BELOW_ONE = constant(1 - 2**-24)  # a share of 1 could leave a mixture of 0, whose logarithm is none
@@ -27,22 +32,20 @@ def soft_cross_entropy(log_q, log_p, q, p):
 
 
 @device_function
-def forward_kl(log_q, log_p, q, p):
-    return p * (log_p - log_q), -p
+def forward_kl(log_ratio, q, p):
+    return p * log_ratio, -p
 
 
 @device_function
-def reverse_kl(log_q, log_p, q, p):
-    value = q * (log_q - log_p)
+def reverse_kl(log_ratio, q, p):
+    value = -q * log_ratio
     return value, value + q
 
 
 @device_function
-def symmetric_kl(log_q, log_p, q, p, weight):
-    log_ratio = log_q - log_p
-    student = weight * q * log_ratio
-    teacher = (1 - weight) * p
-    return student - teacher * log_ratio, student + weight * q - teacher
+def symmetric_kl(log_ratio, difference, q, weight):
+    mixed = (1 - weight) * difference + (1 - 2 * weight) * q  # (1 - weight) p - weight q
+    return mixed * log_ratio, -weight * q * log_ratio - mixed
 
 
 @device_function
@@ -54,38 +57,45 @@ def total_variation(log_q, log_p, q, p):
 
 
 @device_function
-def alpha_beta(log_q, log_p, q, p, alpha, beta):
+def alpha_beta(log_ratio, log_larger, alpha, beta):
+    # q, p and p**alpha q**beta to these powers, over the larger of the first two
     total = alpha + beta
-    cross = tl.exp(alpha * log_p + beta * log_q)
-    student = tl.exp(total * log_q)
-    teacher = tl.exp(total * log_p)
-    value = (alpha * teacher + beta * student) / total - cross
-    return value / (alpha * beta), (student - cross) / alpha
+    share = alpha / total
+    distance = -LOG2E * tl.abs(log_ratio)
+    power = tl.exp2(distance * total)
+    student = tl.where(log_ratio > 0, power, 1.0)
+    teacher = tl.where(log_ratio > 0, 1.0, power)
+    cross = tl.exp2(distance * tl.where(log_ratio > 0, beta, alpha))
+    larger = tl.exp2((total * LOG2E) * log_larger) * (1 / alpha)
+    value = share * teacher + (1 - share) * student - cross
+    return larger * (1 / beta) * value, larger * (student - cross)
 
 
 @device_function
-def jensen_shannon(log_ratio, ratio, q, p, beta):
+def jensen_shannon(log2_ratio, ratio, q, p, beta):
     # m / max(p, q), about its value at p = q: what :func:`mixture` rounds to one side there is as
     # large as the loss of near-equal rows
-    m = 1 + tl.where(log_ratio > 0, 1 - beta, beta) * (ratio - 1)
-    log_m = log_of_normal(m)
-    slope = (beta - 1) * q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
-    return beta * p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m) + slope, slope
+    m = 1 + tl.where(log2_ratio > 0, 1 - beta, beta) * (ratio - 1)
+    log2_m = log2_of_normal(m)
+    slope = ((beta - 1) * LN2) * q * (tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_m)
+    teacher = (beta * LN2) * p * (tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_m)
+    return teacher + slope, slope
 
 
 @device_function
-def skew_forward_kl(log_ratio, ratio, q, p, alpha):
+def skew_forward_kl(log2_ratio, ratio, q, p, alpha):
     alpha = tl.minimum(alpha, BELOW_ONE)
-    m = mixture(log_ratio, ratio, alpha)
-    value = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_of_normal(m))
-    smaller = q * tl.where(log_ratio > 0, 1.0, ratio)
-    return value, (alpha - 1) * smaller * reciprocal(m)
+    m = mixture(log2_ratio, ratio, alpha)
+    log2_p_over_m = tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_of_normal(m)
+    smaller = q * tl.where(log2_ratio > 0, 1.0, ratio)
+    return (LN2 * p) * log2_p_over_m, (alpha - 1) * smaller * reciprocal(m)
 
 
 @device_function
-def skew_reverse_kl(log_ratio, ratio, q, p, alpha):
+def skew_reverse_kl(log2_ratio, ratio, q, alpha):
     alpha = tl.minimum(alpha, BELOW_ONE)
-    m = mixture(log_ratio, ratio, 1 - alpha)
-    value = -q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_of_normal(m))
-    q_over_m = tl.where(log_ratio > 0, ratio, 1.0) * reciprocal(m)
+    m = mixture(log2_ratio, ratio, 1 - alpha)
+    log2_m_over_q = tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_of_normal(m)
+    value = (-LN2 * q) * log2_m_over_q
+    q_over_m = tl.where(log2_ratio > 0, ratio, 1.0) * reciprocal(m)
     return value, value + q - alpha * q * q_over_m

@@ -2,12 +2,14 @@
 
 import torch
 
-from .portable import device_function, tl, triton
+from .portable import constant, device_function, tl, triton
+
+LN2 = constant(0.6931471805599453)
+LOG2E = constant(1.4426950408889634)
+INFINITY = constant(float("inf"))
 
 if triton is not None:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-    LN2 = tl.constexpr(0.6931471805599453)
-    LOG2E = tl.constexpr(1.4426950408889634)
     SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
     @tl.core.builtin
@@ -93,10 +95,10 @@ def log(x):
     return fast_log2(tl.maximum(x, SMALLEST_NORMAL)) * LN2
 
 
-@device_function(tensor_twin=torch.log)
-def log_of_normal(x):
-    """Natural logarithm of a number that cannot underflow."""
-    return fast_log2(x) * LN2
+@device_function(tensor_twin=torch.log2)
+def log2_of_normal(x):
+    """Base-2 logarithm of a number that cannot underflow."""
+    return fast_log2(x)
 
 
 @device_function(tensor_twin=torch.reciprocal)
@@ -116,8 +118,8 @@ def reciprocal(x):
 
 @device_function
 def mixture(log_ratio, ratio, weight):
-    """``(weight * p + (1 - weight) * q) / max(p, q)``, which neither over- nor underflows, from
-    ``log_ratio = log(p / q)`` and ``ratio = min(p, q) / max(p, q)``."""
+    """``(weight * p + (1 - weight) * q) / max(p, q)``, which neither over- nor underflows, from a
+    logarithm of p / q and ``ratio = min(p, q) / max(p, q)``."""
     of_student = (1 - weight) + weight * ratio
     return tl.where(log_ratio > 0, weight + (1 - weight) * ratio, of_student)
 

@@ -9,16 +9,14 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .columns import SMALLEST, both_exponents, paired_softmax
 from .dense import device_facts, first_position, plan, row_offset
 from .layout import row_layouts
-from .math import LN2, LOG2E, log_of_normal
+from .math import INFINITY, LN2, LOG2E, log2_of_normal
 from .sweeps import (
-    INFINITY,
     NO_MOMENT,
     PEELED,
-    both_exponents,
     normalise,
-    paired_softmax,
     read,
     tile,
     whole_tiles,
@@ -36,11 +34,12 @@ def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: 
     x_s = read(student_row, position, inside, MASKED, False)
     x_t = read(teacher_row, position, inside, MASKED, False)
     exponents = both_exponents(x_s, x_t, row, True)
-    y_s, y_t, log_s, log_t = exponents
-    log_q = (y_s - log_s) * LN2
-    log_p = (y_t - log_t) * LN2
-    log_ratio, ratio, q, p = paired_softmax(exponents, False)
-    log_m = log_of_normal(0.5 + 0.5 * ratio)
+    y_s, y_t, l_s, l_t = exponents
+    log_q = tl.maximum((y_s - tl.log2(l_s)) * LN2, SMALLEST)
+    log_p = tl.maximum((y_t - tl.log2(l_t)) * LN2, SMALLEST)
+    log_ratio, ratio, q, p = paired_softmax(exponents, False, True)
+    log_ratio *= LN2
+    log_m = log2_of_normal(0.5 + 0.5 * ratio) * LN2
     of_student = q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)
     of_teacher = p * (tl.where(log_ratio > 0, 0.0, log_ratio) - log_m)
     to_student = tl.where((x_s == -INFINITY) & (p > 0), INFINITY, p * log_ratio)

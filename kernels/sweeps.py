@@ -22,11 +22,10 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import LN2, LOG2E, fma, from_float32, rounded_product, to_float32
+from .columns import PAIR, columns, softmax
+from .math import INFINITY, LOG2E, fma, from_float32, rounded_product, to_float32
 
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
-SMALLEST = tl.constexpr(-3.4028234663852886e38)
-INFINITY = tl.constexpr(float("inf"))
 
 # Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T];
 # SYMMETRIC: the last two.
@@ -39,7 +38,7 @@ SYMMETRIC_MOMENT = tl.constexpr(4)
 
 # Tiles a turn of the loops: two share their addresses' arithmetic, a twentieth of the instructions,
 # and four loads are in flight. Not where it would spill: with a hard label's own softmax, in the
-# later sweeps of PAIRED divergences, and in the guarded loops, which are rare.
+# later sweeps of PAIR divergences, and in the guarded loops, which are rare.
 UNROLL = tl.constexpr(2)
 
 # How a row ends. WHOLE_VECTORS: it begins on a boundary and holds a whole number of vectors.
@@ -139,8 +138,10 @@ def normalise_tile(
         x_t = read(teacher_row, position, inside, MASKED, KEEP)
         if GUARDED and RESTRICT:
             x_s = tl.where(x_t == -INFINITY, -INFINITY, x_s)
+        old_t = m_t
         m_t, factor_t, shift_t, y_t = rescale(m_t, l_t, x_t, c, GUARDED)
         e_t = tl.exp2(y_t)
+        old_s = m_s
         m_s, factor_s, shift_s, y_s = rescale(m_s, l_s, x_s, c, GUARDED)
         e_s = tl.exp2(y_s)
     if DIVERGENCE and MOMENT != NO_MOMENT and not GUARDED:
@@ -148,6 +149,9 @@ def normalise_tile(
         if MOMENT == SOFT_MOMENT:
             y = y_s
             shift = shift_s
+        elif MOMENT == SYMMETRIC_MOMENT:
+            y = (x_s - m_s[:, None]) - (x_t - m_t[:, None])
+            shift = (old_s - m_s) - (old_t - m_t)
         else:
             y = y_s - y_t
             shift = shift_s - shift_t
@@ -202,135 +206,28 @@ def normalise(
             True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
         )  # fmt: skip
     m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
-    old_s = l_s
-    old_t = l_t
+    lanes_m_s = m_s
+    lanes_m_t = m_t
+    lanes_l_s = l_s
+    lanes_l_t = l_t
     m_s, l_s, factor_s, shift_s = combine_lanes(m_s, l_s, c, GUARDED)
     m_t, l_t, factor_t, shift_t = combine_lanes(m_t, l_t, c, GUARDED)
     m_h, l_h, _, _ = combine_lanes(m_h, l_h, LOG2E, GUARDED)
-    shift = shift_s if MOMENT == SOFT_MOMENT else shift_s - shift_t
-    moment_t = tl.sum(factor_t * (moment_t + old_t * shift), axis=0)
-    moment_s = tl.sum(factor_s * (moment_s + old_s * shift), axis=0)
+    if MOMENT == SOFT_MOMENT:
+        shift = shift_s
+    elif MOMENT == SYMMETRIC_MOMENT:
+        shift = (lanes_m_s - m_s) - (lanes_m_t - m_t)
+    else:
+        shift = shift_s - shift_t
+    moment_t = tl.sum(factor_t * (moment_t + lanes_l_t * shift), axis=0)
+    moment_s = tl.sum(factor_s * (moment_s + lanes_l_s * shift), axis=0)
     return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h
-
-
-@triton.jit
-def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
-    """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
-    log_l = tl.log(l)
-    over_l = tl.exp(-log_l)  # not 1 / l: probability and logarithm then share one rounding
-    c = over_t * LOG2E
-    if GUARDED:
-        z = x - m
-        log_prob = z * over_t - log_l
-        log_prob = tl.where(log_prob < SMALLEST, SMALLEST, log_prob)  # keeps NaN
-        return log_prob, tl.exp2(z * c) * over_l
-    else:
-        y = fma(x, c, -(m * c))
-        return fma(y, LN2, -log_l), tl.exp2(y) * over_l
-
-
-@triton.jit
-def exponent(x, m, c, GUARDED: tl.constexpr):
-    """``(x - m) / T`` in base 2, as the normaliser's sum has it."""
-    if GUARDED:
-        return (x - m) * c
-    else:
-        return fma(x, c, -(m * c))
-
-
-@triton.jit
-def both_exponents(x_s, x_t, row, GUARDED: tl.constexpr):
-    """Of student and teacher: base-2 exponents, and logarithms of the sums that normalise them."""
-    m_s, l_s, m_t, l_t, over_t = row
-    c = over_t * LOG2E
-    log_s = tl.log2(l_s)
-    log_t = tl.log2(l_t)
-    y_s = exponent(x_s, m_s, c, GUARDED)
-    y_t = exponent(x_t, m_t, c, GUARDED)
-    if GUARDED:
-        y_s = tl.where(y_s < SMALLEST / 2, SMALLEST / 2, y_s)  # keeps NaN
-        y_t = tl.where(y_t < SMALLEST / 2, SMALLEST / 2, y_t)
-    return y_s, y_t, log_s, log_t
-
-
-@triton.jit
-def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr):
-    """``log(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
-    probability from the larger, or for the slope, which needs no p, q alone.
-
-    The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
-    rounded less, and of the sums."""
-    y_s, y_t, log_s, log_t = exponents
-    log_ratio = (y_t - y_s) - (log_t - log_s)
-    ratio = tl.exp2(-tl.abs(log_ratio))
-    log_ratio *= LN2
-    if SLOPE_ONLY:
-        return log_ratio, ratio, tl.exp2(y_s - log_s), tl.exp2(y_t - log_t)
-    teacher = log_ratio > 0
-    larger = tl.exp2(tl.maximum(y_s - log_s, y_t - log_t))
-    smaller = larger * ratio
-    return log_ratio, ratio, tl.where(teacher, smaller, larger), tl.where(teacher, larger, smaller)
-
-
-@triton.jit
-def columns(
-    x_s,
-    x_t,
-    inside,
-    row,
-    parameters,
-    VALUE_AND_SLOPE: tl.constexpr,
-    PAIRED: tl.constexpr,
-    SLOPE_ONLY: tl.constexpr,
-    MASKED: tl.constexpr,
-    GUARDED: tl.constexpr,
-    DROP: tl.constexpr,
-    RESTRICT: tl.constexpr,
-    PROPAGATE: tl.constexpr,
-):
-    """Value, slope and student probability of a tile of columns, by the rules for infinities.
-
-    SLOPE_ONLY: the value is not wanted, and may be anything that is infinite where a logit is."""
-    m_s, l_s, m_t, l_t, over_t = row
-    if GUARDED:
-        student_zero = x_s == -INFINITY
-        teacher_zero = x_t == -INFINITY
-        if RESTRICT and not PROPAGATE:
-            x_s = tl.where(teacher_zero, -INFINITY, x_s)
-    if PAIRED:
-        exponents = both_exponents(x_s, x_t, row, GUARDED)
-        log_q, log_p, q, p = paired_softmax(exponents, SLOPE_ONLY)
-    else:
-        log_q, q = softmax(x_s, m_s, l_s, over_t, GUARDED)
-        log_p, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
-    value, slope = VALUE_AND_SLOPE(log_q, log_p, q, p, *parameters)
-    if PAIRED and not GUARDED and SLOPE_ONLY:  # an infinity shows in any sum that is not finite
-        value = log_q
-    if GUARDED:
-        dead = student_zero & teacher_zero
-        if DROP:
-            if PROPAGATE:
-                value = tl.where(student_zero, INFINITY, value)
-            else:
-                dead = student_zero
-        if RESTRICT:
-            if PROPAGATE:
-                value = tl.where(teacher_zero, INFINITY, value)
-                slope = tl.where(teacher_zero, INFINITY, slope)
-            else:
-                dead = dead | teacher_zero
-        value = tl.where(dead, 0.0, value)
-        slope = tl.where(dead, 0.0, slope)
-    elif MASKED:
-        value = tl.where(inside, value, 0.0)
-        slope = tl.where(inside, slope, 0.0)
-    return value, slope, q
 
 
 @triton.jit
 def reduce_tile(
     sums, student_row, teacher_row, position, inside, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
     KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     loss, total_slope = sums
@@ -338,7 +235,7 @@ def reduce_tile(
     x_t = read(teacher_row, position, inside, MASKED, KEEP)
     value, slope, _ = columns(
         x_s, x_t, inside, row, parameters,
-        VALUE_AND_SLOPE, PAIRED, KEEP, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+        VALUE_AND_SLOPE, OPERANDS, KEEP, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
     )  # fmt: skip
     return loss + tl.sum(value, axis=1), total_slope + tl.sum(slope, axis=1)
 
@@ -346,13 +243,13 @@ def reduce_tile(
 @triton.jit
 def reduce(
     student_row, teacher_row, lead, n_cols, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, LANES: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr, ENDS: tl.constexpr, GUARDED: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     """The loss L and D, walking backward: the tiles read last are still in cache.
 
-    L of a PAIRED divergence is left to the gradient's sweep, where one follows (KEEP)."""
+    L of a PAIR divergence is left to the gradient's sweep, where one follows (KEEP)."""
     first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
     sums = (zero, zero)
@@ -360,13 +257,13 @@ def reduce(
         position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, PAIRED, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, OPERANDS, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
-    for i in tl.range(first, end, loop_unroll_factor=1 if GUARDED or PAIRED else UNROLL):
+    for i in tl.range(first, end, loop_unroll_factor=1 if GUARDED or OPERANDS >= PAIR else UNROLL):
         position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, PAIRED, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, OPERANDS, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
 
@@ -374,7 +271,7 @@ def reduce(
 @triton.jit
 def differentiate_tile(
     loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
@@ -384,7 +281,7 @@ def differentiate_tile(
         x_t = read(teacher_row, position, inside, MASKED, False)
         value, slope, q = columns(
             x_s, x_t, inside, row, parameters,
-            VALUE_AND_SLOPE, PAIRED, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
+            VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
         loss += tl.sum(value, axis=1)
         gradient = (slope - q * total_slope) * scale
@@ -408,7 +305,7 @@ def differentiate_tile(
 @triton.jit
 def differentiate(
     student_row, teacher_row, gradient_row, lead, n_cols, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, PAIRED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     GUARDED: tl.constexpr, FORWARD: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
@@ -419,17 +316,17 @@ def differentiate(
         position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
             loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, PAIRED, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            parameters, VALUE_AND_SLOPE, OPERANDS, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
             HARD, OWN_HARD,
         )  # fmt: skip
     for i in tl.range(
-        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or PAIRED else UNROLL
+        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or OPERANDS >= PAIR else UNROLL
     ):
         k = i if FORWARD else end - 1 - i + first
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         loss = differentiate_tile(
             loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, PAIRED, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
+            parameters, VALUE_AND_SLOPE, OPERANDS, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
             HARD, OWN_HARD,
         )  # fmt: skip
     return tl.sum(loss, axis=0)
