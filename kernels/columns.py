@@ -70,16 +70,6 @@ def both_exponents(x_s, x_t, row, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def difference_of(exponents, GUARDED: tl.constexpr):
-    """Teacher's exponent less the student's; guarded, finite where one or both are not."""
-    y_s, y_t, _, _ = exponents
-    if GUARDED:
-        y_s = tl.maximum(y_s, SMALLEST / 2)
-        y_t = tl.maximum(y_t, SMALLEST / 2)
-    return y_t - y_s
-
-
-@triton.jit
 def both_softmax(exponents):
     """q and p."""
     y_s, y_t, l_s, l_t = exponents
@@ -94,7 +84,10 @@ def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
     The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
     rounded less, and of the sums."""
     y_s, y_t, l_s, l_t = exponents
-    log_ratio = difference_of(exponents, GUARDED) + log_quotient(l_s, l_t) * LOG2E
+    if GUARDED:
+        y_s = tl.maximum(y_s, SMALLEST)
+        y_t = tl.maximum(y_t, SMALLEST)
+    log_ratio = (y_t - y_s) + log_quotient(l_s, l_t) * LOG2E
     ratio = tl.exp2(-tl.abs(log_ratio))
     if SLOPE_ONLY:
         q, p = both_softmax(exponents)
@@ -115,10 +108,16 @@ def log_of_larger(exponents):
 
 
 @triton.jit
-def log_of_ratio(exponents, GUARDED: tl.constexpr):
-    """``log(p / q)``, from exponents, which are smaller than logarithms and so rounded less."""
-    _, _, l_s, l_t = exponents
-    return fma(difference_of(exponents, GUARDED), LN2, log_quotient(l_s, l_t))
+def log_of_ratio(x_s, x_t, row, exponents, GUARDED: tl.constexpr):
+    """``log(p / q)``, from exponents, which are smaller than logarithms and so rounded less; guarded,
+    finite where one or both probabilities are 0."""
+    m_s, l_s, m_t, l_t, over_t = row
+    if GUARDED:  # natural exponents: those in base 2 of the lowest float32 are not finite
+        student = tl.maximum((x_s - m_s) * over_t, SMALLEST)
+        return tl.maximum(fma(x_t - m_t, over_t, log_quotient(l_s, l_t)), SMALLEST) - student
+    else:
+        y_s, y_t, _, _ = exponents
+        return fma(y_t - y_s, LN2, log_quotient(l_s, l_t))
 
 
 @triton.jit
@@ -140,8 +139,8 @@ def exact_log_ratio(x_s, x_t, row, exponents, GUARDED: tl.constexpr):
     """``log(p / q)`` rounded only as much as it is large, for two instructions more: the distances
     from the maxima are exact."""
     m_s, _, m_t, _, over_t = row
-    if GUARDED:  # their exponents are made of the same distances
-        return log_of_ratio(exponents, GUARDED)
+    if GUARDED:
+        return log_of_ratio(x_s, x_t, row, exponents, GUARDED)
     else:
         return fma((x_t - m_t) - (x_s - m_s), over_t, log_of_sums(row))
 
@@ -196,7 +195,7 @@ def columns(
             difference, q = difference_and_softmax(exponents)
             value, slope = VALUE_AND_SLOPE(log_ratio, difference, q, *parameters)
         else:
-            log_ratio = log_of_ratio(exponents, GUARDED)
+            log_ratio = log_of_ratio(x_s, x_t, row, exponents, GUARDED)
             q, p = both_softmax(exponents)
             if OPERANDS == POWERS:
                 value, slope = VALUE_AND_SLOPE(log_ratio, log_of_larger(exponents), *parameters)

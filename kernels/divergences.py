@@ -61,14 +61,15 @@ def alpha_beta(log_ratio, log_larger, alpha, beta):
     # q, p and p**alpha q**beta to these powers, over the larger of the first two
     total = alpha + beta
     share = alpha / total
-    distance = -LOG2E * tl.abs(log_ratio)
+    distance = tl.abs(log_ratio) * -LOG2E
     power = tl.exp2(distance * total)
     student = tl.where(log_ratio > 0, power, 1.0)
     teacher = tl.where(log_ratio > 0, 1.0, power)
     cross = tl.exp2(distance * tl.where(log_ratio > 0, beta, alpha))
-    larger = tl.exp2((total * LOG2E) * log_larger) * (1 / alpha)
-    value = share * teacher + (1 - share) * student - cross
-    return larger * (1 / beta) * value, larger * (student - cross)
+    larger = tl.exp2(log_larger * (total * LOG2E)) * (1 / alpha)
+    slope = student - cross
+    value = share * (teacher - cross) + (1 - share) * slope  # exactly 0 where p = q
+    return larger * (1 / beta) * value, larger * slope
 
 
 @device_function
@@ -77,8 +78,8 @@ def jensen_shannon(log2_ratio, ratio, q, p, beta):
     # large as the loss of near-equal rows
     m = 1 + tl.where(log2_ratio > 0, 1 - beta, beta) * (ratio - 1)
     log2_m = log2_of_normal(m)
-    slope = ((beta - 1) * LN2) * q * (tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_m)
-    teacher = (beta * LN2) * p * (tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_m)
+    slope = q * ((beta - 1) * LN2) * (tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_m)
+    teacher = p * (beta * LN2) * (tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_m)
     return teacher + slope, slope
 
 
@@ -88,7 +89,7 @@ def skew_forward_kl(log2_ratio, ratio, q, p, alpha):
     m = mixture(log2_ratio, ratio, alpha)
     log2_p_over_m = tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_of_normal(m)
     smaller = q * tl.where(log2_ratio > 0, 1.0, ratio)
-    return (LN2 * p) * log2_p_over_m, (alpha - 1) * smaller * reciprocal(m)
+    return (p * LN2) * log2_p_over_m, (alpha - 1) * smaller * reciprocal(m)
 
 
 @device_function
@@ -96,6 +97,6 @@ def skew_reverse_kl(log2_ratio, ratio, q, alpha):
     alpha = tl.minimum(alpha, BELOW_ONE)
     m = mixture(log2_ratio, ratio, 1 - alpha)
     log2_m_over_q = tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_of_normal(m)
-    value = (-LN2 * q) * log2_m_over_q
+    value = (q * -LN2) * log2_m_over_q
     q_over_m = tl.where(log2_ratio > 0, ratio, 1.0) * reciprocal(m)
     return value, value + q - alpha * q * q_over_m

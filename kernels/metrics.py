@@ -37,7 +37,7 @@ def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: 
     y_s, y_t, l_s, l_t = exponents
     log_q = tl.maximum((y_s - tl.log2(l_s)) * LN2, SMALLEST)
     log_p = tl.maximum((y_t - tl.log2(l_t)) * LN2, SMALLEST)
-    log_ratio, ratio, q, p = paired_softmax(exponents, False, True)
+    log_ratio, ratio, q, p = paired_softmax(exponents, True, True)
     log_ratio *= LN2
     log_m = log2_of_normal(0.5 + 0.5 * ratio) * LN2
     of_student = q * (tl.where(log_ratio > 0, log_ratio, 0.0) + log_m)

@@ -32,13 +32,12 @@ FORMULAS = [
     ),
     Mutation(
         "the ratio of the exponents without the sums'", "kernels/columns.py",
-        "difference_of(exponents, GUARDED) + log_quotient(l_s, l_t) * LOG2E",
-        "difference_of(exponents, GUARDED)",
+        "(y_t - y_s) + log_quotient(l_s, l_t) * LOG2E", "y_t - y_s",
         f"{OPTIONS}[triton-{SKEW}-plain]", interpreter=True,
     ),
     Mutation(
         "alpha-beta not divided by alpha", "kernels/divergences.py",
-        "tl.exp2((total * LOG2E) * log_larger) * (1 / alpha)", "tl.exp2((total * LOG2E) * log_larger)",
+        "tl.exp2(log_larger * (total * LOG2E)) * (1 / alpha)", "tl.exp2(log_larger * (total * LOG2E))",
         f"{SEMANTICS}slope_is_the_derivative_of_value[AlphaBeta(alpha=0.2, beta=0.7)]",
     ),
     Mutation(

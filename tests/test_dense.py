@@ -102,6 +102,8 @@ def test_one_column(n_rows, dtype, backend, device):
     for divergence in DIVERGENCES:
         ours = run(distillation_loss, student, teacher, divergence=divergence, backend=backend)
         eps = torch.finfo(torch.float32).eps
+        if isinstance(divergence, AlphaBeta):  # its powers' rounding is divided by this
+            eps /= divergence.alpha * divergence.beta
         assert ours.loss.abs() <= eps
         assert (ours.gradient.abs() <= eps).all()
 
