@@ -25,6 +25,7 @@ setup(
         "distill_ops.analysis",
         "distill_ops.integrations",
         "distill_ops.kernels",
+        "distill_ops.reference",
     ],
     package_dir={"distill_ops.kernels": "kernels"},
     package_data={"distill_ops": ["py.typed"]},

@@ -15,6 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 INFINITIES = ("drop", "propagate")
 GRADIENTS = ("auto", "forward", "backward")
 BACKENDS = ("auto", "triton", "torch")
+TAILS = ("bucket", "renormalize", "ignore")
 
 _debug = False
 
@@ -29,6 +30,11 @@ def set_debug(enabled: bool) -> None:
     """
     global _debug
     _debug = bool(enabled)
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether values may be checked: where that waits for no GPU, or in debug mode."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _debug)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -60,22 +66,29 @@ def _constant(name: str, tensor: torch.Tensor, advice: str) -> None:
         raise ValueError(f"{name} requires grad, but gets no gradient here: {advice}")
 
 
-def _per_token(name: str, tensor: torch.Tensor, student_logits: torch.Tensor) -> None:
+def _leading_shape(name: str, leading, rows: torch.Tensor, of: str = "student_logits") -> None:
+    if leading != rows.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape of {of}, "
+            f"{tuple(rows.shape[:-1])}, got {tuple(leading)}"
+        )
+
+
+def _per_token(
+    name: str, tensor: torch.Tensor, rows: torch.Tensor, of: str = "student_logits"
+) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor [...], got {type(tensor).__name__}")
-    if tensor.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"{name} must have the leading shape of student_logits, "
-            f"{tuple(student_logits.shape[:-1])}, got {tuple(tensor.shape)}"
-        )
-    _same_device(name, tensor, student_logits)
+    _leading_shape(name, tensor.shape, rows, of)
+    _same_device(name, tensor, rows, of)
 
 
-def _same_device(name: str, tensor: torch.Tensor, student_logits: torch.Tensor) -> None:
-    if tensor.device != student_logits.device:
+def _same_device(
+    name: str, tensor: torch.Tensor, other: torch.Tensor, of: str = "student_logits"
+) -> None:
+    if tensor.device != other.device:
         raise ValueError(
-            f"{name} is on {tensor.device}, but student_logits on {student_logits.device}: "
-            f"move one of them"
+            f"{name} is on {tensor.device}, but {of} on {other.device}: move one of them"
         )
 
 
@@ -85,11 +98,7 @@ def _pair(student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_size
     _constant(
         "teacher_logits", teacher_logits, "detach it, or run the teacher under torch.no_grad()"
     )
-    if teacher_logits.shape[:-1] != student_logits.shape[:-1]:
-        raise ValueError(
-            f"teacher_logits must have the leading shape of student_logits, "
-            f"{tuple(student_logits.shape[:-1])}, got {tuple(teacher_logits.shape[:-1])}"
-        )
+    _leading_shape("teacher_logits", teacher_logits.shape[:-1], student_logits)
     if vocab_size is None and teacher_logits.shape[-1] != student_logits.shape[-1]:
         raise ValueError(
             f"student_logits have {student_logits.shape[-1]} columns and teacher_logits "
@@ -111,18 +120,29 @@ def _vocabulary(student_logits, teacher_logits, vocab_size) -> int:
     return vocab_size
 
 
-def _label_values(labels, loss_mask, ignore_index: int, n_cols: int) -> None:
+def _label_values(labels, loss_mask, ignore_index: int, n_cols: int, name: str = "labels") -> None:
     """Labels of tokens that count; what a masked token is labelled does not matter."""
-    if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or _debug):
+    if not _readable(labels):
         return
     outside = ((labels < 0) | (labels >= n_cols)) & (labels != ignore_index)
     if loss_mask is not None:
         outside &= loss_mask != 0
     if outside.any():
         raise ValueError(
-            f"labels must lie in [0, {n_cols}) or equal ignore_index={ignore_index}, "
+            f"{name} must lie in [0, {n_cols}) or equal ignore_index={ignore_index}, "
             f"got {labels[outside].flatten()[0].item()}"
         )
+
+
+def _ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def _ids(name: str, ids: torch.Tensor, rows: torch.Tensor, of: str = "student_logits") -> None:
+    _per_token(name, ids, rows, of)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 token ids, got {ids.dtype}")
 
 
 def _parameters(divergence: Divergence, student_logits, loss_mask) -> None:
@@ -134,7 +154,7 @@ def _parameters(divergence: Divergence, student_logits, loss_mask) -> None:
         if value.dim():
             _per_token(title, value, student_logits)
         _same_device(title, value, student_logits)
-        if torch.compiler.is_compiling() or not (value.device.type == "cpu" or _debug):
+        if not _readable(value):
             continue
         domain = divergence.domain(name)
         outside = _outside(value, domain)
@@ -236,7 +256,7 @@ def check_arguments(
     infinities: str,
     vocab_size: int | None,
 ) -> tuple[Divergence, int]:
-    """Check the arguments that every form of the loss takes.
+    """Check the arguments of the dense loss.
 
     Returns:
         The divergence, routed to the one it is at an end point, and the number of columns used.
@@ -245,36 +265,281 @@ def check_arguments(
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     _logits("student_logits", student_logits)
-    one_of("reduction", reduction, REDUCTIONS)
     one_of("infinities", infinities, INFINITIES)
+    if teacher_logits is not None:
+        _pair(student_logits, teacher_logits, vocab_size)
+    n_cols = _vocabulary(student_logits, teacher_logits, vocab_size)
+    divergence = _options(
+        student_logits, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
+        temperature, reduction, normalizer,
+    )  # fmt: skip
+    _teacher_needed("teacher_logits", teacher_logits, hard_label_weight)
+    return divergence, n_cols
+
+
+def _teacher_needed(name: str, teacher: torch.Tensor | None, hard_label_weight: float) -> None:
+    if teacher is None and hard_label_weight < 1:
+        raise ValueError(
+            f"{name} is None, which needs hard_label_weight=1, got {hard_label_weight}"
+        )
+
+
+def _options(
+    student_logits: torch.Tensor,
+    n_cols: int,
+    divergence: Divergence | str,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    hard_label_weight: float,
+    temperature: float,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+) -> Divergence:
+    """Check the options that every form of the loss takes; returns the routed divergence."""
+    one_of("reduction", reduction, REDUCTIONS)
     divergence = as_divergence(divergence)
     check_temperature(temperature)
     weight = _number("hard_label_weight", hard_label_weight, "a number in [0, 1]")
     if not 0 <= weight <= 1:
         raise ValueError(f"hard_label_weight must lie in [0, 1], got {hard_label_weight}")
-    if teacher_logits is not None:
-        _pair(student_logits, teacher_logits, vocab_size)
-    elif weight < 1:
-        raise ValueError(
-            f"teacher_logits is None, which needs hard_label_weight=1, got {hard_label_weight}"
-        )
-    n_cols = _vocabulary(student_logits, teacher_logits, vocab_size)
     if loss_mask is not None:
         _per_token("loss_mask", loss_mask, student_logits)
         _constant("loss_mask", loss_mask, "detach it")
         if loss_mask.is_complex():
             raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    _ignore_index(ignore_index)
     if weight < 1:
         _parameters(divergence, student_logits, loss_mask)
     if labels is not None:
-        _per_token("labels", labels, student_logits)
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64 token ids, got {labels.dtype}")
+        _ids("labels", labels, student_logits)
         _label_values(labels, loss_mask, ignore_index, n_cols)
     elif weight > 0:
         raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
     if normalizer is not None:
         check_normalizer(normalizer, reduction, student_logits)
+    return divergence
+
+
+def check_topk(
+    student_logits: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    tail: str,
+    divergence: Divergence | str,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    hard_label_weight: float,
+    temperature: float,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    vocab_size: int | None,
+) -> tuple[Divergence, int]:
+    """Check the arguments of the loss against a top-k teacher; returns as check_arguments does."""
+    _logits("student_logits", student_logits)
+    one_of("tail", tail, TAILS)
+    n_cols = _vocabulary(student_logits, None, vocab_size)
+    divergence = _options(
+        student_logits, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
+        temperature, reduction, normalizer,
+    )  # fmt: skip
+    for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
+        _teacher_needed(name, tensor, hard_label_weight)
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [..., K], got {type(tensor).__name__}")
+        if tensor.dim() == 0 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
+            )
+        _leading_shape(name, tensor.shape[:-1], student_logits)
+        _same_device(name, tensor, student_logits)
+    if teacher_log_probs is None or teacher_ids is None:
+        return divergence, n_cols
+    if teacher_log_probs.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
+            f"got {teacher_log_probs.dtype}"
+        )
+    if teacher_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"teacher_ids must be int64 or int32 token ids, got {teacher_ids.dtype}")
+    if teacher_ids.shape != teacher_log_probs.shape:
+        raise ValueError(
+            f"teacher_ids must have the shape of teacher_log_probs, "
+            f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
+        )
+    _constant("teacher_log_probs", teacher_log_probs, "detach it")
+    if hard_label_weight < 1:
+        kept = torch.ones_like(teacher_ids[..., 0], dtype=torch.bool)
+        if loss_mask is not None:
+            kept &= loss_mask != 0
+        if labels is not None:
+            kept &= labels != ignore_index
+        _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
     return divergence, n_cols
+
+
+def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
+    """Ids and log-probabilities of tokens that count; unused slots hold an id of -1."""
+    if not _readable(ids):
+        return
+    outside = ((ids < -1) | (ids >= n_cols)) & kept
+    if outside.any():
+        raise ValueError(
+            f"teacher_ids must lie in [0, {n_cols}), or be -1 in unused slots, "
+            f"got {ids[outside][0].item()}"
+        )
+    in_order = ids.sort(-1).values
+    twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0) & kept
+    if twice.any():
+        raise ValueError(
+            f"teacher_ids must be unique within a token, got {in_order[..., 1:][twice][0].item()} twice"
+        )
+    # logits instead of log-probabilities, not the rounding of a subtraction
+    positive = (log_probs > 1e-2) & log_probs.isfinite() & (ids >= 0) & kept
+    if positive.any():
+        raise ValueError(
+            f"teacher_log_probs must be logarithms of probabilities, at most 0, got "
+            f"{log_probs[positive][0].item():g}: take log_softmax before choosing the K"
+        )
+
+
+def check_head(
+    side: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    constant: bool = False,
+) -> None:
+    """Check hidden states and the head that makes logits of them; ``side`` begins their names.
+
+    A head that gets no gradient may require one only while gradients are disabled."""
+    tensors = {f"{side}hidden": hidden, f"{side}weight": weight}
+    if bias is not None:
+        tensors[f"{side}bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        _same_device(name, tensor, hidden, f"{side}hidden")
+        if constant and torch.is_grad_enabled():
+            _constant(name, tensor, "detach it")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{side}weight must be [vocab, dim], got shape {tuple(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{side}hidden must be [..., {weight.shape[1]}] for {side}weight of shape "
+            f"{tuple(weight.shape)}, got shape {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{side}bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    for name, value in ((f"{side}logit_scale", logit_scale), (f"{side}softcap", softcap)):
+        if value is not None and not 0 < _number(name, value, "a positive number") < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_linear(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    hard_label_weight: float,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    vocab_size: int | None,
+) -> int:
+    """Check what two heads must share, each having passed :func:`check_head`; returns the number
+    of columns used."""
+    of = "student_hidden"
+    for name, tensor in (("loss_mask", loss_mask), ("labels", labels)):
+        if tensor is not None:
+            _per_token(name, tensor, student_hidden, of)
+    weight = _number("hard_label_weight", hard_label_weight, "a number in [0, 1]")
+    for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        _teacher_needed(name, tensor, weight)
+    if teacher_hidden is None or teacher_weight is None:
+        return _vocabulary(student_weight.t(), None, vocab_size)
+    _leading_shape("teacher_hidden", teacher_hidden.shape[:-1], student_hidden, of)
+    _same_device("teacher_hidden", teacher_hidden, student_hidden, of)
+    widths = student_weight.shape[0], teacher_weight.shape[0]
+    if vocab_size is None and widths[0] != widths[1]:
+        raise ValueError(
+            f"student_weight has {widths[0]} rows and teacher_weight {widths[1]}: pass vocab_size= "
+            f"to use the first rows of both (heads padded to different widths)"
+        )
+    return _vocabulary(student_weight.t(), teacher_weight.t(), vocab_size)
+
+
+def check_token_ids(
+    token_ids: torch.Tensor, rows: torch.Tensor, n_cols: int, ignore_index: int, of: str
+) -> None:
+    """Check one id a row of ``rows``, the tensor that the user calls ``of``."""
+    _ignore_index(ignore_index)
+    _ids("token_ids", token_ids, rows, of)
+    _label_values(token_ids, None, ignore_index, n_cols, "token_ids")
+
+
+def check_token_log_probs(
+    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, ignore_index: int
+) -> None:
+    _logits("logits", logits)
+    check_temperature(temperature)
+    check_token_ids(token_ids, logits, logits.shape[-1], ignore_index, "logits")
+
+
+def check_statistics(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    divergence: Divergence | str,
+    temperature: float,
+    ignore_index: int,
+) -> Divergence:
+    """Check the arguments of ``distillation_statistics``; returns the routed divergence."""
+    n_cols = check_pair(student_logits, teacher_logits, None)
+    check_temperature(temperature)
+    check_token_ids(token_ids, student_logits, n_cols, ignore_index, "student_logits")
+    divergence = as_divergence(divergence)
+    _parameters(divergence, student_logits, token_ids != ignore_index)
+    return divergence
+
+
+def check_mixture(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    teacher_weight: float | torch.Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    """Check the arguments of ``mixture_token_log_probs``."""
+    n_cols = check_pair(student_logits, teacher_logits, None)
+    check_temperature(temperature)
+    check_token_ids(token_ids, student_logits, n_cols, ignore_index, "student_logits")
+    if not isinstance(teacher_weight, torch.Tensor):
+        weight = _number("teacher_weight", teacher_weight, "a number in [0, 1] or a tensor of them")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"teacher_weight must lie in [0, 1], got {teacher_weight}")
+        return
+    _constant("teacher_weight", teacher_weight, "detach it")
+    if not teacher_weight.is_floating_point():
+        raise TypeError(f"teacher_weight must be floating-point, got {teacher_weight.dtype}")
+    if teacher_weight.dim():
+        _per_token("teacher_weight", teacher_weight, student_logits)
+    _same_device("teacher_weight", teacher_weight, student_logits)
+    if not _readable(teacher_weight):
+        return
+    outside = ~((teacher_weight >= 0) & (teacher_weight <= 1))
+    if teacher_weight.dim():
+        outside &= token_ids != ignore_index
+    if outside.any():
+        raise ValueError(
+            f"teacher_weight must lie in [0, 1], got {teacher_weight[outside][0].item()}"
+        )

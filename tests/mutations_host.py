@@ -160,12 +160,12 @@ CHECKS = [
     ),
     Mutation(
         "labels are checked on the GPU", "distill_ops/checks.py",
-        'not (labels.device.type == "cpu" or _debug)', "False",
+        "not _readable(labels)", "False",
         f"{NO_SYNC}on_the_host[hard-none]",
     ),
     Mutation(
         "parameters are checked on the GPU", "distill_ops/checks.py",
-        'not (value.device.type == "cpu" or _debug)', "False",
+        "not _readable(value)", "False",
         f"{NO_SYNC}of_parameters[per token-none]",
     ),
     Mutation(

@@ -1,0 +1,27 @@
+"""The oracle: the losses restated in plain PyTorch, full tensors and no cleverness.
+
+Needs neither Triton nor a GPU, differentiates by autograd and runs in float64: the tests hold
+every other path against it. It restates each formula instead of sharing the kernels' text.
+"""
+
+from .dense import LossComponents, distillation_loss
+from .linear import linear_distillation_loss, linear_token_log_probs
+from .token import (
+    DistillationStatistics,
+    distillation_statistics,
+    mixture_token_log_probs,
+    token_log_probs,
+)
+from .topk import topk_distillation_loss
+
+__all__ = [
+    "DistillationStatistics",
+    "LossComponents",
+    "distillation_loss",
+    "distillation_statistics",
+    "linear_distillation_loss",
+    "linear_token_log_probs",
+    "mixture_token_log_probs",
+    "token_log_probs",
+    "topk_distillation_loss",
+]

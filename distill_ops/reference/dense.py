@@ -1,0 +1,252 @@
+"""The dense loss, and what every form of it shares: terms, tokens' weights, reduction."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..checks import check_arguments
+from ..divergences import Divergence, SoftCrossEntropy
+
+NEG_INF = float("-inf")
+
+
+class LossComponents(NamedTuple):
+    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
+
+    loss: torch.Tensor
+    divergence: torch.Tensor
+    hard_label: torch.Tensor
+
+
+def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
+    """``probability * log`` where a probability of 0 makes 0, in the gradient too."""
+    dead = probability == 0
+    return torch.where(dead, 0.0, probability * torch.where(dead, 0.0, log))
+
+
+def _log_mixture(weight, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """``log(weight p + (1 - weight) q)``, 0 where both are 0; weight a number or ``[..., 1]``."""
+    weight = torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)
+    pair = torch.stack([log_p + weight.log(), log_q + torch.log1p(-weight)])
+    return torch.logsumexp(torch.where((pair == NEG_INF).all(0), 0.0, pair), 0)
+
+
+def values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
+    """The terms whose sum over the vocabulary is the divergence (semantics.md, section 2).
+
+    A divergence that a user declared is its own text: its value alone, of which autograd takes the
+    derivative."""
+    q, p = log_q.exp(), log_p.exp()
+    parameters = divergence.column_parameters(log_q.dtype)
+    if divergence.name == "soft_cross_entropy":
+        return -times(p, log_q)
+    if divergence.name == "forward_kl":
+        return times(p, log_p - log_q)
+    if divergence.name == "reverse_kl":
+        return times(q, log_q - log_p)
+    if divergence.name == "jensen_shannon":
+        (beta,) = parameters
+        log_m = _log_mixture(beta, log_p, log_q)
+        return beta * times(p, log_p - log_m) + (1 - beta) * times(q, log_q - log_m)
+    if divergence.name == "symmetric_kl":
+        forward, reverse = times(p, log_p - log_q), times(q, log_q - log_p)
+        (weight,) = parameters
+        return (1 - weight) * forward + weight * reverse
+    if divergence.name == "skew_forward_kl":
+        return times(p, log_p - _log_mixture(*parameters, log_p, log_q))
+    if divergence.name == "skew_reverse_kl":
+        return times(q, log_q - _log_mixture(*parameters, log_q, log_p))
+    if divergence.name == "total_variation":
+        return (q - p).abs() / 2
+    if divergence.name == "alpha_beta":
+        a, b = parameters
+        teacher, student = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+        sums = a / (a + b) * teacher + b / (a + b) * student
+        return (sums - (a * log_p + b * log_q).exp()) / (a * b)
+    lowest = torch.finfo(log_q.dtype).min
+    logs = log_q.clamp(min=lowest), log_p.clamp(min=lowest)
+    return divergence.on_columns(*logs, parameters)[0]
+
+
+def outcome_terms(
+    log_q: torch.Tensor,
+    log_p: torch.Tensor,
+    student_zero: torch.Tensor,
+    teacher_zero: torch.Tensor,
+    divergence: Divergence,
+    infinities: str = "drop",
+) -> torch.Tensor:
+    """The terms ``[..., outcomes]`` of the divergence, ``*_zero`` being where a probability is 0.
+
+    A term with a finite limit takes it; "drop" leaves out the infinite ones. A student who is
+    restricted to the teacher's support comes so."""
+    dropped = student_zero & teacher_zero
+    if infinities == "drop":
+        if divergence.infinite_at_teacher_zero:
+            dropped = dropped | teacher_zero
+        if divergence.infinite_at_student_zero:
+            dropped = dropped | student_zero
+    log_q, log_p = log_q.masked_fill(dropped, 0.0), log_p.masked_fill(dropped, 0.0)
+    return values(divergence, log_q, log_p).masked_fill(dropped, 0.0)
+
+
+def no_maximum(row: torch.Tensor) -> torch.Tensor:
+    """``[..., 1]``: whether a row has no finite maximum, and so no softmax."""
+    return ~row.detach().amax(-1, keepdim=True).isfinite()
+
+
+def student_log_probs(
+    student: torch.Tensor,
+    excluded: torch.Tensor,
+    no_teacher: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``log_q`` of logits ``[..., V]`` restricted to the columns that are not ``excluded``, and what
+    to add to the row's terms, ``[..., 1]``: NaN where it or its teacher has no softmax, else 0.
+
+    Such a row is NaN in value and gradient, however many of its terms are dropped. An excluded
+    column counts as -inf, whatever it holds."""
+    within = student.masked_fill(excluded, NEG_INF)
+    fails = no_teacher | no_maximum(within)
+    poison = torch.where(fails, math.nan, 0.0)
+    logits = torch.where(fails, student + poison, within)
+    return F.log_softmax(logits / temperature, dim=-1), poison
+
+
+def divergence_terms(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    infinities: str = "drop",
+) -> torch.Tensor:
+    """The terms ``[..., V]`` of the divergence of logits ``[..., V]``, infinite logits included."""
+    student_zero, teacher_zero = student == NEG_INF, teacher == NEG_INF
+    restrict = divergence.infinite_at_teacher_zero and infinities == "drop"
+    excluded = teacher_zero & restrict
+    log_q, poison = student_log_probs(student, excluded, no_maximum(teacher), temperature)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    zeros = student_zero, teacher_zero
+    return outcome_terms(log_q, log_p, *zeros, divergence, infinities) + poison
+
+
+def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """What is computed in: float32, or float64 where one of the tensors is."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def token_weights(
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+) -> torch.Tensor:
+    """``[...]``: how much each of ``rows [..., n]`` counts; a row of weight 0 is not read."""
+    weights = torch.ones(rows.shape[:-1], dtype=dtype, device=rows.device)
+    if loss_mask is not None:
+        weights = loss_mask.to(dtype)
+    if labels is not None:
+        weights = weights.masked_fill(labels == ignore_index, 0.0)
+    return weights
+
+
+def weighted_loss(
+    student: torch.Tensor,
+    divergence_loss: torch.Tensor | None,
+    weights: torch.Tensor,
+    *,
+    labels: torch.Tensor | None,
+    hard_label_weight: float,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    return_components: bool,
+) -> torch.Tensor | LossComponents:
+    """Mix the divergence ``[...]`` (None where it has no share) with the hard-label loss of logits
+    ``student [..., V]``, weigh the tokens and reduce."""
+    unread = weights == 0
+    hard_loss = torch.zeros_like(weights)
+    if divergence_loss is None:
+        divergence_loss = hard_loss
+    if hard_label_weight > 0:
+        ids = labels.masked_fill(unread, 0)[..., None]
+        hard_loss = -F.log_softmax(student, dim=-1).gather(-1, ids).squeeze(-1)
+    if hard_label_weight == 0:
+        loss = divergence_loss
+    elif hard_label_weight == 1:
+        loss = hard_loss
+    else:
+        loss = (1 - hard_label_weight) * divergence_loss + hard_label_weight * hard_loss
+
+    def reduced(per_token):
+        per_token = per_token.masked_fill(unread, 0.0) * weights
+        if reduction == "none":
+            return per_token
+        total = per_token.sum()
+        if reduction == "sum":
+            return total
+        if bool(unread.all()):  # no kept token: loss 0 with a graph
+            return total
+        if normalizer is None:
+            return total / weights.sum()
+        return total / torch.as_tensor(normalizer, dtype=weights.dtype, device=total.device)
+
+    if not return_components:
+        return reduced(loss)
+    return LossComponents(
+        reduced(loss), reduced(divergence_loss).detach(), reduced(hard_loss).detach()
+    )
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    *,
+    divergence: Divergence | str = SoftCrossEntropy(),
+    loss_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    infinities: str = "drop",
+    vocab_size: int | None = None,
+    return_components: bool = False,
+) -> torch.Tensor | LossComponents:
+    """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
+
+    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
+    float64.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
+        >>> round(reference.distillation_loss(student, teacher).item(), 6)
+        1.91892
+    """
+    divergence, n_cols = check_arguments(
+        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
+        hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
+    )  # fmt: skip
+    dtype = wide_dtype(student_logits, teacher_logits)
+    weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
+    unread = weights == 0
+    student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
+    divergence_loss = None
+    if hard_label_weight < 1:
+        teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
+        terms = divergence_terms(student, teacher, divergence, temperature, infinities)
+        divergence_loss = terms.sum(-1)
+        if scale_by_temperature_squared:
+            divergence_loss = divergence_loss * temperature**2
+    return weighted_loss(
+        student, divergence_loss, weights, labels=labels, hard_label_weight=hard_label_weight,
+        reduction=reduction, normalizer=normalizer, return_components=return_components,
+    )  # fmt: skip

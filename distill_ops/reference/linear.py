@@ -1,0 +1,166 @@
+"""The linear form: hidden states and heads, their logits formed in full (semantics.md, 10)."""
+
+import torch
+
+from ..checks import check_head, check_linear, check_temperature, check_token_ids
+from ..divergences import Divergence, SoftCrossEntropy
+from .dense import LossComponents, distillation_loss, token_weights, wide_dtype
+from .token import token_log_probs
+
+
+def head_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    unread: torch.Tensor,
+    n_cols: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``softcap((hidden weight^T + bias) * scale)``, ``[..., n_cols]``, softcap being
+    ``c tanh(x / c)``.
+
+    Neither the hidden states of unread tokens nor further rows of the head are touched: the NaN
+    that they may hold would reach the gradients of the others as 0 * NaN."""
+    hidden = hidden.to(dtype).masked_fill(unread[..., None], 0.0)
+    logits = hidden @ weight[:n_cols].to(dtype).t()
+    if bias is not None:
+        logits = logits + bias[:n_cols].to(dtype)
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_distillation_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    *,
+    student_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    divergence: Divergence | str = SoftCrossEntropy(),
+    loss_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    return_components: bool = False,
+) -> torch.Tensor | LossComponents:
+    """:func:`distill_ops.reference.distillation_loss` of the logits of two language-model heads.
+
+    Each model's logits are ``softcap((hidden weight^T + bias) * logit_scale)`` with
+    ``softcap(x) = c tanh(x / c)``, whose derivative is ``1 - (softcap(x) / c)**2``. They are formed
+    in float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden
+    states, weight and bias.
+
+    Args:
+        student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16 or float64; the two
+            dimensions d may differ.
+        student_weight, teacher_weight: ``[V, d]``, of the language-model heads.
+        student_bias, teacher_bias: ``[V]``.
+        student_logit_scale, teacher_logit_scale: positive factors of the logits.
+        student_softcap, teacher_softcap: c above, positive; None for no cap.
+        vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
+
+    No gradient flows to the teacher's tensors, which must not require one while gradients are
+    enabled; both of them may be None where ``hard_label_weight`` is 1. The other arguments and the
+    result are those of :func:`distill_ops.reference.distillation_loss`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> reference.linear_distillation_loss(
+        ...     hidden, weight, hidden, weight, divergence="forward_kl"
+        ... ).item()
+        0.0
+    """
+    check_head(
+        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
+        student_softcap,
+    )  # fmt: skip
+    if teacher_hidden is not None and teacher_weight is not None:
+        check_head(
+            "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale,
+            teacher_softcap, constant=True,
+        )  # fmt: skip
+    n_cols = check_linear(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, hard_label_weight,
+        loss_mask, labels, vocab_size,
+    )  # fmt: skip
+    dtype = wide_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    unread = token_weights(student_hidden, dtype, loss_mask, labels, ignore_index) == 0
+    student = head_logits(
+        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
+        unread, n_cols, dtype,
+    )  # fmt: skip
+    teacher = None
+    if teacher_hidden is not None:
+        teacher = head_logits(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
+            unread, n_cols, dtype,
+        ).detach()  # fmt: skip
+    return distillation_loss(
+        student, teacher, divergence=divergence, loss_mask=loss_mask, labels=labels,
+        ignore_index=ignore_index, hard_label_weight=hard_label_weight, temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared, reduction=reduction,
+        normalizer=normalizer, return_components=return_components,
+    )  # fmt: skip
+
+
+def linear_token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`distill_ops.reference.token_log_probs` of a language-model head's logits.
+
+    The logits are those of :func:`linear_distillation_loss`; autograd gives the gradients of hidden
+    states, weight and bias.
+
+    Args:
+        hidden: ``[..., d]``, float32, bfloat16, float16 or float64.
+        weight: ``[V, d]``.
+        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the hidden state is not read:
+            results and gradient are 0.
+        bias: ``[V]``.
+        logit_scale, softcap: positive; no cap where None.
+        temperature, return_entropy: as in :func:`distill_ops.reference.token_log_probs`.
+
+    Returns:
+        Nats, ``[...]``, float32 (float64 where a tensor is), or a pair of them.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    check_head("", hidden, weight, bias, logit_scale, softcap)
+    check_temperature(temperature)
+    n_cols = weight.shape[0]
+    check_token_ids(token_ids, hidden, n_cols, ignore_index, "hidden")
+    dtype = wide_dtype(hidden, weight)
+    logits = head_logits(
+        hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype
+    )
+    return token_log_probs(
+        logits, token_ids, temperature=temperature, ignore_index=ignore_index,
+        return_entropy=return_entropy,
+    )  # fmt: skip

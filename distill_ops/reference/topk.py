@@ -1,0 +1,166 @@
+"""The loss against a teacher of whom K log-probabilities a token are known (semantics.md, 11)."""
+
+import math
+
+import torch
+
+from ..checks import check_topk
+from ..divergences import Divergence, SoftCrossEntropy
+from .dense import (
+    NEG_INF,
+    LossComponents,
+    outcome_terms,
+    student_log_probs,
+    token_weights,
+    weighted_loss,
+    wide_dtype,
+)
+
+LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
+
+
+def _spread(slots: torch.Tensor, ids: torch.Tensor, n_cols: int, fill) -> torch.Tensor:
+    """What the slots ``[..., K]`` hold at their columns, ``fill`` in the others: ``[..., n_cols]``."""
+    columns = ids.masked_fill(ids < 0, n_cols)  # unused slots share a column that is cut off
+    full = slots.new_full((*ids.shape[:-1], n_cols + 1), fill)
+    return full.scatter(-1, columns, slots)[..., :n_cols]
+
+
+def _log_sum(log_q: torch.Tensor) -> torch.Tensor:
+    """``[..., 1]``: the logarithm of a sum of probabilities, -inf without a gradient where all are 0."""
+    empty = (log_q == NEG_INF).all(-1, keepdim=True)
+    log_sum = torch.logsumexp(log_q.masked_fill(empty, 0.0), -1, keepdim=True)
+    return log_sum.masked_fill(empty, NEG_INF)
+
+
+def _column_terms(student, log_p, ids, no_teacher, divergence, temperature) -> torch.Tensor:
+    """The terms of all columns ``[..., V]``, p being 0 outside the K."""
+    log_p = _spread(log_p, ids, student.shape[-1], NEG_INF)
+    student_zero, teacher_zero = student == NEG_INF, log_p == NEG_INF
+    excluded = teacher_zero & divergence.infinite_at_teacher_zero
+    log_q, poison = student_log_probs(student, excluded, no_teacher, temperature)
+    return outcome_terms(log_q, log_p, student_zero, teacher_zero, divergence) + poison
+
+
+def _bucket_terms(student, log_p, ids, no_teacher, divergence, temperature) -> torch.Tensor:
+    """The terms of the K outcomes and the rest, ``[..., K + 1]``."""
+    n_cols, used = student.shape[-1], ids >= 0
+    listed = _spread(used, ids, n_cols, False)
+    teacher_zero = _spread(used & (log_p == NEG_INF), ids, n_cols, False)
+    excluded = teacher_zero & divergence.infinite_at_teacher_zero
+    columns, poison = student_log_probs(student, excluded, no_teacher, temperature)
+    # an unused slot, and a rest without columns, have probability 0 in both
+    log_q = columns.gather(-1, ids.clamp(min=0)).masked_fill(~used, NEG_INF)
+    log_q_rest = _log_sum(columns.masked_fill(listed, NEG_INF))
+    p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
+    log_p_rest = p_rest.log().masked_fill(listed.all(-1, keepdim=True), NEG_INF)
+    log_q, log_p = torch.cat([log_q, log_q_rest], -1), torch.cat([log_p, log_p_rest], -1)
+    return outcome_terms(log_q, log_p, log_q == NEG_INF, log_p == NEG_INF, divergence) + poison
+
+
+def topk_terms(
+    student: torch.Tensor,
+    log_p: torch.Tensor,
+    ids: torch.Tensor,
+    tail: str,
+    divergence: Divergence,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """The terms of the divergence: ``[..., K + 1]`` with the bucket, else ``[..., V]``."""
+    log_p = log_p.masked_fill(ids < 0, NEG_INF)
+    no_teacher = ~(log_p.amax(-1, keepdim=True) < math.inf)  # NaN or +inf among them
+    if tail == "renormalize":
+        total = _log_sum(log_p)
+        no_teacher = no_teacher | (total == NEG_INF)
+        log_p = log_p - total.masked_fill(no_teacher, 0.0)
+    terms = _bucket_terms if tail == "bucket" else _column_terms
+    return terms(student, log_p, ids, no_teacher, divergence, temperature)
+
+
+def topk_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    *,
+    tail: str = "bucket",
+    divergence: Divergence | str = SoftCrossEntropy(),
+    loss_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    return_components: bool = False,
+) -> torch.Tensor | LossComponents:
+    """Distillation loss of student logits against a teacher's K most likely (or sampled) tokens.
+
+    With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
+    ``p = exp(teacher_log_probs)``, whose logarithms are at the loss's temperature already and are
+    taken as they are, the rest of the vocabulary is, by ``tail``:
+
+    - "bucket": one more outcome, ``p_rest = max(1 - sum(p), 2**-24)`` against ``q_rest``, the sum
+      of q over the columns outside the K. There is none where the K cover the vocabulary;
+    - "renormalize": p = 0 there, and p over the K rescaled to sum 1;
+    - "ignore": p = 0 there, and p over the K as given.
+
+    Edges, for a token that counts:
+
+    - A slot of id -1 is unused, whatever its log-probability. Without a used one, p is 0: the bucket
+      is certain in both models, the loss (nats) and the gradient 0; "ignore" gives the divergence's
+      value at p = 0 (0 for the soft cross-entropy and the forward KL); "renormalize" NaN.
+    - A used slot of log-probability -inf is a token that the teacher excludes. It is an outcome of
+      its own, not part of the rest, and p = 0 there.
+    - Infinite terms are dropped (semantics.md, 3): reverse and symmetric KL restrict the student to
+      the outcomes where p > 0, which with "bucket" include the rest, and otherwise are among the K.
+      No such column left to the student: NaN.
+    - Where q = 0 < p, soft cross-entropy and forward KL drop the term, be it a token's or the
+      rest's (all its columns -inf in the student's logits). p of a dropped token does not move to the rest.
+    - A sum of p above 1 by rounding leaves the rest its least, and p sums to a little more than 1.
+    - NaN or +inf among the used log-probabilities or the student's logits, or no finite logit: NaN.
+      Logits outside what a student is restricted to count as -inf, whatever they hold.
+
+    Args:
+        student_logits: ``[..., V]``, float32, bfloat16, float16 or float64; the only one to get a
+            gradient.
+        teacher_log_probs: ``[..., K]``, nats, any of these dtypes.
+        teacher_ids: ``[..., K]``, int64 or int32, unique within a token; -1 in unused slots.
+        tail: the rest of the vocabulary, as above.
+        vocab_size: the vocabulary is the student's first ``vocab_size`` columns.
+
+    The other arguments, the result and its dtype are those of
+    :func:`distill_ops.reference.distillation_loss`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).double().log(), torch.tensor([[4, 1]])
+        >>> loss = reference.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
+        >>> round(loss.item(), 6)
+        0.633794
+    """
+    divergence, n_cols = check_topk(
+        student_logits, teacher_log_probs, teacher_ids, tail, divergence, loss_mask, labels,
+        ignore_index, hard_label_weight, temperature, reduction, normalizer, vocab_size,
+    )  # fmt: skip
+    dtype = wide_dtype(student_logits, teacher_log_probs)
+    weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
+    unread = weights == 0
+    student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
+    divergence_loss = None
+    if hard_label_weight < 1:
+        log_p = teacher_log_probs.to(dtype)
+        ids = teacher_ids.long().masked_fill(unread[..., None], -1)
+        divergence_loss = topk_terms(student, log_p, ids, tail, divergence, temperature).sum(-1)
+        if scale_by_temperature_squared:
+            divergence_loss = divergence_loss * temperature**2
+    return weighted_loss(
+        student, divergence_loss, weights, labels=labels, hard_label_weight=hard_label_weight,
+        reduction=reduction, normalizer=normalizer, return_components=return_components,
+    )  # fmt: skip
