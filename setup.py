@@ -29,7 +29,7 @@ setup(
     ],
     package_dir={"distill_ops.kernels": "kernels"},
     package_data={"distill_ops": ["py.typed"]},
-    install_requires=["torch>=2.11", "numpy>=1.26"],
+    install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         # PyTorch's CUDA builds bring the Triton that they were built with
         "triton": ["triton>=3.6; platform_system == 'Linux'"],

@@ -17,9 +17,12 @@ from .divergences import (
     SymmetricKL,
     TotalVariation,
 )
+from .estimators import reverse_kl_estimate
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
 from .reference import LossComponents
+from .teacher_dataset import TeacherTopKDataset
+from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
 from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
@@ -38,11 +41,16 @@ __all__ = [
     "SkewReverseKL",
     "SoftCrossEntropy",
     "SymmetricKL",
+    "TeacherTopK",
+    "TeacherTopKDataset",
     "TotalVariation",
     "check_divergence",
     "declare_divergence",
     "distillation_loss",
     "distillation_metrics",
     "reference",
+    "reverse_kl_estimate",
+    "save_teacher_topk",
     "set_debug",
+    "teacher_topk",
 ]

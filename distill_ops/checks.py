@@ -242,6 +242,42 @@ def check_pair(student_logits, teacher_logits, vocab_size: int | None) -> int:
     return _vocabulary(student_logits, teacher_logits, vocab_size)
 
 
+def check_integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int {expected}, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return value
+
+
+def check_teacher_logits(logits: torch.Tensor, vocab_size: int | None) -> int:
+    """Check a teacher's logits that stand alone; returns the number of columns used."""
+    _logits("logits", logits)
+    _constant("logits", logits, "detach them, or run the teacher under torch.no_grad()")
+    return _vocabulary(logits, None, vocab_size)
+
+
+def check_sampled_log_probs(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Check the two models' log-probabilities of the same sampled tokens."""
+    for name, tensor in (("student_log_prob", student), ("teacher_log_prob", teacher)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [...], got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_log_prob must have the shape of student_log_prob, {tuple(student.shape)}, "
+            f"got {tuple(teacher.shape)}"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher_log_prob is on {teacher.device}, but student_log_prob on {student.device}: "
+            f"move one of them"
+        )
+    _constant("teacher_log_prob", teacher, "detach it")
+
+
 def check_arguments(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,

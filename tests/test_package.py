@@ -53,11 +53,14 @@ def test_import_touches_no_gpu_and_no_top_level_kernels():
     "name",
     [
         "distill_ops.checks",
+        "distill_ops.estimators",
         "distill_ops.losses",
         "distill_ops.reference.dense",
         "distill_ops.reference.linear",
         "distill_ops.reference.token",
         "distill_ops.reference.topk",
+        "distill_ops.teacher_dataset",
+        "distill_ops.teacher_store",
         "distill_ops.integrations.minillm",
     ],
 )
