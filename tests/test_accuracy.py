@@ -28,14 +28,11 @@ SEEDS = range(20)
 # What misses the rule, so that nothing joins it unseen. Total variation's gradient jumps where q = p:
 # in one of 12800 rows a column's sign is beyond float32, and eager PyTorch was lucky.
 KNOWN_TO_FAIL = {("total_variation", "float16", "torch")}
+# The kernels: each in one of 200 configurations, of nearly equal rows, by the gradient.
 KERNELS_KNOWN_TO_FAIL = {
-    ("alpha_beta", "float32", "triton"),
-    ("alpha_beta(0.7, 0.2)", "float32", "triton"),
     ("alpha_beta(1, 1)", "float32", "triton"),
-    ("reverse_kl", "float32", "triton"),
-    ("skew_reverse_kl", "float32", "triton"),
     ("symmetric_kl", "float32", "triton"),
-    ("symmetric_kl(0.3)", "float32", "triton"),
+    ("total_variation", "float32", "triton"),
 }
 
 
@@ -185,7 +182,7 @@ def test_the_committed_sweep_is_whole_and_passes():
 
 
 def test_the_kernels_sweep_misses_what_it_is_known_to_miss():
-    """In the interpreter, float32: fewer configurations, and not all within the rule yet."""
+    """In the interpreter, float32: not all within the rule yet."""
     records = committed("accuracy-interpreter.json")
     assert {d for d, _, _ in records} == set(DIVERGENCES)
     assert missed(records) == KERNELS_KNOWN_TO_FAIL
