@@ -151,17 +151,18 @@ class Divergence:
         log_ratio = log_p - log_q
         if cls.operands == "logs":
             columns = (log_q, log_p, q, p)
-        elif cls.operands in ("pair", "student"):
-            lowest = torch.finfo(q.dtype).min
-            log2_ratio = (log_ratio / math.log(2)).clamp(lowest, -lowest)
-            columns = (log2_ratio, torch.exp(-log_ratio.abs()), q, p)
-            columns = columns if cls.operands == "pair" else columns[:3]
+        elif cls.operands == "ratio":
+            columns = (log_ratio, q, p)
         elif cls.operands == "difference":
             columns = (log_ratio, p - q, q)
-        elif cls.operands == "powers":
-            columns = (log_ratio, torch.maximum(log_q, log_p))
         else:
-            columns = (log_ratio, q, p)
+            lowest = torch.finfo(q.dtype).min
+            log2_ratio = (log_ratio / math.log(2)).clamp(lowest, -lowest)
+            if cls.operands == "powers":
+                columns = (log2_ratio, torch.maximum(log_q, log_p) / math.log(2))
+            else:
+                columns = (log2_ratio, torch.exp(-log_ratio.abs()), q, p)
+                columns = columns if cls.operands == "pair" else columns[:3]
         terms = on_tensors(cls.value_and_slope)(*columns, *parameters)
         if not (isinstance(terms, tuple) and len(terms) == 2):
             raise TypeError(f"{cls.name} must return (value, slope), got {type(terms).__name__}")

@@ -9,7 +9,7 @@ divergence, because two logarithms rounded each by itself do not cancel where th
 * DIFFERENCE: ``log_ratio, difference, q``, for terms in which p and q cancel;
 * PAIR: ``log2_ratio, ratio, q, p``, the smaller probability from the larger;
 * STUDENT: ``log2_ratio, ratio, q``;
-* POWERS: ``log_ratio, log_larger``.
+* POWERS: ``log2_ratio, log2_larger``.
 """
 
 import triton
@@ -77,17 +77,22 @@ def both_softmax(exponents):
 
 
 @triton.jit
-def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
-    """``log2(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
-    probability from the larger, or for the slope, which needs no p, q alone.
-
-    The ratio's logarithm is that of the exponents, which are smaller than the logarithms and so
-    rounded less, and of the sums."""
+def log2_of_ratio(exponents, GUARDED: tl.constexpr):
+    """``log2(p / q)``, from exponents, which are smaller than logarithms and so rounded less; guarded,
+    finite where one or both probabilities are 0."""
     y_s, y_t, l_s, l_t = exponents
     if GUARDED:
         y_s = tl.maximum(y_s, SMALLEST)
         y_t = tl.maximum(y_t, SMALLEST)
-    log_ratio = (y_t - y_s) + log_quotient(l_s, l_t) * LOG2E
+    return (y_t - y_s) + log_quotient(l_s, l_t) * LOG2E
+
+
+@triton.jit
+def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
+    """``log2(p / q)``, ``min(p, q) / max(p, q)``, q and p, from two exponentials: the smaller
+    probability from the larger, or for the slope, which needs no p, q alone."""
+    y_s, y_t, l_s, l_t = exponents
+    log_ratio = log2_of_ratio(exponents, GUARDED)
     ratio = tl.exp2(-tl.abs(log_ratio))
     if SLOPE_ONLY:
         q, p = both_softmax(exponents)
@@ -101,16 +106,15 @@ def paired_softmax(exponents, SLOPE_ONLY: tl.constexpr, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def log_of_larger(exponents):
-    """``log(max(p, q))``."""
+def log2_of_larger(exponents):
+    """``log2(max(p, q))``."""
     y_s, y_t, l_s, l_t = exponents
-    return tl.maximum(fma(y_s, LN2, -tl.log(l_s)), fma(y_t, LN2, -tl.log(l_t)))
+    return tl.maximum(y_s - tl.log2(l_s), y_t - tl.log2(l_t))
 
 
 @triton.jit
 def log_of_ratio(x_s, x_t, row, exponents, GUARDED: tl.constexpr):
-    """``log(p / q)``, from exponents, which are smaller than logarithms and so rounded less; guarded,
-    finite where one or both probabilities are 0."""
+    """``log(p / q)``, as :func:`log2_of_ratio`."""
     m_s, l_s, m_t, l_t, over_t = row
     if GUARDED:  # natural exponents: those in base 2 of the lowest float32 are not finite
         student = tl.maximum((x_s - m_s) * over_t, SMALLEST)
@@ -195,11 +199,12 @@ def columns(
             difference, q = difference_and_softmax(exponents)
             value, slope = VALUE_AND_SLOPE(log_ratio, difference, q, *parameters)
         else:
-            log_ratio = log_of_ratio(x_s, x_t, row, exponents, GUARDED)
             q, p = both_softmax(exponents)
             if OPERANDS == POWERS:
-                value, slope = VALUE_AND_SLOPE(log_ratio, log_of_larger(exponents), *parameters)
+                log_ratio = log2_of_ratio(exponents, GUARDED)
+                value, slope = VALUE_AND_SLOPE(log_ratio, log2_of_larger(exponents), *parameters)
             else:
+                log_ratio = log_of_ratio(x_s, x_t, row, exponents, GUARDED)
                 value, slope = VALUE_AND_SLOPE(log_ratio, q, p, *parameters)
     if OPERANDS >= PAIR and not GUARDED and SLOPE_ONLY:
         value = log_ratio  # an infinity shows in any sum that is not finite

@@ -6,7 +6,7 @@ A function receives, for one column or a tile of columns, what the divergence's 
 * ``log_q``, ``log_p``: the natural logarithms of the student's and the teacher's probability;
 * ``q``, ``p``: the probabilities;
 * ``difference = p - q``, ``log_ratio = log(p / q)``, ``log2_ratio = log2(p / q)``,
-  ``ratio = min(p, q) / max(p, q)``, ``log_larger = log(max(p, q))``.
+  ``ratio = min(p, q) / max(p, q)``, ``log2_larger = log2(max(p, q))``.
 
 It returns ``value``, the column's term of the loss in nats, and ``slope``, its derivative with respect
 to ``log_q``. With ``D = sum(slope)`` the gradient with respect to the student's logits is
@@ -20,7 +20,7 @@ in it, so near-equal rows keep their accuracy. With ``ratio`` beside it, a mixtu
 and q can neither over- nor underflow.
 """
 
-from .math import LN2, LOG2E, log2_of_normal, mixture, reciprocal
+from .math import LN2, log2_of_normal, mixture, reciprocal
 from .portable import constant, device_function, tl
 
 BELOW_ONE = constant(1 - 2**-24)  # a share of 1 could leave a mixture of 0, whose logarithm is none
@@ -57,16 +57,16 @@ def total_variation(log_q, log_p, q, p):
 
 
 @device_function
-def alpha_beta(log_ratio, log_larger, alpha, beta):
+def alpha_beta(log2_ratio, log2_larger, alpha, beta):
     # q, p and p**alpha q**beta to these powers, over the larger of the first two
     total = alpha + beta
     share = alpha / total
-    distance = tl.abs(log_ratio) * -LOG2E
+    distance = -tl.abs(log2_ratio)
     power = tl.exp2(distance * total)
-    student = tl.where(log_ratio > 0, power, 1.0)
-    teacher = tl.where(log_ratio > 0, 1.0, power)
-    cross = tl.exp2(distance * tl.where(log_ratio > 0, beta, alpha))
-    larger = tl.exp2(log_larger * (total * LOG2E)) * (1 / alpha)
+    student = tl.where(log2_ratio > 0, power, 1.0)
+    teacher = tl.where(log2_ratio > 0, 1.0, power)
+    cross = tl.exp2(distance * tl.where(log2_ratio > 0, beta, alpha))
+    larger = tl.exp2(log2_larger * total) * (1 / alpha)
     slope = student - cross
     value = share * (teacher - cross) + (1 - share) * slope  # exactly 0 where p = q
     return larger * (1 / beta) * value, larger * slope

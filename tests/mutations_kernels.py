@@ -37,7 +37,7 @@ FORMULAS = [
     ),
     Mutation(
         "alpha-beta not divided by alpha", "kernels/divergences.py",
-        "tl.exp2(log_larger * (total * LOG2E)) * (1 / alpha)", "tl.exp2(log_larger * (total * LOG2E))",
+        "tl.exp2(log2_larger * total) * (1 / alpha)", "tl.exp2(log2_larger * total)",
         f"{SEMANTICS}slope_is_the_derivative_of_value[AlphaBeta(alpha=0.2, beta=0.7)]",
     ),
     Mutation(
