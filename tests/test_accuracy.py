@@ -28,11 +28,17 @@ SEEDS = range(20)
 # What misses the rule, so that nothing joins it unseen. Total variation's gradient jumps where q = p:
 # in one of 12800 rows a column's sign is beyond float32, and eager PyTorch was lucky.
 KNOWN_TO_FAIL = {("total_variation", "float16", "torch")}
-# The kernels: each in one of 200 configurations, of nearly equal rows, by the gradient.
+# The kernels, each in one or two of 200 configurations. float32 and float16: nearly equal rows, where
+# eager PyTorch's roundings cancel or a sign is beyond float32. bfloat16: at 3e4 its numbers are 128
+# apart, so rows are ties and certainties, of which eager's logarithms are exact.
 KERNELS_KNOWN_TO_FAIL = {
-    ("alpha_beta(1, 1)", "float32", "triton"),
+    ("jensen_shannon(0.1)", "bfloat16", "triton"),
+    ("jensen_shannon(0.9)", "bfloat16", "triton"),
+    ("skew_forward_kl", "bfloat16", "triton"),
+    ("skew_reverse_kl", "bfloat16", "triton"),
     ("symmetric_kl", "float32", "triton"),
     ("total_variation", "float32", "triton"),
+    ("total_variation", "float16", "triton"),
 }
 
 
@@ -182,7 +188,8 @@ def test_the_committed_sweep_is_whole_and_passes():
 
 
 def test_the_kernels_sweep_misses_what_it_is_known_to_miss():
-    """In the interpreter, float32: not all within the rule yet."""
+    """In the interpreter: every divergence and dtype, and not all within the rule yet."""
     records = committed("accuracy-interpreter.json")
-    assert {d for d, _, _ in records} == set(DIVERGENCES)
+    assert set(records) == {(d, t, "triton") for d in DIVERGENCES for t in DTYPES}
+    assert min(record["configurations"] for record in records.values()) >= 200
     assert missed(records) == KERNELS_KNOWN_TO_FAIL
