@@ -30,7 +30,7 @@ SEEDS = range(20)
 KNOWN_TO_FAIL = {("total_variation", "float16", "torch")}
 # The kernels, each in one or two of 200 configurations. float32 and float16: nearly equal rows, where
 # eager PyTorch's roundings cancel or a sign is beyond float32. bfloat16: at 3e4 its numbers are 128
-# apart, so rows are ties and certainties, of which eager's logarithms are exact.
+# apart, so these rows are ties (a third each) and certainties, of which a rounding is every column's.
 KERNELS_KNOWN_TO_FAIL = {
     ("jensen_shannon(0.1)", "bfloat16", "triton"),
     ("jensen_shannon(0.9)", "bfloat16", "triton"),
