@@ -186,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, report)
+            if name == "json":  # rounded as it is there, so that the page is what the JSON gives
+                report = load(path)
             console.print(f"{name}: {path}")
     return 0
 

@@ -43,17 +43,22 @@ def _map(axes: Axes, report: Report) -> None:
             weight="bold",
         )
     axes.scatter([r.instructions for r in rows], [r.special for r in rows], color="#222222", s=26)
-    for row in rows:
+    left = []  # points whose label stands at their left
+    for row in sorted(rows, key=lambda row: row.instructions):
         x, y = row.instructions, row.special
-        # on the left where the label would run into a point at the right
+        # on the left where the label would run into a point at the right, and there above another
         crowded = any(
             0 < other.instructions - x < 0.25 * right and abs(other.special - y) < 0.06 * top
             for other in rows
         )
+        above = crowded and any(
+            x - x_left < 0.25 * right and abs(y_left - y) < 0.06 * top for x_left, y_left in left
+        )
+        left += [(x, y)] if crowded else []
         axes.annotate(
             row.divergence,
             (x, y),
-            xytext=(-7 if crowded else 7, 0),
+            xytext=(-7 if crowded else 7, 11 if above else 0),
             textcoords="offset points",
             ha="right" if crowded else "left",
             va="center",
