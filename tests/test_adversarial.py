@@ -16,6 +16,7 @@ from distill_ops import (
     SoftCrossEntropy,
     SymmetricKL,
     distillation_loss,
+    reference,
 )
 
 N_COLS = 1203  # float32: two whole tiles of 512 columns and a partial one
@@ -200,18 +201,28 @@ def test_identical_rows(divergence, row, backend, device):
 @pytest.mark.parametrize("gradient", ["forward", "none"])
 @pytest.mark.parametrize("offset", [0.0, -3e4])
 def test_symmetric_kl_of_nearly_equal_rows(offset, gradient, backend, device):
-    """p and q cancel in every term: made of sums over either, the loss would be wrong by a
-    thousandth and more."""
+    """p and q cancel in every term, and not in the sums over either that one sweep could give: loss
+    and gradient made of these are wrong by two to three times eager PyTorch's error."""
     generator = torch.Generator().manual_seed(0)
-    teacher = 3 * torch.randn(6, 700, generator=generator) + offset
-    student = teacher + 0.01 * torch.randn(6, 700, generator=generator)
-    options = {"divergence": SymmetricKL(), "reduction": "sum"}
-    truth = run_reference(student, teacher, double=True, upstream_seed=None, **options)
-    with torch.set_grad_enabled(gradient == "forward"):
-        logits = student.to(device, copy=True).requires_grad_()
-        loss = distillation_loss(logits, teacher.to(device), backend=backend, **options)
-    assert abs(loss.item() / truth.loss.item() - 1) < 1e-5
-    if gradient == "forward":
-        loss.backward()
-        error = (logits.grad.cpu() - truth.gradient).norm() / truth.gradient.norm()
-        assert error < 2e-5
+    teacher = 4 * torch.randn(16, 700, generator=generator) + offset
+    student = teacher + 0.004 * torch.randn(16, 700, generator=generator)
+
+    def losses_and_gradient(student, teacher, loss_function, **options):
+        logits = student.clone().requires_grad_()
+        options |= {"divergence": SymmetricKL(), "temperature": 0.5}
+        with torch.set_grad_enabled(gradient == "forward"):
+            losses = [
+                loss_function(*row, reduction="sum", **options)
+                for row in zip(logits, teacher, strict=True)
+            ]
+        if gradient == "none":
+            return [torch.stack(losses).double().cpu()]
+        (gradients,) = torch.autograd.grad(sum(losses), logits)
+        return [torch.stack(losses).detach().double().cpu(), gradients.double().cpu()]
+
+    eager = losses_and_gradient(student, teacher, reference.distillation_loss)
+    truth = losses_and_gradient(student.double(), teacher.double(), reference.distillation_loss)
+    logits = student.to(device), teacher.to(device)
+    ours = losses_and_gradient(*logits, distillation_loss, backend=backend)
+    for mine, of_eager, exact in zip(ours, eager, truth, strict=True):
+        assert (mine - exact).norm() <= 1.5 * (of_eager - exact).norm()
