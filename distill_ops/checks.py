@@ -270,11 +270,7 @@ def check_sampled_log_probs(student: torch.Tensor, teacher: torch.Tensor) -> Non
             f"teacher_log_prob must have the shape of student_log_prob, {tuple(student.shape)}, "
             f"got {tuple(teacher.shape)}"
         )
-    if teacher.device != student.device:
-        raise ValueError(
-            f"teacher_log_prob is on {teacher.device}, but student_log_prob on {student.device}: "
-            f"move one of them"
-        )
+    _same_device("teacher_log_prob", teacher, student, "student_log_prob")
     _constant("teacher_log_prob", teacher, "detach it")
 
 

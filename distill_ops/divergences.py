@@ -148,25 +148,27 @@ class Divergence:
         """Value and slope of columns whose log-probabilities are these: the text of
         ``value_and_slope`` on tensors. The logarithm of a zero is the lowest finite number."""
         q, p = log_q.exp(), log_p.exp()
-        log_ratio = log_p - log_q
-        if cls.operands == "logs":
-            columns = (log_q, log_p, q, p)
-        elif cls.operands == "ratio":
-            columns = (log_ratio, q, p)
-        elif cls.operands == "difference":
-            columns = (log_ratio, p - q, q)
-        else:
-            lowest = torch.finfo(q.dtype).min
-            log2_ratio = (log_ratio / math.log(2)).clamp(lowest, -lowest)
-            if cls.operands == "powers":
-                columns = (log2_ratio, torch.maximum(log_q, log_p) / math.log(2))
-            else:
-                columns = (log2_ratio, torch.exp(-log_ratio.abs()), q, p)
-                columns = columns if cls.operands == "pair" else columns[:3]
+        columns = cls._operands(log_q, log_p, q, p)
         terms = on_tensors(cls.value_and_slope)(*columns, *parameters)
         if not (isinstance(terms, tuple) and len(terms) == 2):
             raise TypeError(f"{cls.name} must return (value, slope), got {type(terms).__name__}")
         return tuple(torch.as_tensor(x, device=q.device).to(q.dtype) for x in terms)
+
+    @classmethod
+    def _operands(cls, log_q, log_p, q, p) -> tuple[torch.Tensor, ...]:
+        if cls.operands == "logs":
+            return log_q, log_p, q, p
+        log_ratio = log_p - log_q
+        if cls.operands == "ratio":
+            return log_ratio, q, p
+        if cls.operands == "difference":
+            return log_ratio, p - q, q
+        lowest = torch.finfo(q.dtype).min
+        log2_ratio = (log_ratio / math.log(2)).clamp(lowest, -lowest)
+        if cls.operands == "powers":
+            return log2_ratio, torch.maximum(log_q, log_p) / math.log(2)
+        ratio = torch.exp(-log_ratio.abs())
+        return (log2_ratio, ratio, q) if cls.operands == "student" else (log2_ratio, ratio, q, p)
 
     def canonical(self) -> "Divergence":
         """The divergence that this one is at an end point of its parameters, or itself."""

@@ -23,31 +23,16 @@ DIFFERENCE = tl.constexpr(2)
 POWERS = tl.constexpr(3)
 PAIR = tl.constexpr(4)  # this and more have the ratio
 STUDENT = tl.constexpr(5)
+OPERANDS = {
+    "logs": LOGS.value,
+    "ratio": RATIO.value,
+    "difference": DIFFERENCE.value,
+    "powers": POWERS.value,
+    "pair": PAIR.value,
+    "student": STUDENT.value,
+}
 
 SMALLEST = tl.constexpr(-3.4028234663852886e38)  # of a NaN too: the row's sums tell of it
-
-
-@triton.jit
-def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
-    """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
-    log_l = tl.log(l)
-    over_l = tl.fdiv(1.0, l)
-    c = over_t * LOG2E
-    if GUARDED:
-        z = x - m
-        log_prob = z * over_t - log_l
-        return tl.maximum(log_prob, SMALLEST), tl.exp2(z * c) * over_l
-    else:
-        y = fma(x, c, -(m * c))
-        return fma(y, LN2, -log_l), tl.exp2(y) * over_l
-
-
-@triton.jit
-def log_quotient(x, y):
-    """``log(x / y)``, without what the division is rounded by: 6e-8, which is much of nearly equal
-    rows' losses."""
-    quotient = tl.fdiv(x, y)
-    return tl.log(quotient) + tl.fdiv(fma(-quotient, y, x), x)
 
 
 @triton.jit
@@ -57,6 +42,26 @@ def exponent(x, m, c, GUARDED: tl.constexpr):
         return (x - m) * c
     else:
         return fma(x, c, -(m * c))
+
+
+@triton.jit
+def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
+    """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
+    log_l = tl.log(l)
+    y = exponent(x, m, over_t * LOG2E, GUARDED)
+    prob = tl.exp2(y) * tl.fdiv(1.0, l)
+    if GUARDED:
+        return tl.maximum((x - m) * over_t - log_l, SMALLEST), prob
+    else:
+        return fma(y, LN2, -log_l), prob
+
+
+@triton.jit
+def log_quotient(x, y):
+    """``log(x / y)``, without what the division is rounded by: 6e-8, which is much of nearly equal
+    rows' losses."""
+    quotient = tl.fdiv(x, y)
+    return tl.log(quotient) + tl.fdiv(fma(-quotient, y, x), x)
 
 
 @triton.jit
@@ -113,18 +118,6 @@ def log2_of_larger(exponents):
 
 
 @triton.jit
-def log_of_ratio(x_s, x_t, row, exponents, GUARDED: tl.constexpr):
-    """``log(p / q)``, as :func:`log2_of_ratio`."""
-    m_s, l_s, m_t, l_t, over_t = row
-    if GUARDED:  # natural exponents: those in base 2 of the lowest float32 are not finite
-        student = tl.maximum((x_s - m_s) * over_t, SMALLEST)
-        return tl.maximum(fma(x_t - m_t, over_t, log_quotient(l_s, l_t)), SMALLEST) - student
-    else:
-        y_s, y_t, _, _ = exponents
-        return fma(y_t - y_s, LN2, log_quotient(l_s, l_t))
-
-
-@triton.jit
 def excess(m, c):
     """By how much the exponents of a fast loop are too large: ``m * c`` was rounded there."""
     return fma(m, c, -rounded_product(m, c))
@@ -139,14 +132,18 @@ def log_of_sums(row):
 
 
 @triton.jit
-def exact_log_ratio(x_s, x_t, row, exponents, GUARDED: tl.constexpr):
-    """``log(p / q)`` rounded only as much as it is large, for two instructions more: the distances
-    from the maxima are exact."""
-    m_s, _, m_t, _, over_t = row
-    if GUARDED:
-        return log_of_ratio(x_s, x_t, row, exponents, GUARDED)
-    else:
+def log_of_ratio(x_s, x_t, row, exponents, EXACT: tl.constexpr, GUARDED: tl.constexpr):
+    """``log(p / q)``, as :func:`log2_of_ratio`. EXACT, for two instructions more: rounded only as much
+    as it is large, since the distances from the maxima are exact."""
+    m_s, l_s, m_t, l_t, over_t = row
+    if GUARDED:  # natural exponents: those in base 2 of the lowest float32 are not finite
+        student = tl.maximum((x_s - m_s) * over_t, SMALLEST)
+        return tl.maximum(fma(x_t - m_t, over_t, log_quotient(l_s, l_t)), SMALLEST) - student
+    elif EXACT:
         return fma((x_t - m_t) - (x_s - m_s), over_t, log_of_sums(row))
+    else:
+        y_s, y_t, _, _ = exponents
+        return fma(y_t - y_s, LN2, log_quotient(l_s, l_t))
 
 
 @triton.jit
@@ -195,17 +192,17 @@ def columns(
             log_ratio, ratio, q, _ = paired_softmax(exponents, True, GUARDED)
             value, slope = VALUE_AND_SLOPE(log_ratio, ratio, q, *parameters)
         elif OPERANDS == DIFFERENCE:
-            log_ratio = exact_log_ratio(x_s, x_t, row, exponents, GUARDED)
+            log_ratio = log_of_ratio(x_s, x_t, row, exponents, True, GUARDED)
             difference, q = difference_and_softmax(exponents)
             value, slope = VALUE_AND_SLOPE(log_ratio, difference, q, *parameters)
+        elif OPERANDS == POWERS:
+            q, _ = both_softmax(exponents)
+            log_ratio = log2_of_ratio(exponents, GUARDED)
+            value, slope = VALUE_AND_SLOPE(log_ratio, log2_of_larger(exponents), *parameters)
         else:
             q, p = both_softmax(exponents)
-            if OPERANDS == POWERS:
-                log_ratio = log2_of_ratio(exponents, GUARDED)
-                value, slope = VALUE_AND_SLOPE(log_ratio, log2_of_larger(exponents), *parameters)
-            else:
-                log_ratio = log_of_ratio(x_s, x_t, row, exponents, GUARDED)
-                value, slope = VALUE_AND_SLOPE(log_ratio, q, p, *parameters)
+            log_ratio = log_of_ratio(x_s, x_t, row, exponents, False, GUARDED)
+            value, slope = VALUE_AND_SLOPE(log_ratio, q, p, *parameters)
     if OPERANDS >= PAIR and not GUARDED and SLOPE_ONLY:
         value = log_ratio  # an infinity shows in any sum that is not finite
     if GUARDED:

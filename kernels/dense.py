@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .columns import DIFFERENCE, LOGS, PAIR, POWERS, RATIO, STUDENT, log_of_sums, log_quotient
+from .columns import OPERANDS, PAIR, log_of_sums, log_quotient
 from .layout import Rows, row_layouts
 from .math import LN2, LOG2E
 from .sweeps import (
@@ -284,16 +284,6 @@ MOMENTS = {
     "forward": FORWARD_MOMENT.value,
     "reverse": REVERSE_MOMENT.value,
     "symmetric": SYMMETRIC_MOMENT.value,
-}
-
-
-OPERANDS = {
-    "logs": LOGS.value,
-    "ratio": RATIO.value,
-    "difference": DIFFERENCE.value,
-    "pair": PAIR.value,
-    "powers": POWERS.value,
-    "student": STUDENT.value,
 }
 
 

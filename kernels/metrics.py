@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .columns import SMALLEST, both_exponents, paired_softmax
+from .columns import both_exponents, paired_softmax, softmax
 from .dense import device_facts, first_position, plan, row_offset
 from .layout import row_layouts
 from .math import INFINITY, LN2, LOG2E, log2_of_normal
@@ -30,13 +30,12 @@ NOWHERE = tl.constexpr(2147483647)
 @triton.jit
 def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: tl.constexpr):
     forward, reverse, middle, variation, overlap, h_s, h_t, top_s, top_t = sums
-    m_s, _, m_t, _, _ = row
+    m_s, l_s, m_t, l_t, over_t = row
     x_s = read(student_row, position, inside, MASKED, False)
     x_t = read(teacher_row, position, inside, MASKED, False)
+    log_q, _ = softmax(x_s, m_s, l_s, over_t, True)
+    log_p, _ = softmax(x_t, m_t, l_t, over_t, True)
     exponents = both_exponents(x_s, x_t, row, True)
-    y_s, y_t, l_s, l_t = exponents
-    log_q = tl.maximum((y_s - tl.log2(l_s)) * LN2, SMALLEST)
-    log_p = tl.maximum((y_t - tl.log2(l_t)) * LN2, SMALLEST)
     log_ratio, ratio, q, p = paired_softmax(exponents, True, True)
     log_ratio *= LN2
     log_m = log2_of_normal(0.5 + 0.5 * ratio) * LN2

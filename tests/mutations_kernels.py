@@ -85,7 +85,7 @@ SWEEPS = [
     ),
     Mutation(
         "normaliser folded into one number", "kernels/columns.py",
-        "return fma(y, LN2, -log_l), tl.exp2(y) * over_l",
+        "return fma(y, LN2, -log_l), prob",
         "folded = fma(x, over_t, -(m * over_t + log_l))\n"
         "        return folded, tl.exp(folded)",
         f"{DENSE}logits_far_from_zero[triton-SoftCrossEntropy()--30000.0]", interpreter=True,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ..checks import check_arguments
 from ..divergences import Divergence, SoftCrossEntropy
+from ..paths import working_dtype
 
 NEG_INF = float("-inf")
 
@@ -26,11 +27,13 @@ def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
     return torch.where(dead, 0.0, probability * torch.where(dead, 0.0, log))
 
 
-def _log_mixture(weight, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """``log(weight p + (1 - weight) q)``, 0 where both are 0; weight a number or ``[..., 1]``."""
+def log_mixture(weight, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """``log(weight p + (1 - weight) q)``, -inf without a gradient where that is 0; weight a number
+    or a tensor."""
     weight = torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)
     pair = torch.stack([log_p + weight.log(), log_q + torch.log1p(-weight)])
-    return torch.logsumexp(torch.where((pair == NEG_INF).all(0), 0.0, pair), 0)
+    impossible = (pair == NEG_INF).all(0)
+    return torch.logsumexp(pair.masked_fill(impossible, 0.0), 0).masked_fill(impossible, NEG_INF)
 
 
 def values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
@@ -48,16 +51,16 @@ def values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
         return times(q, log_q - log_p)
     if divergence.name == "jensen_shannon":
         (beta,) = parameters
-        log_m = _log_mixture(beta, log_p, log_q)
+        log_m = log_mixture(beta, log_p, log_q)
         return beta * times(p, log_p - log_m) + (1 - beta) * times(q, log_q - log_m)
     if divergence.name == "symmetric_kl":
         forward, reverse = times(p, log_p - log_q), times(q, log_q - log_p)
         (weight,) = parameters
         return (1 - weight) * forward + weight * reverse
     if divergence.name == "skew_forward_kl":
-        return times(p, log_p - _log_mixture(*parameters, log_p, log_q))
+        return times(p, log_p - log_mixture(*parameters, log_p, log_q))
     if divergence.name == "skew_reverse_kl":
-        return times(q, log_q - _log_mixture(*parameters, log_q, log_p))
+        return times(q, log_q - log_mixture(*parameters, log_q, log_p))
     if divergence.name == "total_variation":
         return (q - p).abs() / 2
     if divergence.name == "alpha_beta":
@@ -130,12 +133,6 @@ def divergence_terms(
     log_p = F.log_softmax(teacher / temperature, dim=-1)
     zeros = student_zero, teacher_zero
     return outcome_terms(log_q, log_p, *zeros, divergence, infinities) + poison
-
-
-def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """What is computed in: float32, or float64 where one of the tensors is."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def token_weights(
@@ -235,7 +232,7 @@ def distillation_loss(
         student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
         hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
     )  # fmt: skip
-    dtype = wide_dtype(student_logits, teacher_logits)
+    dtype = working_dtype(student_logits, teacher_logits)
     weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)

@@ -4,7 +4,8 @@ import torch
 
 from ..checks import check_head, check_linear, check_temperature, check_token_ids
 from ..divergences import Divergence, SoftCrossEntropy
-from .dense import LossComponents, distillation_loss, token_weights, wide_dtype
+from ..paths import working_dtype
+from .dense import LossComponents, distillation_loss, token_weights
 from .token import token_log_probs
 
 
@@ -100,7 +101,7 @@ def linear_distillation_loss(
         student_hidden, student_weight, teacher_hidden, teacher_weight, hard_label_weight,
         loss_mask, labels, vocab_size,
     )  # fmt: skip
-    dtype = wide_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     unread = token_weights(student_hidden, dtype, loss_mask, labels, ignore_index) == 0
     student = head_logits(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
@@ -156,7 +157,7 @@ def linear_token_log_probs(
     check_temperature(temperature)
     n_cols = weight.shape[0]
     check_token_ids(token_ids, hidden, n_cols, ignore_index, "hidden")
-    dtype = wide_dtype(hidden, weight)
+    dtype = working_dtype(hidden, weight)
     logits = head_logits(
         hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype
     )

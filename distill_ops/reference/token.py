@@ -1,6 +1,5 @@
 """A token's log-probability, and what on-policy methods need beside it (semantics.md, 12)."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,13 +7,8 @@ import torch.nn.functional as F
 
 from ..checks import check_mixture, check_statistics, check_token_log_probs
 from ..divergences import Divergence, ReverseKL
-from .dense import (
-    NEG_INF,
-    divergence_terms,
-    no_maximum,
-    times,
-    wide_dtype,
-)
+from ..paths import working_dtype
+from .dense import divergence_terms, log_mixture, no_maximum, times
 
 
 class DistillationStatistics(NamedTuple):
@@ -82,7 +76,7 @@ def token_log_probs(
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
     ignored = token_ids == ignore_index
-    log_q = F.log_softmax(_read(logits, ignored, wide_dtype(logits)) / temperature, dim=-1)
+    log_q = F.log_softmax(_read(logits, ignored, working_dtype(logits)) / temperature, dim=-1)
     log_probs = _of_tokens(log_q, token_ids, ignored)
     return (log_probs, _entropy(log_q, ignored)) if return_entropy else log_probs
 
@@ -125,7 +119,7 @@ def distillation_statistics(
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
-    dtype, ignored = wide_dtype(student_logits, teacher_logits), token_ids == ignore_index
+    dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
     student, teacher = (_read(x, ignored, dtype) for x in (student_logits, teacher_logits))
     terms = divergence_terms(student, teacher, divergence, temperature)
     log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
@@ -174,13 +168,9 @@ def mixture_token_log_probs(
     check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
     )
-    dtype, ignored = wide_dtype(student_logits, teacher_logits), token_ids == ignore_index
+    dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
     log_q, log_p = (
         _of_tokens(F.log_softmax(_read(x, ignored, dtype) / temperature, -1), token_ids, ignored)
         for x in (student_logits, teacher_logits)
     )
-    weight = torch.as_tensor(teacher_weight, dtype=dtype, device=log_q.device)
-    pair = torch.stack([log_q + torch.log1p(-weight), log_p + weight.log()])
-    impossible = (pair == NEG_INF).all(0)
-    mixture = torch.logsumexp(pair.masked_fill(impossible, 0.0), 0)
-    return mixture.masked_fill(impossible, -math.inf).masked_fill(ignored, 0.0)
+    return log_mixture(teacher_weight, log_p, log_q).masked_fill(ignored, 0.0)

@@ -6,6 +6,7 @@ import torch
 
 from ..checks import check_topk
 from ..divergences import Divergence, SoftCrossEntropy
+from ..paths import working_dtype
 from .dense import (
     NEG_INF,
     LossComponents,
@@ -13,7 +14,6 @@ from .dense import (
     student_log_probs,
     token_weights,
     weighted_loss,
-    wide_dtype,
 )
 
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
@@ -149,7 +149,7 @@ def topk_distillation_loss(
         student_logits, teacher_log_probs, teacher_ids, tail, divergence, loss_mask, labels,
         ignore_index, hard_label_weight, temperature, reduction, normalizer, vocab_size,
     )  # fmt: skip
-    dtype = wide_dtype(student_logits, teacher_log_probs)
+    dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
