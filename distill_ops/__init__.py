@@ -18,6 +18,7 @@ from .divergences import (
     TotalVariation,
 )
 from .estimators import reverse_kl_estimate
+from .linear import LinearDistillationLoss, linear_distillation_loss
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
 from .reference import LossComponents
@@ -35,6 +36,7 @@ __all__ = [
     "DivergenceReport",
     "ForwardKL",
     "JensenShannon",
+    "LinearDistillationLoss",
     "LossComponents",
     "ReverseKL",
     "SkewForwardKL",
@@ -48,6 +50,7 @@ __all__ = [
     "declare_divergence",
     "distillation_loss",
     "distillation_metrics",
+    "linear_distillation_loss",
     "reference",
     "reverse_kl_estimate",
     "save_teacher_topk",

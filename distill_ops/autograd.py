@@ -9,9 +9,10 @@ from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
 from .paths import device_of
 
 
-def _save_inputs(ctx, inputs, *others) -> None:
-    """Save the operator's tensors for the backward."""
-    *tensors, parameters = inputs[:N_TENSORS]
+def save_inputs(ctx, inputs, *others) -> None:
+    """Save an operator's tensors, of which the last are a list, for the backward."""
+    *tensors, parameters = inputs
+    ctx.n_inputs = len(inputs)
     tensors += parameters
     # the tensors made under inference mode cannot be saved, and cannot change either
     traced = torch.compiler.is_compiling()
@@ -22,11 +23,12 @@ def _save_inputs(ctx, inputs, *others) -> None:
     ctx.save_for_backward(*saved, *others)
 
 
-def _saved_inputs(ctx) -> tuple[tuple, torch.Tensor]:
+def saved_inputs(ctx) -> tuple[tuple, list[torch.Tensor]]:
     """The operator's tensors again, and what was saved beside them."""
-    *tensors, other = ctx.saved_tensors
-    tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
-    return (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :]), other
+    n_saved, n_alone = len(ctx.unsaved), ctx.n_inputs - 1
+    saved, others = ctx.saved_tensors[:n_saved], list(ctx.saved_tensors[n_saved:])
+    tensors = [s if u is None else u for s, u in zip(saved, ctx.unsaved, strict=True)]
+    return (*tensors[:n_alone], tensors[n_alone:]), others
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -40,12 +42,12 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.mode == FORWARD:
         ctx.save_for_backward(kept)
     elif ctx.mode == BACKWARD:
-        _save_inputs(ctx, inputs, kept)
+        save_inputs(ctx, inputs[:N_TENSORS], kept)
     else:
         raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
 
 
-def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
+def scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
     """``gradient *= upstream``, which on a GPU is read there."""
     if gradient.device.type == "cpu":
         factor = upstream.item()
@@ -60,16 +62,16 @@ def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> Non
         gradient.mul_(upstream)
 
 
-def _check_backward(ctx) -> None:
+def check_backward(ctx, function: str = "distillation_loss") -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "distillation_loss has no second derivative: its backward was called with "
-            "create_graph=True (torch.func.grad does that too). Use "
-            "distill_ops.reference.distillation_loss where one is needed."
+            f"{function} has no second derivative: its backward was called with "
+            f"create_graph=True (torch.func.grad does that too). Use "
+            f"distill_ops.reference.{function} where one is needed."
         )
     if ctx.spent:
         raise RuntimeError(
-            "distillation_loss was called with a gradient made in the forward (or inplace=True), "
+            f"{function} was called with a gradient made in the forward (or inplace=True), "
             "which the first backward used up: pass gradient='backward' without inplace to call "
             "backward again (retain_graph=True)"
         )
@@ -78,15 +80,15 @@ def _check_backward(ctx) -> None:
 def _student_gradient(ctx, upstream):
     if upstream is None:
         return None
-    _check_backward(ctx)
+    check_backward(ctx)
     if ctx.mode == BACKWARD:
-        inputs, statistics = _saved_inputs(ctx)
+        inputs, (statistics,) = saved_inputs(ctx)
         return ops.dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
     (gradient,) = ctx.saved_tensors
     if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
         return gradient * upstream
     ctx.spent = True
-    _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+    scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
     return gradient
 
 
@@ -101,22 +103,28 @@ torch.library.register_autograd(
 )
 
 
-def _vmap_loss(info, in_dims, *arguments):
-    """Independent problems, one after the other."""
+def map_in_turn(operator):
+    """``operator`` under vmap: independent problems, one after the other."""
 
     def part(value, dim, i):
         if isinstance(value, list) and isinstance(dim, list):
             return [part(*item, i) for item in zip(value, dim, strict=True)]
         return value if dim is None else value.select(dim, i)
 
-    outputs = [
-        ops.dense_loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
+    def mapped(info, in_dims, *arguments):
+        outputs = [
+            operator(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return mapped
 
 
-torch.library.register_vmap("distill_ops::dense_loss", _vmap_loss, lib=ops.library)
+torch.library.register_vmap(
+    "distill_ops::dense_loss", map_in_turn(ops.dense_loss_op), lib=ops.library
+)
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -147,7 +155,7 @@ class _DenseLossInplace(torch.autograd.Function):
             ctx.save_for_backward(shared[0])
         else:
             loss, components, statistics = ops.dense_loss_op(*shared, BACKWARD, components)
-            _save_inputs(ctx, shared, statistics)
+            save_inputs(ctx, shared[:N_TENSORS], statistics)
         ctx.mark_non_differentiable(components)
         return loss, components
 
@@ -156,10 +164,10 @@ class _DenseLossInplace(torch.autograd.Function):
         others = (None,) * (N_SHARED + 1)
         if upstream is None:
             return None, *others
-        _check_backward(ctx)
+        check_backward(ctx)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if ctx.mode == BACKWARD:
-            inputs, statistics = _saved_inputs(ctx)
+            inputs, (statistics,) = saved_inputs(ctx)
             if traced:  # the compiler plans the memory
                 arguments = (*inputs, *ctx.options, statistics, upstream)
                 return ops.dense_gradient_op(*arguments), *others
@@ -171,25 +179,27 @@ class _DenseLossInplace(torch.autograd.Function):
             return student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
-        _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+        scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
         ops.increment_version(student)
         return gradient, *others
 
 
-def _refuse_transforms(student: torch.Tensor) -> bool:
+def refuse_transforms(*students: torch.Tensor | None, function: str = "distillation_loss") -> bool:
     """Whether a functorch transform is active; those that differentiate are refused."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in students
+    ):
         raise NotImplementedError(
-            "distillation_loss has no forward-mode derivative (forward_ad, torch.func.jvp, "
-            "torch.func.jacfwd): use loss.backward(), or distill_ops.reference.distillation_loss"
+            f"{function} has no forward-mode derivative (forward_ad, torch.func.jvp, "
+            f"torch.func.jacfwd): use loss.backward(), or distill_ops.reference.{function}"
         )
     interpreter = torch._C._functorch.peek_interpreter_stack()
     if interpreter is None:
         return False
     if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
         raise NotImplementedError(
-            "distillation_loss cannot be differentiated by torch.func transforms: use "
-            "loss.backward(), or distill_ops.reference.distillation_loss"
+            f"{function} cannot be differentiated by torch.func transforms: use "
+            f"loss.backward(), or distill_ops.reference.{function}"
         )
     return True
 
@@ -200,7 +210,7 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling():
         return ops.dense_loss_op(*arguments)
     student, teacher, *_ = arguments
-    transformed = _refuse_transforms(student)
+    transformed = refuse_transforms(student)
     plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
     if transformed or not plain or torch._C._len_torch_dispatch_stack():
         return ops.dense_loss_op(*arguments)
@@ -211,6 +221,6 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss whose gradient overwrites the student's logits, which require grad."""
-    if not torch.compiler.is_compiling() and _refuse_transforms(arguments[0]):
+    if not torch.compiler.is_compiling() and refuse_transforms(arguments[0]):
         raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
     return _DenseLossInplace.apply(*arguments)

@@ -6,9 +6,8 @@ from helpers import make_logits, run
 
 pytest.importorskip("triton")
 
-from distill_ops.kernels import reduction
-
 from distill_ops import distillation_loss
+from distill_ops.kernels import reduction
 
 pytestmark = pytest.mark.interpreter
 

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, metrics, reduction
+from ..kernels import dense, head, metrics, reduction
 from ..kernels.launch import DeviceFacts
 
 
@@ -46,6 +46,8 @@ TARGETS = {
 # modules whose kernels are launched, and the kernels
 KERNELS = (
     (dense, "dense_kernel"),
+    (head, "finish_kernel"),
+    (head, "softcap_gradient_kernel"),
     (metrics, "metrics_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
@@ -84,7 +86,7 @@ class _Recorder:
 def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for module in (dense, metrics):
+        for module in (dense, head, metrics):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         for module, name in KERNELS:
             recorder = _Recorder(getattr(module, name), launches)
