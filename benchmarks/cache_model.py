@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from distill_ops.kernels.launch import L2_SHARE
 
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
 from distill_ops.divergences import as_divergence
-from distill_ops.kernels.launch import L2_SHARE
 
 from .chips import Chip
 from .records import Record

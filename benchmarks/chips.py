@@ -7,8 +7,9 @@ launch choices see (``distill_ops.analysis.aot.TARGETS``).
 
 from dataclasses import dataclass
 
-from distill_ops.analysis import aot
 from distill_ops.kernels.launch import DeviceFacts
+
+from distill_ops.analysis import aot
 
 
 @dataclass(frozen=True)

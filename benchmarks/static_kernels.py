@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from distill_ops.kernels import reduction
+from distill_ops.kernels.launch import padded
+from distill_ops.kernels.sweeps import PEELED
 
 from distill_ops.analysis import amd, aot, forms, sass
 from distill_ops.analysis.forms import Counts, Form
 from distill_ops.divergences import BUILT_IN, Divergence
-from distill_ops.kernels import reduction
-from distill_ops.kernels.launch import padded
-from distill_ops.kernels.sweeps import PEELED
 
 TRAIN, ODD, EVEN, EVAL, BACKWARD, HARD = (
     "train", "odd vocabulary", "even vocabulary", "no gradient", "gradient in backward", "hard label",

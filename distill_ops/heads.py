@@ -123,6 +123,10 @@ def _balanced(n_rows: int, most: int) -> int:
     return min(most, -(-even // 128) * 128) if most >= 128 else even
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 def product_dtype(
     hidden: torch.Tensor, weight: torch.Tensor, wide: bool, autocast: torch.dtype | None
 ) -> torch.dtype:
@@ -130,14 +134,14 @@ def product_dtype(
     and round their results, float32."""
     if wide:
         return torch.float64
-    if hidden.device.type == "cpu":
+    if not on_gpu(hidden.device):
         return torch.float32
     return autocast or torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def has_product(out: torch.dtype, operands: torch.dtype, device: torch.device) -> bool:
     """Whether a product of such operands comes in the dtype ``out``."""
-    wider = out == torch.float32 and operands in HALF and device.type != "cpu"
+    wider = out == torch.float32 and operands in HALF and on_gpu(device)
     return out == operands or wider
 
 
@@ -165,7 +169,7 @@ class Projection:
         self.bias = None if head.bias is None else head.bias[:n_cols].contiguous()
         self.upcast = self.scratch = None
         if self.weight.dtype != dtype:
-            if self.device.type != "cpu":
+            if on_gpu(self.device):
                 self.weight = self.weight.to(dtype)
             else:
                 dim = self.weight.shape[1]
@@ -335,7 +339,7 @@ class Engine:
         spare = 0
         if wanted.weight and head.weight.dtype in HALF:
             spare = projection.n_cols * dim * torch.float32.itemsize
-        gpu = projection.device.type != "cpu"
+        gpu = on_gpu(projection.device)
         self.blocks = split(
             projection.selection.n_rows, token_bytes, max(row_bytes, 1),
             memory_budget or (GPU_BUDGET if gpu else CPU_BUDGET), spare, gpu=gpu,

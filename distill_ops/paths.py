@@ -161,7 +161,7 @@ def host_rows(
 def host_reduced(losses, options: Options, over, leading) -> torch.Tensor:
     """Rows' losses ``[..., n]`` reduced over n, which are the tokens ``leading``."""
     if options.reduction == "none":
-        return losses.reshape(*losses.shape[:-1], *leading)
+        return losses.reshape((*losses.shape[:-1], *leading))
     return losses.sum(-1) / over
 
 
@@ -246,7 +246,7 @@ def triton_reduced(losses, components, options: Options, tokens: Tokens, leading
     from .kernels import reduction
 
     if options.reduction == "none":
-        return losses.view(leading), components.view(components.shape[0], *leading)
+        return losses.view(leading), components.view((components.shape[0], *leading))
     return reduction.total(losses, components, tokens.weights, tokens.denominator)
 
 

@@ -93,8 +93,9 @@ def run_tests(tree: Path, tests: list[str], interpreter: bool, *more: str) -> Ou
 
 def pytest_sessionstart(session) -> None:
     """In the copy: refuse to test another copy's code, such as the installed package."""
-    import distill_ops
     from distill_ops.kernels import launch
+
+    import distill_ops
 
     here = session.config.rootpath.resolve()
     for module in (distill_ops, launch):

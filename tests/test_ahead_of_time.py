@@ -10,6 +10,9 @@ from helpers import make_logits
 
 pytest.importorskip("triton")
 
+from distill_ops.kernels import launch, metrics, reduction
+from distill_ops.kernels.layout import row_layouts
+
 from distill_ops import (
     AlphaBeta,
     ForwardKL,
@@ -23,8 +26,6 @@ from distill_ops import (
 )
 from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count
-from distill_ops.kernels import launch, metrics, reduction
-from distill_ops.kernels.layout import row_layouts
 
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
 

@@ -10,13 +10,14 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
+from distill_ops.kernels import dense
+
 from benchmarks.cache_model import PIECES, Cache, missed, n_walks, traffic, traffic_of_record
 from benchmarks.chips import CHIPS, chip_of
 from benchmarks.records import Record
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
 from distill_ops.divergences import as_divergence
-from distill_ops.kernels import dense
 
 H100 = CHIPS["H100"]
 ROW = 1 << 16  # bytes, in the worked cases

@@ -6,12 +6,12 @@ import re
 import declared
 import pytest
 import torch
+from distill_ops.kernels.portable import triton
 from helpers import check, make_logits, moved, run
 
 import distill_ops
 from distill_ops import Divergence, check_divergence, declare_divergence, distillation_loss
 from distill_ops.divergences import BUILT_IN, DIVERGENCES
-from distill_ops.kernels.portable import triton
 from distill_ops.losses import INTERPRETED
 from examples.squared_hellinger import squared_hellinger
 

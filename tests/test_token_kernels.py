@@ -6,8 +6,9 @@ from helpers import make_logits, run
 
 pytest.importorskip("triton")
 
-from distill_ops import distillation_loss
 from distill_ops.kernels import reduction
+
+from distill_ops import distillation_loss
 
 pytestmark = pytest.mark.interpreter
 
