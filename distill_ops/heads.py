@@ -107,20 +107,20 @@ def split(
     n_rows = max(n_rows, 1)
     if not gpu:
         together = n_rows if n_rows * smallest <= budget + spare else budget // smallest
-        return Blocks(*(2 * [_balanced(n_rows, together)]))
+        return Blocks(*(2 * [_balanced(n_rows, together, 1)]))
     rows = max(budget // 8 // row_bytes, min(EFFICIENT_ROWS, budget // 2 // row_bytes), 1)
     rows = _whole(min(rows, n_rows))
     if n_rows * token_bytes + rows * row_bytes <= budget + spare:
         return Blocks(n_rows, rows)
     tokens = _whole((budget - rows * row_bytes) // token_bytes)
-    tokens = _balanced(n_rows, tokens)
+    tokens = _balanced(n_rows, tokens, 128 if tokens >= 128 else 1)
     return Blocks(tokens, min(rows, tokens))
 
 
-def _balanced(n_rows: int, most: int) -> int:
-    """Tokens a block: as few blocks as ``most`` allows, of about equal size."""
+def _balanced(n_rows: int, most: int, unit: int) -> int:
+    """Tokens a block: as few blocks as ``most`` allows, of about equal size, in whole units."""
     even = -(-n_rows // -(-n_rows // most))
-    return min(most, -(-even // 128) * 128) if most >= 128 else even
+    return min(most, -(-even // unit) * unit)
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -70,8 +70,7 @@ def test_blocks_at_real_sizes():
 
 
 def test_blocks_are_of_about_equal_size():
-    assert split(1000, 1, 1, 1400, gpu=False).tokens == 512
-    assert split(100, 1, 1, 140, gpu=False).tokens == 50
+    assert split(1000, 1, 1, 1400, gpu=False).tokens == 500
     tokens = split(1100, 1, 1, 1536, gpu=True).tokens
     assert tokens == 640  # 1100 in two, in whole tiles of 128
 
