@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, metrics, reduction
+from ..kernels import dense, metrics, reduction, token
 from ..kernels.launch import DeviceFacts
 
 
@@ -47,6 +47,7 @@ TARGETS = {
 KERNELS = (
     (dense, "dense_kernel"),
     (metrics, "metrics_kernel"),
+    (token, "token_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),
@@ -84,7 +85,7 @@ class _Recorder:
 def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for module in (dense, metrics):
+        for module in {module for module, _ in KERNELS if hasattr(module, "device_facts")}:
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         for module, name in KERNELS:
             recorder = _Recorder(getattr(module, name), launches)
