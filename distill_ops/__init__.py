@@ -20,9 +20,10 @@ from .divergences import (
 from .estimators import reverse_kl_estimate
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
-from .reference import LossComponents
+from .reference import DistillationStatistics, LossComponents
 from .teacher_dataset import TeacherTopKDataset
 from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
+from .token import distillation_statistics, mixture_token_log_probs, token_log_probs
 from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "AlphaBeta",
     "DistillationLoss",
     "DistillationMetrics",
+    "DistillationStatistics",
     "Divergence",
     "DivergenceReport",
     "ForwardKL",
@@ -48,9 +50,12 @@ __all__ = [
     "declare_divergence",
     "distillation_loss",
     "distillation_metrics",
+    "distillation_statistics",
+    "mixture_token_log_probs",
     "reference",
     "reverse_kl_estimate",
     "save_teacher_topk",
     "set_debug",
     "teacher_topk",
+    "token_log_probs",
 ]

@@ -1,31 +1,29 @@
 """Autograd of the dense loss, and what else watches a call: tracing, transforms, vmap."""
 
 import torch
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from . import ops
+from .differentiation import (
+    refuse_second_derivative,
+    refuse_transforms,
+    save_for_backward,
+    saved_tensors,
+)
 from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
 from .paths import device_of
+
+NAME = "distillation_loss"
 
 
 def _save_inputs(ctx, inputs, *others) -> None:
     """Save the operator's tensors for the backward."""
     *tensors, parameters = inputs[:N_TENSORS]
-    tensors += parameters
-    # the tensors made under inference mode cannot be saved, and cannot change either
-    traced = torch.compiler.is_compiling()
-    ctx.unsaved = [
-        t if not traced and t is not None and t.is_inference() else None for t in tensors
-    ]
-    saved = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
-    ctx.save_for_backward(*saved, *others)
+    save_for_backward(ctx, *tensors, *parameters, *others)
 
 
 def _saved_inputs(ctx) -> tuple[tuple, torch.Tensor]:
     """The operator's tensors again, and what was saved beside them."""
-    *tensors, other = ctx.saved_tensors
-    tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
+    *tensors, other = saved_tensors(ctx)
     return (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :]), other
 
 
@@ -61,12 +59,7 @@ def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> Non
 
 
 def _check_backward(ctx) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "distillation_loss has no second derivative: its backward was called with "
-            "create_graph=True (torch.func.grad does that too). Use "
-            "distill_ops.reference.distillation_loss where one is needed."
-        )
+    refuse_second_derivative(NAME)
     if ctx.spent:
         raise RuntimeError(
             "distillation_loss was called with a gradient made in the forward (or inplace=True), "
@@ -176,31 +169,13 @@ class _DenseLossInplace(torch.autograd.Function):
         return gradient, *others
 
 
-def _refuse_transforms(student: torch.Tensor) -> bool:
-    """Whether a functorch transform is active; those that differentiate are refused."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
-        raise NotImplementedError(
-            "distillation_loss has no forward-mode derivative (forward_ad, torch.func.jvp, "
-            "torch.func.jacfwd): use loss.backward(), or distill_ops.reference.distillation_loss"
-        )
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return False
-    if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
-        raise NotImplementedError(
-            "distillation_loss cannot be differentiated by torch.func transforms: use "
-            "loss.backward(), or distill_ops.reference.distillation_loss"
-        )
-    return True
-
-
 def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator, called directly where nothing watches the dispatcher: on plain tensors, when
     nothing traces, the way through it would be 90 of 235 microseconds on a tiny tensor."""
     if torch.compiler.is_compiling():
         return ops.dense_loss_op(*arguments)
     student, teacher, *_ = arguments
-    transformed = _refuse_transforms(student)
+    transformed = refuse_transforms(NAME, student)
     plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
     if transformed or not plain or torch._C._len_torch_dispatch_stack():
         return ops.dense_loss_op(*arguments)
@@ -211,6 +186,6 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss whose gradient overwrites the student's logits, which require grad."""
-    if not torch.compiler.is_compiling() and _refuse_transforms(arguments[0]):
+    if not torch.compiler.is_compiling() and refuse_transforms(NAME, arguments[0]):
         raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
     return _DenseLossInplace.apply(*arguments)

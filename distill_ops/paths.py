@@ -92,6 +92,17 @@ def host_scales(inputs: Inputs, options: Options):
     return labels, weights, inputs.n_rows if weights is None else weights.sum()
 
 
+def column_parameters(inputs: Inputs, options: Options) -> list[float | torch.Tensor]:
+    """The divergence's parameters as they go with rows of columns: numbers, ``[]`` or ``[N, 1]``."""
+    parameters = []
+    for value in inputs.resolve(options):
+        if isinstance(value, torch.Tensor):
+            value = value.to(inputs.dtype())
+            value = value[:, None] if value.dim() else value
+        parameters.append(value)
+    return parameters
+
+
 def host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
     labels, weights, over = scales
     scale = 1.0 / over if isinstance(over, torch.Tensor) or over != 0 else math.inf
@@ -101,12 +112,7 @@ def host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
     if weights is not None:
         scale = weights[:, None] * scale
     w = options.hard_label_weight
-    parameters = []
-    for value in inputs.resolve(options):
-        if isinstance(value, torch.Tensor):
-            value = value.to(inputs.dtype())
-            value = value[:, None] if value.dim() else value
-        parameters.append(value)
+    parameters = column_parameters(inputs, options)
     terms = Terms(
         options.kind(),
         w > 0,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 # Numbers that the dense kernel keeps of a row for a gradient made in the backward: m_s, l_s, m_t,
 # l_t, D, m_h, l_h, whether the fast loops serve, and weight / denominator.
 STATISTICS = 9
+# ... and that the token kernel keeps: maximum, sum of exponentials, entropy.
+TOKEN_STATISTICS = 3
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ from .sweeps import (
     whole_tiles,
 )
 
-STATISTICS = 3  # of a row for its gradient: m, l and H
-KEPT = tl.constexpr(STATISTICS)
+KEPT = tl.constexpr(launch.TOKEN_STATISTICS)
 NOWHERE = tl.constexpr(2147483647)
 
 
@@ -154,7 +153,7 @@ def token_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     LOGITS_MATCHED: tl.constexpr, GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Forward launch: log-probabilities, entropies (ENTROPY) and, where asked for, STATISTICS
+    """Forward launch: log-probabilities, entropies (ENTROPY) and, where asked for, TOKEN_STATISTICS
     numbers a row. WRITE_GRADIENT: the gradient from them and from both upstream gradients (the
     entropy's only with ENTROPY). A row whose id is ``ignore_index`` is not read: 0 everywhere.
     """
@@ -207,7 +206,7 @@ def run(
     *,
     log_probs: torch.Tensor | None = None,  # [N] float32
     entropies: torch.Tensor | None = None,  # [N] float32
-    statistics: torch.Tensor | None = None,  # [N, STATISTICS] float32
+    statistics: torch.Tensor | None = None,  # [N, TOKEN_STATISTICS]
     gradient: torch.Tensor | None = None,  # like logits, contiguous, or the logits: write it
     upstream: torch.Tensor | None = None,  # [N] float32, of the log-probabilities
     upstream_entropy: torch.Tensor | None = None,  # [N] float32
