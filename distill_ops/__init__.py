@@ -18,6 +18,7 @@ from .divergences import (
     TotalVariation,
 )
 from .estimators import reverse_kl_estimate
+from .linear import LinearDistillationLoss, linear_distillation_loss
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
 from .reference import DistillationStatistics, LossComponents
@@ -37,6 +38,7 @@ __all__ = [
     "DivergenceReport",
     "ForwardKL",
     "JensenShannon",
+    "LinearDistillationLoss",
     "LossComponents",
     "ReverseKL",
     "SkewForwardKL",
@@ -51,6 +53,7 @@ __all__ = [
     "distillation_loss",
     "distillation_metrics",
     "distillation_statistics",
+    "linear_distillation_loss",
     "mixture_token_log_probs",
     "reference",
     "reverse_kl_estimate",

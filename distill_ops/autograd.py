@@ -4,27 +4,14 @@ import torch
 
 from . import ops
 from .differentiation import (
-    refuse_second_derivative,
+    check_backward,
+    map_in_turn,
     refuse_transforms,
-    save_for_backward,
-    saved_tensors,
+    save_inputs,
+    saved_inputs,
+    scale_,
 )
 from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
-from .paths import device_of
-
-NAME = "distillation_loss"
-
-
-def _save_inputs(ctx, inputs, *others) -> None:
-    """Save the operator's tensors for the backward."""
-    *tensors, parameters = inputs[:N_TENSORS]
-    save_for_backward(ctx, *tensors, *parameters, *others)
-
-
-def _saved_inputs(ctx) -> tuple[tuple, torch.Tensor]:
-    """The operator's tensors again, and what was saved beside them."""
-    *tensors, other = saved_tensors(ctx)
-    return (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :]), other
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -38,48 +25,23 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.mode == FORWARD:
         ctx.save_for_backward(kept)
     elif ctx.mode == BACKWARD:
-        _save_inputs(ctx, inputs, kept)
+        save_inputs(ctx, inputs[:N_TENSORS], kept)
     else:
         raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
-
-
-def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
-    """``gradient *= upstream``, which on a GPU is read there."""
-    if gradient.device.type == "cpu":
-        factor = upstream.item()
-        if factor != 1:
-            gradient.mul_(factor)
-    elif backend == "triton" and gradient.is_contiguous():
-        from .kernels import reduction
-
-        with device_of(gradient):
-            reduction.scale_(gradient, upstream)
-    else:
-        gradient.mul_(upstream)
-
-
-def _check_backward(ctx) -> None:
-    refuse_second_derivative(NAME)
-    if ctx.spent:
-        raise RuntimeError(
-            "distillation_loss was called with a gradient made in the forward (or inplace=True), "
-            "which the first backward used up: pass gradient='backward' without inplace to call "
-            "backward again (retain_graph=True)"
-        )
 
 
 def _student_gradient(ctx, upstream):
     if upstream is None:
         return None
-    _check_backward(ctx)
+    check_backward(ctx)
     if ctx.mode == BACKWARD:
-        inputs, statistics = _saved_inputs(ctx)
+        inputs, (statistics,) = saved_inputs(ctx)
         return ops.dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
     (gradient,) = ctx.saved_tensors
     if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
         return gradient * upstream
     ctx.spent = True
-    _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+    scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
     return gradient
 
 
@@ -94,22 +56,9 @@ torch.library.register_autograd(
 )
 
 
-def _vmap_loss(info, in_dims, *arguments):
-    """Independent problems, one after the other."""
-
-    def part(value, dim, i):
-        if isinstance(value, list) and isinstance(dim, list):
-            return [part(*item, i) for item in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, i)
-
-    outputs = [
-        ops.dense_loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
-
-
-torch.library.register_vmap("distill_ops::dense_loss", _vmap_loss, lib=ops.library)
+torch.library.register_vmap(
+    "distill_ops::dense_loss", map_in_turn(ops.dense_loss_op), lib=ops.library
+)
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -140,7 +89,7 @@ class _DenseLossInplace(torch.autograd.Function):
             ctx.save_for_backward(shared[0])
         else:
             loss, components, statistics = ops.dense_loss_op(*shared, BACKWARD, components)
-            _save_inputs(ctx, shared, statistics)
+            save_inputs(ctx, shared[:N_TENSORS], statistics)
         ctx.mark_non_differentiable(components)
         return loss, components
 
@@ -149,10 +98,10 @@ class _DenseLossInplace(torch.autograd.Function):
         others = (None,) * (N_SHARED + 1)
         if upstream is None:
             return None, *others
-        _check_backward(ctx)
+        check_backward(ctx)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if ctx.mode == BACKWARD:
-            inputs, statistics = _saved_inputs(ctx)
+            inputs, (statistics,) = saved_inputs(ctx)
             if traced:  # the compiler plans the memory
                 arguments = (*inputs, *ctx.options, statistics, upstream)
                 return ops.dense_gradient_op(*arguments), *others
@@ -164,7 +113,7 @@ class _DenseLossInplace(torch.autograd.Function):
             return student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
-        _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+        scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
         ops.increment_version(student)
         return gradient, *others
 
@@ -175,7 +124,7 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling():
         return ops.dense_loss_op(*arguments)
     student, teacher, *_ = arguments
-    transformed = refuse_transforms(NAME, student)
+    transformed = refuse_transforms(student)
     plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
     if transformed or not plain or torch._C._len_torch_dispatch_stack():
         return ops.dense_loss_op(*arguments)
@@ -186,6 +135,6 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss whose gradient overwrites the student's logits, which require grad."""
-    if not torch.compiler.is_compiling() and refuse_transforms(NAME, arguments[0]):
+    if not torch.compiler.is_compiling() and refuse_transforms(arguments[0]):
         raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
     return _DenseLossInplace.apply(*arguments)

@@ -145,15 +145,17 @@ def _ids(name: str, ids: torch.Tensor, rows: torch.Tensor, of: str = "student_lo
         raise TypeError(f"{name} must be int64 token ids, got {ids.dtype}")
 
 
-def _parameters(divergence: Divergence, student_logits, loss_mask) -> None:
+def _parameters(
+    divergence: Divergence, student_logits, loss_mask, of: str = "student_logits"
+) -> None:
     """Parameters given as tensors; what a masked token's value is does not matter."""
     for name, value in zip(divergence.__match_args__, divergence.parameters, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
         title = f"{name} of {divergence.name}"
         if value.dim():
-            _per_token(title, value, student_logits)
-        _same_device(title, value, student_logits)
+            _per_token(title, value, student_logits, of)
+        _same_device(title, value, student_logits, of)
         if not _readable(value):
             continue
         domain = divergence.domain(name)
@@ -173,14 +175,16 @@ def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:
     return ~((value > domain.low) & (value < domain.high))
 
 
-def check_normalizer(normalizer, reduction: str, student_logits: torch.Tensor) -> None:
+def check_normalizer(
+    normalizer, reduction: str, student_logits: torch.Tensor, of: str = "student_logits"
+) -> None:
     if reduction != "mean":
         raise ValueError(
             f"normalizer replaces the token count of reduction='mean', got reduction={reduction!r}"
         )
     if isinstance(normalizer, torch.Tensor):
         _constant("normalizer", normalizer, "detach it")
-        _same_device("normalizer", normalizer, student_logits)
+        _same_device("normalizer", normalizer, student_logits, of)
         if normalizer.dim() != 0 or normalizer.is_complex() or normalizer.dtype == torch.bool:
             raise ValueError(
                 f"normalizer must be a number or a real 0-d tensor, "
@@ -301,7 +305,7 @@ def check_arguments(
     if teacher_logits is not None:
         _pair(student_logits, teacher_logits, vocab_size)
     n_cols = _vocabulary(student_logits, teacher_logits, vocab_size)
-    divergence = _options(
+    divergence = check_options(
         student_logits, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
         temperature, reduction, normalizer,
     )  # fmt: skip
@@ -316,7 +320,7 @@ def _teacher_needed(name: str, teacher: torch.Tensor | None, hard_label_weight: 
         )
 
 
-def _options(
+def check_options(
     student_logits: torch.Tensor,
     n_cols: int,
     divergence: Divergence | str,
@@ -327,8 +331,12 @@ def _options(
     temperature: float,
     reduction: str,
     normalizer: float | torch.Tensor | None,
+    of: str = "student_logits",
 ) -> Divergence:
-    """Check the options that every form of the loss takes; returns the routed divergence."""
+    """Check the options that every form of the loss takes; returns the routed divergence.
+
+    ``student_logits`` may be another tensor whose rows are the tokens, which the user calls
+    ``of``."""
     one_of("reduction", reduction, REDUCTIONS)
     divergence = as_divergence(divergence)
     check_temperature(temperature)
@@ -336,20 +344,20 @@ def _options(
     if not 0 <= weight <= 1:
         raise ValueError(f"hard_label_weight must lie in [0, 1], got {hard_label_weight}")
     if loss_mask is not None:
-        _per_token("loss_mask", loss_mask, student_logits)
+        _per_token("loss_mask", loss_mask, student_logits, of)
         _constant("loss_mask", loss_mask, "detach it")
         if loss_mask.is_complex():
             raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
     _ignore_index(ignore_index)
     if weight < 1:
-        _parameters(divergence, student_logits, loss_mask)
+        _parameters(divergence, student_logits, loss_mask, of)
     if labels is not None:
-        _ids("labels", labels, student_logits)
+        _ids("labels", labels, student_logits, of)
         _label_values(labels, loss_mask, ignore_index, n_cols)
     elif weight > 0:
         raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
     if normalizer is not None:
-        check_normalizer(normalizer, reduction, student_logits)
+        check_normalizer(normalizer, reduction, student_logits, of)
     return divergence
 
 
@@ -372,7 +380,7 @@ def check_topk(
     _logits("student_logits", student_logits)
     one_of("tail", tail, TAILS)
     n_cols = _vocabulary(student_logits, None, vocab_size)
-    divergence = _options(
+    divergence = check_options(
         student_logits, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
         temperature, reduction, normalizer,
     )  # fmt: skip
@@ -456,6 +464,11 @@ def check_head(
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
+            raise TypeError(
+                f"{name} is a DTensor, but must be whole: pass {name}.full_tensor(), through which "
+                f"gradients flow back to the shards"
+            )
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -463,7 +476,7 @@ def check_head(
         _same_device(name, tensor, hidden, f"{side}hidden")
         if constant and torch.is_grad_enabled():
             _constant(name, tensor, "detach it")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{side}weight must be [vocab, dim], got shape {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -507,6 +520,40 @@ def check_linear(
             f"to use the first rows of both (heads padded to different widths)"
         )
     return _vocabulary(student_weight.t(), teacher_weight.t(), vocab_size)
+
+
+def check_linear_options(
+    student_hidden: torch.Tensor,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    logits_dtype: torch.dtype,
+    memory_budget: int | None,
+    kept_tokens: int | None,
+) -> None:
+    """Check the options that only the linear form has."""
+    if logits_dtype not in LOGIT_DTYPES:
+        raise ValueError(
+            f"logits_dtype must be torch.float32, bfloat16, float16 or float64, got {logits_dtype}"
+        )
+    if memory_budget is not None:
+        check_integer("memory_budget", memory_budget, 1)
+    if kept_tokens is None:
+        return
+    check_integer("kept_tokens", kept_tokens, 1)
+    given = labels if loss_mask is None else loss_mask
+    if given is None or not _readable(given):
+        return
+    kept = torch.ones_like(given, dtype=torch.bool)
+    if loss_mask is not None:
+        kept &= loss_mask != 0
+    if labels is not None:
+        kept &= labels != ignore_index
+    if kept.sum() > kept_tokens:
+        raise ValueError(
+            f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "
+            f"got {kept.sum().item()} of them"
+        )
 
 
 def check_token_ids(

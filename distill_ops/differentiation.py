@@ -1,56 +1,104 @@
-"""What the differentiable operators share: tensors kept for the backward, and what is refused."""
+"""What the differentiable operators share: tensors kept for the backward, gradients made in the
+forward, vmap, and what is refused."""
 
 import torch
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
+from .paths import device_of
 
-def save_for_backward(ctx, *tensors: torch.Tensor | None) -> None:
-    """``ctx.save_for_backward`` of tensors, those made under inference mode among them: they cannot
-    be saved, and cannot change either."""
+
+def save_inputs(ctx, inputs, *others) -> None:
+    """Save an operator's tensors, of which the last are a list, for the backward."""
+    *tensors, parameters = inputs
+    ctx.n_inputs = len(inputs)
+    tensors += parameters
+    # the tensors made under inference mode cannot be saved, and cannot change either
     traced = torch.compiler.is_compiling()
     ctx.unsaved = [
         t if not traced and t is not None and t.is_inference() else None for t in tensors
     ]
-    saved = (t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True))
-    ctx.save_for_backward(*saved)
+    saved = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
+    ctx.save_for_backward(*saved, *others)
 
 
-def saved_tensors(ctx) -> list[torch.Tensor | None]:
-    """What :func:`save_for_backward` was given."""
-    return [s if u is None else u for s, u in zip(ctx.saved_tensors, ctx.unsaved, strict=True)]
+def saved_inputs(ctx) -> tuple[tuple, list[torch.Tensor]]:
+    """The operator's tensors again, and what was saved beside them."""
+    n_saved, n_alone = len(ctx.unsaved), ctx.n_inputs - 1
+    saved, others = ctx.saved_tensors[:n_saved], list(ctx.saved_tensors[n_saved:])
+    tensors = [s if u is None else u for s, u in zip(saved, ctx.unsaved, strict=True)]
+    return (*tensors[:n_alone], tensors[n_alone:]), others
 
 
-def refuse_second_derivative(name: str) -> None:
+def scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
+    """``gradient *= upstream``, which on a GPU is read there."""
+    if gradient.device.type == "cpu":
+        factor = upstream.item()
+        if factor != 1:
+            gradient.mul_(factor)
+    elif backend == "triton" and gradient.is_contiguous():
+        from .kernels import reduction
+
+        with device_of(gradient):
+            reduction.scale_(gradient, upstream)
+    else:
+        gradient.mul_(upstream)
+
+
+def check_backward(ctx, function: str = "distillation_loss") -> None:
     """For a backward: operators without a formula of their own would leave a wrong one unnoticed.
 
     Raises:
-        RuntimeError: the backward is itself to be differentiated.
+        RuntimeError: it is itself to be differentiated, or its gradient was used up.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} has no second derivative: its backward was called with create_graph=True "
-            f"(torch.func.grad does that too). Use distill_ops.reference.{name} where one is needed."
+            f"{function} has no second derivative: its backward was called with "
+            f"create_graph=True (torch.func.grad does that too). Use "
+            f"distill_ops.reference.{function} where one is needed."
+        )
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"{function} was called with a gradient made in the forward (or inplace=True), "
+            "which the first backward used up: pass gradient='backward' without inplace to call "
+            "backward again (retain_graph=True)"
         )
 
 
-def refuse_transforms(name: str, student: torch.Tensor) -> bool:
-    """Whether a functorch transform is active; those that differentiate are refused.
+def map_in_turn(operator):
+    """``operator`` under vmap: independent problems, one after the other."""
 
-    Raises:
-        NotImplementedError: forward-mode AD, or torch.func.grad and the like, of ``name``.
-    """
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+    def part(value, dim, i):
+        if isinstance(value, list) and isinstance(dim, list):
+            return [part(*item, i) for item in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    def mapped(info, in_dims, *arguments):
+        outputs = [
+            operator(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return mapped
+
+
+def refuse_transforms(*students: torch.Tensor | None, function: str = "distillation_loss") -> bool:
+    """Whether a functorch transform is active; those that differentiate are refused."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in students
+    ):
         raise NotImplementedError(
-            f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, "
-            f"torch.func.jacfwd): use loss.backward(), or distill_ops.reference.{name}"
+            f"{function} has no forward-mode derivative (forward_ad, torch.func.jvp, "
+            f"torch.func.jacfwd): use loss.backward(), or distill_ops.reference.{function}"
         )
     interpreter = torch._C._functorch.peek_interpreter_stack()
     if interpreter is None:
         return False
     if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
         raise NotImplementedError(
-            f"{name} cannot be differentiated by torch.func transforms: use "
-            f"loss.backward(), or distill_ops.reference.{name}"
+            f"{function} cannot be differentiated by torch.func transforms: use "
+            f"loss.backward(), or distill_ops.reference.{function}"
         )
     return True

@@ -15,14 +15,17 @@ from .reference import LossComponents
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
-def use_triton(backend: str, student: torch.Tensor, teacher: torch.Tensor | None) -> bool:
-    """Whether the Triton kernels run; an explicit choice never falls back.
+def use_triton(
+    backend: str, student: torch.Tensor, *others: torch.Tensor | None, of: str = "student_logits"
+) -> bool:
+    """Whether the Triton kernels run; an explicit choice never falls back. ``of`` is what the user
+    calls ``student``.
 
     Raises:
         ValueError: ``backend="triton"`` cannot be had here.
     """
     one_of("backend", backend, BACKENDS)
-    wide = working_dtype(student, teacher) == torch.float64
+    wide = working_dtype(student, *others) == torch.float64
     if backend == "auto":
         return triton is not None and student.is_cuda and not wide
     if backend == "triton":
@@ -33,22 +36,28 @@ def use_triton(backend: str, student: torch.Tensor, teacher: torch.Tensor | None
         if not (student.is_cuda or INTERPRETED):
             raise ValueError(
                 f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before "
-                f"importing distill_ops), got student_logits on {student.device}"
+                f"importing distill_ops), got {of} on {student.device}"
             )
     return backend == "triton"
 
 
-def gradient_mode(gradient: str, student: torch.Tensor, reduction: str) -> str:
-    """When the gradient is made: in the forward, in the backward, or never.
+def gradient_mode(
+    gradient: str, student: torch.Tensor, reduction: str, *others: torch.Tensor | None,
+    products: torch.dtype | None = None,
+) -> str:  # fmt: skip
+    """When the gradient of the student's tensors is made: in the forward, in the backward, or never.
+    ``products``: the dtype in which it is computed, where that is not one of theirs.
 
     Raises:
         ValueError: ``gradient="forward"`` where the gradient cannot be made then.
     """
     one_of("gradient", gradient, GRADIENTS)
+    students = [student, *(x for x in others if x is not None)]
+    float16 = torch.float16 in (products, *(x.dtype for x in students))
     if gradient == "forward":
-        if student.dtype == torch.float16:
+        if float16:
             raise ValueError(
-                "gradient='forward' with float16 logits would underflow (it is made before "
+                "gradient='forward' in float16 would underflow (it is made before "
                 "GradScaler's scale): use gradient='backward' or 'auto'"
             )
         if reduction == "none":
@@ -56,10 +65,10 @@ def gradient_mode(gradient: str, student: torch.Tensor, reduction: str) -> str:
                 "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
                 "gradients are not known before backward: use gradient='backward' or 'auto'"
             )
-    if not (torch.is_grad_enabled() and student.requires_grad):
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         return NO_GRADIENT
     if gradient == "auto":
-        gradient = BACKWARD if reduction == "none" or student.dtype == torch.float16 else FORWARD
+        gradient = BACKWARD if reduction == "none" or float16 else FORWARD
     return gradient
 
 

@@ -16,9 +16,8 @@ from .paths import (
     Inputs,
     Options,
     device_of,
+    host_gradient,
     host_loss,
-    host_run,
-    host_scales,
     triton_gradient,
     triton_loss,
 )
@@ -120,7 +119,7 @@ def _gradient(arguments, gradient: torch.Tensor) -> None:
         with device_of(inputs.student):
             triton_gradient(inputs, options, statistics, upstream, gradient)
     else:
-        host_run(inputs, options, host_scales(inputs, options), upstream, gradient)
+        host_gradient(inputs, options, upstream, gradient)
 
 
 def dense_gradient(student, *others):

@@ -63,17 +63,40 @@ class Inputs(NamedTuple):
     def dtype(self) -> torch.dtype:
         return working_dtype(self.student, self.teacher)
 
-    def resolve(self, options: "Options") -> tuple[float | torch.Tensor, ...]:
-        """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[N]``."""
-        tensors = (t.reshape(-1) if t.dim() else t for t in self.parameters)
-        return tuple(next(tensors) if math.isnan(x) else x for x in options.parameters)
 
+class Tokens(NamedTuple):
+    """What the rows of logits come with, for all of them or one entry a row."""
+
+    labels: torch.Tensor | None  # [n]
+    weights: torch.Tensor | None  # [n]; None: all 1
+    denominator: float | torch.Tensor  # of the reduction, a number or []
+    parameters: tuple[float | torch.Tensor, ...]  # of the divergence: numbers, [] or [n]
+
+    def rows(self, rows: slice | torch.Tensor) -> "Tokens":
+        """Those of some rows: a slice, or their indices."""
+
+        def part(value):
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                return value
+            return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+
+        parameters = tuple(part(value) for value in self.parameters)
+        return Tokens(part(self.labels), part(self.weights), self.denominator, parameters)
+
+
+def resolve(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
+    """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[N]``."""
+    tensors = (t.reshape(-1) if t.dim() else t for t in inputs.parameters)
+    return tuple(next(tensors) if math.isnan(x) else x for x in options.parameters)
+
+
+# Below ``inputs`` are those of any form of the loss: ``loss_mask``, ``labels``, ``normalizer``,
+# ``parameters``, ``n_rows`` and ``dtype()`` are what is used of them.
 
 # --- CPU path ------------------------------------------------------------------------------------
 
 
-def host_scales(inputs: Inputs, options: Options):
-    """Labels and weights ``[N]`` (None: all 1), and the reduction's denominator."""
+def host_tokens(inputs, options: Options) -> Tokens:
     dtype, labels, weights = inputs.dtype(), inputs.labels, None
     if inputs.loss_mask is not None:
         weights = inputs.loss_mask.reshape(-1).to(dtype)
@@ -81,77 +104,89 @@ def host_scales(inputs: Inputs, options: Options):
         labels = labels.reshape(-1)
         kept = labels != options.ignore_index
         weights = kept.to(dtype) if weights is None else weights.masked_fill(~kept, 0.0)
-    if options.reduction != "mean":
-        return labels, weights, 1.0
+    over = 1.0
     if inputs.n_rows == 0 or (weights is not None and not weights.any()):
-        return labels, weights, 1.0  # no token kept: loss 0
-    if inputs.normalizer is not None:
-        return labels, weights, inputs.normalizer.to(dtype)
-    if not math.isnan(options.denominator):
-        return labels, weights, options.denominator
-    return labels, weights, inputs.n_rows if weights is None else weights.sum()
+        pass  # no token kept: loss 0
+    elif inputs.normalizer is not None:
+        over = inputs.normalizer.to(dtype)
+    elif not math.isnan(options.denominator):
+        over = options.denominator
+    elif options.reduction == "mean":
+        over = inputs.n_rows if weights is None else weights.sum()
+    return Tokens(labels, weights, over, resolve(inputs, options))
 
 
-def column_parameters(inputs: Inputs, options: Options) -> list[float | torch.Tensor]:
-    """The divergence's parameters as they go with rows of columns: numbers, ``[]`` or ``[N, 1]``."""
-    parameters = []
-    for value in inputs.resolve(options):
+def column_parameters(
+    parameters: tuple[float | torch.Tensor, ...], dtype: torch.dtype
+) -> list[float | torch.Tensor]:
+    """A divergence's parameters as they go with rows of columns: numbers, ``[]`` or ``[N, 1]``."""
+    found = []
+    for value in parameters:
         if isinstance(value, torch.Tensor):
-            value = value.to(inputs.dtype())
+            value = value.to(dtype)
             value = value[:, None] if value.dim() else value
-        parameters.append(value)
-    return parameters
+        found.append(value)
+    return found
 
 
-def host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
-    labels, weights, over = scales
+def host_rows(
+    options: Options, tokens: Tokens, student, teacher, gradient, dtype, upstream=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weighted losses ``[n]`` of rows of logits, and with a hard label their components ``[2, n]``;
+    fills ``gradient``, that of the reduced loss."""
+    _, weights, over, _ = tokens
     scale = 1.0 / over if isinstance(over, torch.Tensor) or over != 0 else math.inf
     if upstream is not None:
-        upstream = upstream.to(inputs.dtype())
+        upstream = upstream.to(dtype)
         scale = scale * (upstream.reshape(-1, 1) if upstream.dim() else upstream.item())
     if weights is not None:
         scale = weights[:, None] * scale
     w = options.hard_label_weight
-    parameters = column_parameters(inputs, options)
+    parameters = column_parameters(tokens.parameters, dtype)
     terms = Terms(
-        options.kind(),
-        w > 0,
-        options.temperature,
-        options.infinities == "propagate",
-        inputs.dtype(),
+        options.kind(), w > 0, options.temperature, options.infinities == "propagate", dtype
     )
-    return host.dense(
-        terms, inputs.student, inputs.teacher, labels, weights,
+    divergence_loss, hard_loss = host.dense(
+        terms, student, teacher, tokens.labels, weights,
         scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
         parameters, options.n_cols, gradient,
     )  # fmt: skip
 
-
-def host_loss(inputs: Inputs, options: Options, gradient, with_components: bool):
-    scales = host_scales(inputs, options)
-    _, weights, over = scales
-    divergence_loss, hard_loss = host_run(inputs, options, scales, None, gradient)
-
-    def reduced(losses):
-        if weights is not None:
-            losses = torch.where(weights == 0, 0.0, losses * weights)
-        if options.reduction == "none":
-            return losses.reshape(inputs.student.shape[:-1])
-        return losses.sum() / over
+    def weighted(losses):
+        return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
 
     if divergence_loss is not None and options.divergence_scale != 1:
         divergence_loss = divergence_loss * options.divergence_scale
     if hard_loss is None:
-        return reduced(divergence_loss), None
+        return weighted(divergence_loss), None
     if divergence_loss is None:
         loss, divergence_loss = hard_loss, torch.zeros_like(hard_loss)
     else:
-        w = options.hard_label_weight
         loss = (1 - w) * divergence_loss + w * hard_loss
-    components = None
+    return weighted(loss), torch.stack([weighted(divergence_loss), weighted(hard_loss)])
+
+
+def host_reduced(losses, options: Options, over, leading) -> torch.Tensor:
+    """Rows' losses ``[..., n]`` reduced over n, which are the tokens ``leading``."""
+    if options.reduction == "none":
+        return losses.reshape((*losses.shape[:-1], *leading))
+    return losses.sum(-1) / over
+
+
+def host_loss(inputs: Inputs, options: Options, gradient, with_components: bool):
+    tokens = host_tokens(inputs, options)
+    losses, components = host_rows(
+        options, tokens, inputs.student, inputs.teacher, gradient, inputs.dtype()
+    )
+    leading, over = inputs.student.shape[:-1], tokens.denominator
     if with_components:
-        components = torch.stack([reduced(divergence_loss), reduced(hard_loss)])
-    return reduced(loss), components
+        components = host_reduced(components, options, over, leading)
+    return host_reduced(losses, options, over, leading), components
+
+
+def host_gradient(inputs: Inputs, options: Options, upstream, gradient) -> None:
+    tokens = host_tokens(inputs, options)
+    host_rows(options, tokens, inputs.student, inputs.teacher, gradient, inputs.dtype(), upstream)
 
 
 # --- Triton path ---------------------------------------------------------------------------------
@@ -162,13 +197,13 @@ def device_of(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def formula_of(inputs: Inputs, options: Options):
+def formula_of(options: Options, parameters: tuple[float | torch.Tensor, ...]):
     from .kernels.dense import Formula
 
     divergence = options.kind()
     return Formula(
         value_and_slope=None if divergence is None else divergence.value_and_slope,
-        parameters=() if divergence is None else inputs.resolve(options),
+        parameters=() if divergence is None else parameters,
         operands="logs" if divergence is None else divergence.operands,
         moment="none" if divergence is None else divergence.moment,
         drop=divergence is not None and divergence.infinite_at_student_zero,
@@ -184,12 +219,10 @@ def flat(per_token: torch.Tensor | None) -> torch.Tensor | None:
     return None if per_token is None else per_token.reshape(-1).contiguous()
 
 
-def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_components: bool):
-    from .kernels import dense as kernel
+def triton_tokens(inputs, options: Options) -> Tokens:
     from .kernels import reduction
 
-    labels, weights = flat(inputs.labels), None
-    n_rows, new = inputs.n_rows, inputs.student.new_empty
+    labels, weights, n_rows = flat(inputs.labels), None, inputs.n_rows
     over = float(max(n_rows, 1)) if options.reduction == "mean" else 1.0
     if labels is not None or inputs.loss_mask is not None:
         mask = flat(inputs.loss_mask)
@@ -201,26 +234,48 @@ def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_com
         over = options.denominator
     if n_rows == 0:
         over = 1.0  # loss 0, as where no token is kept
+    return Tokens(labels, weights, over, resolve(inputs, options))
+
+
+def triton_rows(options: Options, tokens: Tokens, student, teacher, **outputs) -> None:
+    """Weighted losses of rows of logits, their components, gradient or statistics: those of
+    ``kernels.dense.run`` that are given."""
+    from .kernels import dense as kernel
+
+    kernel.run(
+        formula_of(options, tokens.parameters), student, teacher, tokens.labels, options.n_cols,
+        weights=tokens.weights, denominator=tokens.denominator, **outputs,
+    )  # fmt: skip
+
+
+def triton_reduced(losses, components, options: Options, tokens: Tokens, leading):
+    """Rows' losses ``[n]`` and components ``[2, n]`` (or ``[0]``) reduced over n, which are the
+    tokens ``leading``."""
+    from .kernels import reduction
+
+    if options.reduction == "none":
+        return losses.view(leading), components.view(components.shape[0], *leading)
+    return reduction.total(losses, components, tokens.weights, tokens.denominator)
+
+
+def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_components: bool):
+    tokens = triton_tokens(inputs, options)
+    n_rows, new = inputs.n_rows, inputs.student.new_empty
     losses = new(n_rows, dtype=torch.float32)
     components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
-    kernel.run(
-        formula_of(inputs, options), inputs.student, inputs.teacher, labels, options.n_cols,
+    triton_rows(
+        options, tokens, inputs.student, inputs.teacher,
         gradient=gradient, statistics=statistics, losses=losses, components=components,
-        weights=weights, denominator=over,
     )  # fmt: skip
-    if not with_components:
-        components = components[:0]
-    if options.reduction == "none":
-        shape = inputs.student.shape[:-1]
-        return losses.view(shape), components.view(2, *shape) if with_components else None
-    return reduction.total(losses, components, weights, over)
+    components = components if with_components else components[:0]
+    return triton_reduced(losses, components, options, tokens, inputs.student.shape[:-1])
 
 
 def triton_gradient(inputs: Inputs, options: Options, statistics, upstream, gradient) -> None:
     from .kernels import dense as kernel
 
     kernel.run(
-        formula_of(inputs, options), inputs.student, inputs.teacher, flat(inputs.labels),
-        options.n_cols, gradient=gradient, statistics=statistics,
+        formula_of(options, resolve(inputs, options)), inputs.student, inputs.teacher,
+        flat(inputs.labels), options.n_cols, gradient=gradient, statistics=statistics,
         upstream=upstream.reshape(-1) if upstream.dim() else upstream,
     )  # fmt: skip

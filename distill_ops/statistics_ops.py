@@ -4,10 +4,10 @@ import torch
 
 from . import host, token_host
 from .chunks import Terms
-from .differentiation import refuse_second_derivative, save_for_backward, saved_tensors
+from .differentiation import check_backward, save_inputs, saved_inputs
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .ops import empty_gradient, library
-from .paths import Inputs, Options, column_parameters, device_of, flat, formula_of
+from .paths import Inputs, Options, column_parameters, device_of, flat, formula_of, resolve
 
 OUTPUTS = 5  # divergence, both log-probabilities, both entropies
 
@@ -41,7 +41,7 @@ def _terms(inputs: Inputs, options: Options) -> Terms:
 def _host_outputs(inputs: Inputs, ids: torch.Tensor, options: Options, agreement) -> torch.Tensor:
     student, teacher, dtype = inputs.student, inputs.teacher, inputs.dtype()
     kept = ids != options.ignore_index
-    parameters = column_parameters(inputs, options)
+    parameters = column_parameters(resolve(inputs, options), inputs.dtype())
     divergence, _ = host.dense(
         _terms(inputs, options), student, teacher, None, kept.to(dtype), 1.0, 0.0, parameters,
         options.n_cols, None,
@@ -76,7 +76,7 @@ def distillation_statistics(*arguments):
         statistics = tuple(kept)
         with device_of(inputs.student):
             kernel.run(
-                formula_of(inputs, options), inputs.student, inputs.teacher, ids,
+                formula_of(options, resolve(inputs, options)), inputs.student, inputs.teacher, ids,
                 options.ignore_index, outputs=outputs, agreement=agreement.view(torch.uint8),
                 statistics=statistics if keep else None,
             )  # fmt: skip
@@ -108,14 +108,14 @@ def statistics_gradient(*arguments):
 
         with device_of(inputs.student):
             kernel.run(
-                formula_of(inputs, options), inputs.student, inputs.teacher, ids,
+                formula_of(options, resolve(inputs, options)), inputs.student, inputs.teacher, ids,
                 options.ignore_index, statistics=(statistics, token_statistics),
                 gradient=gradient, upstream=upstream,
             )  # fmt: skip
     else:
         token_host.fill_combined_gradient(
             _terms(inputs, options), inputs.student, inputs.teacher, ids, token_statistics,
-            (upstream[0], upstream[1], upstream[3]), column_parameters(inputs, options),
+            (upstream[0], upstream[1], upstream[3]), column_parameters(resolve(inputs, options), inputs.dtype()),
             options.ignore_index, gradient,
         )  # fmt: skip
     return gradient
@@ -129,7 +129,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     student, teacher, ids, parameters, *ctx.options = shared
     ctx.n_parameters = len(parameters)
-    save_for_backward(ctx, student, teacher, ids, *output[2:], *parameters)
+    save_inputs(ctx, (student, teacher, ids, parameters), *output[2:])
 
 
 def _backward(ctx, upstream, *_):
@@ -137,11 +137,9 @@ def _backward(ctx, upstream, *_):
     others[2] = [None] * ctx.n_parameters  # PyTorch wants an entry for each tensor of the list, too
     if upstream is None:
         return None, *others
-    refuse_second_derivative("distillation_statistics")
-    student, teacher, ids, *statistics = saved_tensors(ctx)
-    statistics, parameters = statistics[:2], statistics[2:]
-    arguments = (student, teacher, ids, parameters, *ctx.options, *statistics, upstream)
-    return statistics_gradient_op(*arguments), *others
+    check_backward(ctx, "distillation_statistics")
+    inputs, statistics = saved_inputs(ctx)
+    return statistics_gradient_op(*inputs, *ctx.options, *statistics, upstream), *others
 
 
 for _name, _function, _fake in [

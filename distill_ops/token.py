@@ -17,7 +17,7 @@ from .token_ops import token_log_probs_op
 
 def _log_probs(name, logits, token_ids, temperature, ignore_index, triton, with_entropy):
     if not torch.compiler.is_compiling():
-        refuse_transforms(name, logits)
+        refuse_transforms(logits, function=name)
     keep = torch.is_grad_enabled() and logits.requires_grad
     log_probs, entropies, _ = token_log_probs_op(
         logits, token_ids, float(temperature), ignore_index, "triton" if triton else "torch",
@@ -134,7 +134,7 @@ def distillation_statistics(
     )
     triton = use_triton(backend, student_logits, teacher_logits)
     if not torch.compiler.is_compiling():
-        refuse_transforms("distillation_statistics", student_logits)
+        refuse_transforms(student_logits, function="distillation_statistics")
     options = Options(
         divergence.name, "none", "drop", "triton" if triton else "torch", float(temperature), 1.0,
         0.0, math.nan, divergence.numbers, student_logits.shape[-1], ignore_index,

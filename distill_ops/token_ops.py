@@ -3,7 +3,7 @@
 import torch
 
 from . import token_host as host
-from .differentiation import refuse_second_derivative, save_for_backward, saved_tensors
+from .differentiation import check_backward, save_inputs, saved_inputs
 from .kernels.launch import TOKEN_STATISTICS
 from .ops import empty_gradient, library
 from .paths import device_of, flat, working_dtype
@@ -94,16 +94,17 @@ def _setup_context(ctx, inputs, output) -> None:
     _, entropies, statistics = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*([] if with_entropy else [entropies]), statistics)
-    save_for_backward(ctx, logits, ids, statistics)
+    save_inputs(ctx, (logits, ids, []), statistics)
 
 
 def _backward(ctx, upstream, upstream_entropy, _):
     others = (None,) * 6
     if upstream is None and upstream_entropy is None:
         return None, *others
-    refuse_second_derivative("token_log_probs")
-    tensors = saved_tensors(ctx)
-    return token_gradient_op(*tensors, upstream, upstream_entropy, *ctx.options), *others
+    check_backward(ctx, "token_log_probs")
+    (logits, ids, _), (statistics,) = saved_inputs(ctx)
+    arguments = (logits, ids, statistics, upstream, upstream_entropy, *ctx.options)
+    return token_gradient_op(*arguments), *others
 
 
 for _name, _function, _fake in [

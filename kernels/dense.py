@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import launch
 from .columns import OPERANDS, PAIR, log_of_sums, log_quotient
-from .layout import Rows, row_layouts
+from .layout import Rows, row_layouts, uniform_rows
 from .math import LN2, LOG2E
 from .sweeps import (
     FORWARD_MOMENT,
@@ -346,7 +346,8 @@ def run(
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
     *,
-    gradient: torch.Tensor | None = None,  # like student, contiguous, or the student: write it
+    gradient: torch.Tensor
+    | None = None,  # [..., V], one stride to its rows; or the student: write it
     statistics: torch.Tensor | None = None,  # [N, STATISTICS]
     losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
     components: torch.Tensor | None = None,  # [2, N]
@@ -372,9 +373,7 @@ def run(
     if n_rows == 0:
         return
     width = student.shape[-1]
-    layouts.append(
-        layouts[0] if gradient is None or inplace else Rows(gradient, 0, n_inner * width, width)
-    )
+    layouts.append(layouts[0] if gradient is None or inplace else uniform_rows(gradient, n_inner))
     ends, matched, budget = plan(layouts, n_cols, width)
     hard = formula.hard_label_weight > 0
     tempered = hard and formula.temperature != 1

@@ -109,3 +109,25 @@ def dense_launch(
 def reduction_block(n_rows: int) -> int:
     """Tokens a step of the single-program kernels: a power of two; 8 a thread at the largest."""
     return min(8192, max(128, 1 << max(0, n_rows - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class HeadLaunch:
+    """``[lanes, 8]`` columns a program, one lane a thread; ``grid`` is columns by rows."""
+
+    lanes: int
+    num_warps: int
+    grid: tuple[int, int]
+
+
+def head_launch(n_rows: int, n_cols: int, device: DeviceFacts) -> HeadLaunch:
+    """Launch of the elementwise kernels over a head's logits.
+
+    256 threads of 8 columns, so that 8 programs fill a multiprocessor's 2048 threads; as many
+    programs as that (a guess: no wave more, and each reads its bias once for many rows)."""
+    lanes = 256
+    across = -(-n_cols // (8 * lanes))
+    resident = device.n_sm * 8
+    return HeadLaunch(
+        lanes, lanes // device.warp_size, (across, max(1, min(n_rows, -(-resident // across))))
+    )

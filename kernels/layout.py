@@ -51,6 +51,22 @@ def _single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | No
     return dims[-1][1] if dims else 0
 
 
+def _based(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Memory that begins at a boundary, and the place of the tensor's first element in it."""
+    start = tensor.storage_offset() % ALIGNMENT
+    if start == 0:
+        return tensor, 0
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - start), start
+
+
+def uniform_rows(tensor: torch.Tensor, n_inner: int) -> Rows:
+    """The rows of a tensor ``[..., V]`` whose rows lie one stride apart, ``n_inner`` to an outer
+    step."""
+    base, start = _based(tensor)
+    stride = tensor.stride(-2) if tensor.dim() > 1 else tensor.shape[-1]
+    return Rows(base, start, n_inner * stride, stride)
+
+
 def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
     """``n_inner`` and the rows of each tensor ``[..., V]``; leading shapes are equal.
 
@@ -73,7 +89,6 @@ def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
         return row_layouts(*(t.contiguous() for t in tensors))
     layouts = []
     for t in tensors:
-        start = t.storage_offset() % ALIGNMENT
-        base = t.as_strided((1,), (1,), t.storage_offset() - start) if start else t
+        base, start = _based(t)
         layouts.append(Rows(base, start, *split_at(t, split)))
     return max(1, math.prod(leading[split:])), layouts

@@ -24,9 +24,9 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     ),
     Mutation(
         "a launch too many", "distill_ops/paths.py",
-        "return reduction.total(losses, components, weights, over)",
-        "reduction.total(losses, components, weights, over)\n"
-        "    return reduction.total(losses, components, weights, over)",
+        "return reduction.total(",
+        "reduction.total(losses, components, tokens.weights, tokens.denominator)\n"
+        "    return reduction.total(",
         f"{NO_SYNC}on_the_host[plain-forward]",
     ),
     Mutation(
@@ -58,7 +58,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     ),
     Mutation(
         "a second backward scales again", "distill_ops/autograd.py",
-        "ctx.spent = True\n    _scale_(", "_scale_(",
+        "ctx.spent = True\n    scale_(", "scale_(",
         f"{DENSE}backward_twice[torch]",
     ),
     Mutation(

@@ -22,7 +22,7 @@ CPU_PATH = [
     ),
     Mutation(
         "host: normalizer ignored", "distill_ops/paths.py",
-        "return labels, weights, inputs.normalizer.to(dtype)", "return labels, weights, weights.sum()",
+        "over = inputs.normalizer.to(dtype)", "over = weights.sum()",
         f"{DISTRIBUTED}[DDP-soft-1]",
     ),
     Mutation(
@@ -43,7 +43,8 @@ CPU_PATH = [
     ),
     Mutation(
         "host: components swapped", "distill_ops/paths.py",
-        "[reduced(divergence_loss), reduced(hard_loss)]", "[reduced(hard_loss), reduced(divergence_loss)]",
+        "[weighted(divergence_loss), weighted(hard_loss)]",
+        "[weighted(hard_loss), weighted(divergence_loss)]",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(

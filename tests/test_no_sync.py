@@ -145,7 +145,7 @@ def fake_calls(monkeypatch, option, mode, **more):
         if mode == ops.BACKWARD:
             ops.dense_gradient(*arguments[: ops.N_SHARED], kept, upstream)
         elif mode == ops.FORWARD:
-            autograd._scale_(kept, upstream, "triton")
+            autograd.scale_(kept, upstream, "triton")
 
     with ComputingOperations() as computing:
         launches = [aot.record(call, FACTS) for call in (forward, backward)]

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, metrics, reduction, statistics, token
+from ..kernels import dense, head, metrics, reduction, statistics, token
 from ..kernels.launch import DeviceFacts
 
 
@@ -46,6 +46,8 @@ TARGETS = {
 # modules whose kernels are launched, and the kernels
 KERNELS = (
     (dense, "dense_kernel"),
+    (head, "finish_kernel"),
+    (head, "softcap_gradient_kernel"),
     (metrics, "metrics_kernel"),
     (token, "token_kernel"),
     (statistics, "statistics_kernel"),
