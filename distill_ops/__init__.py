@@ -23,6 +23,7 @@ from .metrics import DistillationMetrics, distillation_metrics
 from .reference import LossComponents
 from .teacher_dataset import TeacherTopKDataset
 from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
+from .topk import topk_distillation_loss
 from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
@@ -53,4 +54,5 @@ __all__ = [
     "save_teacher_topk",
     "set_debug",
     "teacher_topk",
+    "topk_distillation_loss",
 ]

@@ -1,5 +1,7 @@
 """Autograd of the dense loss, and what else watches a call: tracing, transforms, vmap."""
 
+import functools
+
 import torch
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
@@ -8,10 +10,13 @@ from . import ops
 from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
 from .paths import device_of
 
+NAME = "distillation_loss"
+
 
 def _save_inputs(ctx, inputs, *others) -> None:
     """Save the operator's tensors for the backward."""
-    *tensors, parameters = inputs[:N_TENSORS]
+    *tensors, parameters = inputs
+    ctx.n_single = len(tensors)
     tensors += parameters
     # the tensors made under inference mode cannot be saved, and cannot change either
     traced = torch.compiler.is_compiling()
@@ -26,23 +31,29 @@ def _saved_inputs(ctx) -> tuple[tuple, torch.Tensor]:
     """The operator's tensors again, and what was saved beside them."""
     *tensors, other = ctx.saved_tensors
     tensors = [s if u is None else u for s, u in zip(tensors, ctx.unsaved, strict=True)]
-    return (*tensors[: N_TENSORS - 1], tensors[N_TENSORS - 1 :]), other
+    return (*tensors[: ctx.n_single], tensors[ctx.n_single :]), other
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    keep_for_backward(ctx, inputs, output, N_TENSORS)
+
+
+def keep_for_backward(ctx, inputs, output, n_tensors: int) -> None:
+    """Save what the backward needs of a loss operator's arguments, the first ``n_tensors`` being
+    tensors and the last of these a list, and of its output."""
     _, components, kept = output
+    *options, mode, _ = inputs[n_tensors:]
     ctx.mark_non_differentiable(components, kept)
     ctx.set_materialize_grads(False)
-    ctx.mode = inputs[N_SHARED]
-    ctx.options = inputs[N_TENSORS:N_SHARED]
-    ctx.n_parameters = len(inputs[N_TENSORS - 1])
+    ctx.mode, ctx.options = mode, options
+    ctx.n_parameters = len(inputs[n_tensors - 1])
     ctx.spent = False
     if ctx.mode == FORWARD:
         ctx.save_for_backward(kept)
     elif ctx.mode == BACKWARD:
-        _save_inputs(ctx, inputs, kept)
+        _save_inputs(ctx, inputs[:n_tensors], kept)
     else:
-        raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
+        raise RuntimeError("a loss with gradient='none' got a student that requires grad")
 
 
 def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
@@ -60,40 +71,52 @@ def _scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> Non
         gradient.mul_(upstream)
 
 
-def _check_backward(ctx) -> None:
+def _check_backward(ctx, name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "distillation_loss has no second derivative: its backward was called with "
-            "create_graph=True (torch.func.grad does that too). Use "
-            "distill_ops.reference.distillation_loss where one is needed."
+            f"{name} has no second derivative: its backward was called with "
+            f"create_graph=True (torch.func.grad does that too). Use "
+            f"distill_ops.reference.{name} where one is needed."
         )
     if ctx.spent:
         raise RuntimeError(
-            "distillation_loss was called with a gradient made in the forward (or inplace=True), "
+            f"{name} was called with a gradient made in the forward (or inplace=True), "
             "which the first backward used up: pass gradient='backward' without inplace to call "
             "backward again (retain_graph=True)"
         )
 
 
-def _student_gradient(ctx, upstream):
+def student_gradient(ctx, upstream, gradient_op, name: str):
+    """What the backward of a loss returns for the student's logits."""
     if upstream is None:
         return None
-    _check_backward(ctx)
+    _check_backward(ctx, name)
     if ctx.mode == BACKWARD:
         inputs, statistics = _saved_inputs(ctx)
-        return ops.dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
+        return gradient_op(*inputs, *ctx.options, statistics, upstream)
     (gradient,) = ctx.saved_tensors
     if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
         return gradient * upstream
     ctx.spent = True
-    _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+    _scale_(gradient, upstream, _backend(ctx))
     return gradient
 
 
+def _backend(ctx) -> str:
+    choices, *_ = ctx.options
+    return choices[Options._fields.index("backend")]
+
+
+def no_gradients(ctx, n_tensors: int) -> list[None]:
+    """For the arguments after the student: PyTorch wants an entry for each tensor of the list, too."""
+    others = [None] * (n_tensors + len(ctx.options) + 1)
+    others[n_tensors - 2] = [None] * ctx.n_parameters
+    return others
+
+
 def _backward(ctx, upstream, *_):
-    others = [None] * (N_SHARED + 1)  # PyTorch wants an entry for each tensor of the list, too
-    others[N_TENSORS - 2] = [None] * ctx.n_parameters
-    return _student_gradient(ctx, upstream), *others
+    gradient = student_gradient(ctx, upstream, ops.dense_gradient_op, NAME)
+    return gradient, *no_gradients(ctx, N_TENSORS)
 
 
 torch.library.register_autograd(
@@ -101,8 +124,8 @@ torch.library.register_autograd(
 )
 
 
-def _vmap_loss(info, in_dims, *arguments):
-    """Independent problems, one after the other."""
+def one_by_one(loss_op, info, in_dims, *arguments):
+    """vmap of a loss: independent problems, one after the other."""
 
     def part(value, dim, i):
         if isinstance(value, list) and isinstance(dim, list):
@@ -110,13 +133,15 @@ def _vmap_loss(info, in_dims, *arguments):
         return value if dim is None else value.select(dim, i)
 
     outputs = [
-        ops.dense_loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
+        loss_op(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
 
 
-torch.library.register_vmap("distill_ops::dense_loss", _vmap_loss, lib=ops.library)
+torch.library.register_vmap(
+    "distill_ops::dense_loss", functools.partial(one_by_one, ops.dense_loss_op), lib=ops.library
+)
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -130,7 +155,8 @@ class _DenseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return _student_gradient(ctx, upstream), *(None,) * (N_SHARED + 1)
+        gradient = student_gradient(ctx, upstream, ops.dense_gradient_op, NAME)
+        return gradient, *(None,) * (N_SHARED + 1)
 
 
 class _DenseLossInplace(torch.autograd.Function):
@@ -147,7 +173,7 @@ class _DenseLossInplace(torch.autograd.Function):
             ctx.save_for_backward(shared[0])
         else:
             loss, components, statistics = ops.dense_loss_op(*shared, BACKWARD, components)
-            _save_inputs(ctx, shared, statistics)
+            _save_inputs(ctx, shared[:N_TENSORS], statistics)
         ctx.mark_non_differentiable(components)
         return loss, components
 
@@ -156,7 +182,7 @@ class _DenseLossInplace(torch.autograd.Function):
         others = (None,) * (N_SHARED + 1)
         if upstream is None:
             return None, *others
-        _check_backward(ctx)
+        _check_backward(ctx, NAME)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if ctx.mode == BACKWARD:
             inputs, statistics = _saved_inputs(ctx)
@@ -171,38 +197,46 @@ class _DenseLossInplace(torch.autograd.Function):
             return student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
-        _scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+        _scale_(gradient, upstream, _backend(ctx))
         ops.increment_version(student)
         return gradient, *others
 
 
-def _refuse_transforms(student: torch.Tensor) -> bool:
+def _refuse_transforms(student: torch.Tensor, name: str) -> bool:
     """Whether a functorch transform is active; those that differentiate are refused."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
         raise NotImplementedError(
-            "distillation_loss has no forward-mode derivative (forward_ad, torch.func.jvp, "
-            "torch.func.jacfwd): use loss.backward(), or distill_ops.reference.distillation_loss"
+            f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, "
+            f"torch.func.jacfwd): use loss.backward(), or distill_ops.reference.{name}"
         )
     interpreter = torch._C._functorch.peek_interpreter_stack()
     if interpreter is None:
         return False
     if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
         raise NotImplementedError(
-            "distillation_loss cannot be differentiated by torch.func transforms: use "
-            "loss.backward(), or distill_ops.reference.distillation_loss"
+            f"{name} cannot be differentiated by torch.func transforms: use "
+            f"loss.backward(), or distill_ops.reference.{name}"
         )
     return True
+
+
+def watched(name: str, student: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether something watches the dispatcher: tracing, a transform or a mode, a tensor's class.
+
+    Raises:
+        NotImplementedError: a transform that differentiates.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    transformed = _refuse_transforms(student, name)
+    plain = all(t is None or type(t) is torch.Tensor for t in (student, *others))
+    return transformed or not plain or bool(torch._C._len_torch_dispatch_stack())
 
 
 def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator, called directly where nothing watches the dispatcher: on plain tensors, when
     nothing traces, the way through it would be 90 of 235 microseconds on a tiny tensor."""
-    if torch.compiler.is_compiling():
-        return ops.dense_loss_op(*arguments)
-    student, teacher, *_ = arguments
-    transformed = _refuse_transforms(student)
-    plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
-    if transformed or not plain or torch._C._len_torch_dispatch_stack():
+    if watched(NAME, *arguments[:2]):
         return ops.dense_loss_op(*arguments)
     if arguments[N_SHARED] == NO_GRADIENT:
         return ops.dense_loss(*arguments)
@@ -211,6 +245,6 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss whose gradient overwrites the student's logits, which require grad."""
-    if not torch.compiler.is_compiling() and _refuse_transforms(arguments[0]):
+    if not torch.compiler.is_compiling() and _refuse_transforms(arguments[0], NAME):
         raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
     return _DenseLossInplace.apply(*arguments)

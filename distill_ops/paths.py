@@ -11,6 +11,7 @@ import torch
 from . import host
 from .chunks import Terms
 from .divergences import DIVERGENCES, Divergence
+from .kernels.launch import STATISTICS
 
 
 def working_dtype(*logits: torch.Tensor | None) -> torch.dtype:
@@ -68,6 +69,22 @@ class Inputs(NamedTuple):
         tensors = (t.reshape(-1) if t.dim() else t for t in self.parameters)
         return tuple(next(tensors) if math.isnan(x) else x for x in options.parameters)
 
+    def run_on_host(self, terms: Terms, *arguments):
+        """Losses of the rows on the CPU path, by :func:`host.dense`."""
+        return host.dense(terms, self.student, self.teacher, *arguments)
+
+    def launch(self, options: "Options", labels: torch.Tensor | None, **buffers) -> None:
+        """Launch the kernel that fills the buffers."""
+        from .kernels import dense as kernel
+
+        formula = formula_of(self, options)
+        kernel.run(formula, self.student, self.teacher, labels, options.n_cols, **buffers)
+
+    @property
+    def statistics_shape(self) -> tuple[int, int]:
+        """Of what the kernel keeps for a gradient made in the backward."""
+        return self.n_rows, STATISTICS
+
 
 # --- CPU path ------------------------------------------------------------------------------------
 
@@ -114,8 +131,8 @@ def host_run(inputs: Inputs, options: Options, scales, upstream, gradient):
         options.infinities == "propagate",
         inputs.dtype(),
     )
-    return host.dense(
-        terms, inputs.student, inputs.teacher, labels, weights,
+    return inputs.run_on_host(
+        terms, labels, weights,
         scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
         parameters, options.n_cols, gradient,
     )  # fmt: skip
@@ -179,7 +196,6 @@ def flat(per_token: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_components: bool):
-    from .kernels import dense as kernel
     from .kernels import reduction
 
     labels, weights = flat(inputs.labels), None
@@ -197,10 +213,9 @@ def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_com
         over = 1.0  # loss 0, as where no token is kept
     losses = new(n_rows, dtype=torch.float32)
     components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
-    kernel.run(
-        formula_of(inputs, options), inputs.student, inputs.teacher, labels, options.n_cols,
-        gradient=gradient, statistics=statistics, losses=losses, components=components,
-        weights=weights, denominator=over,
+    inputs.launch(
+        options, labels, gradient=gradient, statistics=statistics, losses=losses,
+        components=components, weights=weights, denominator=over,
     )  # fmt: skip
     if not with_components:
         components = components[:0]
@@ -211,10 +226,7 @@ def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_com
 
 
 def triton_gradient(inputs: Inputs, options: Options, statistics, upstream, gradient) -> None:
-    from .kernels import dense as kernel
-
-    kernel.run(
-        formula_of(inputs, options), inputs.student, inputs.teacher, flat(inputs.labels),
-        options.n_cols, gradient=gradient, statistics=statistics,
+    inputs.launch(
+        options, flat(inputs.labels), gradient=gradient, statistics=statistics,
         upstream=upstream.reshape(-1) if upstream.dim() else upstream,
     )  # fmt: skip

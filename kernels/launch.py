@@ -9,6 +9,10 @@ from dataclasses import dataclass
 # l_t, D, m_h, l_h, whether the fast loops serve, and weight / denominator.
 STATISTICS = 9
 
+# ... and the top-k kernel: of the columns outside the K the maximum, their sum of exponentials at the
+# loss's temperature and at 1, and the sum of their slopes; weight / denominator.
+TOPK_STATISTICS = 5
+
 
 @dataclass(frozen=True)
 class DeviceFacts:
