@@ -25,6 +25,7 @@ from .reference import DistillationStatistics, LossComponents
 from .teacher_dataset import TeacherTopKDataset
 from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
 from .token import distillation_statistics, mixture_token_log_probs, token_log_probs
+from .topk import topk_distillation_loss
 from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
@@ -61,4 +62,5 @@ __all__ = [
     "set_debug",
     "teacher_topk",
     "token_log_probs",
+    "topk_distillation_loss",
 ]

@@ -5,7 +5,8 @@ import torch
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from .paths import device_of
+from .ops import BACKWARD, FORWARD
+from .paths import Options, device_of
 
 
 def save_inputs(ctx, inputs, *others) -> None:
@@ -102,3 +103,62 @@ def refuse_transforms(*students: torch.Tensor | None, function: str = "distillat
             f"loss.backward(), or distill_ops.reference.{function}"
         )
     return True
+
+
+def keep_for_backward(ctx, inputs, output, n_tensors: int) -> None:
+    """Save what the backward needs of a loss operator's arguments, the first ``n_tensors`` being
+    tensors and the last of these a list, and of its output."""
+    _, components, kept = output
+    *options, mode, _ = inputs[n_tensors:]
+    ctx.mark_non_differentiable(components, kept)
+    ctx.set_materialize_grads(False)
+    ctx.mode, ctx.options = mode, options
+    ctx.n_parameters = len(inputs[n_tensors - 1])
+    ctx.spent = False
+    if ctx.mode == FORWARD:
+        ctx.save_for_backward(kept)
+    elif ctx.mode == BACKWARD:
+        save_inputs(ctx, inputs[:n_tensors], kept)
+    else:
+        raise RuntimeError("a loss with gradient='none' got a student that requires grad")
+
+
+def student_gradient(ctx, upstream, gradient_op, name: str):
+    """What the backward of a loss returns for the student's logits."""
+    if upstream is None:
+        return None
+    check_backward(ctx, name)
+    if ctx.mode == BACKWARD:
+        inputs, (statistics,) = saved_inputs(ctx)
+        return gradient_op(*inputs, *ctx.options, statistics, upstream)
+    (gradient,) = ctx.saved_tensors
+    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
+        return gradient * upstream
+    ctx.spent = True
+    scale_(gradient, upstream, backend_of(ctx))
+    return gradient
+
+
+def backend_of(ctx) -> str:
+    choices, *_ = ctx.options
+    return choices[Options._fields.index("backend")]
+
+
+def no_gradients(ctx, n_tensors: int) -> list[None]:
+    """For the arguments after the student: PyTorch wants an entry for each tensor of the list, too."""
+    others = [None] * (n_tensors + len(ctx.options) + 1)
+    others[n_tensors - 2] = [None] * ctx.n_parameters
+    return others
+
+
+def watched(name: str, student: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether something watches the dispatcher: tracing, a transform or a mode, a tensor's class.
+
+    Raises:
+        NotImplementedError: a transform that differentiates.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    transformed = refuse_transforms(student, function=name)
+    plain = all(t is None or type(t) is torch.Tensor for t in (student, *others))
+    return transformed or not plain or bool(torch._C._len_torch_dispatch_stack())

@@ -11,6 +11,10 @@ STATISTICS = 9
 # ... and that the token kernel keeps: maximum, sum of exponentials, entropy.
 TOKEN_STATISTICS = 3
 
+# ... and the top-k kernel: of the columns outside the K the maximum, their sum of exponentials at the
+# loss's temperature and at 1, and the sum of their slopes; weight / denominator.
+TOPK_STATISTICS = 5
+
 
 @dataclass(frozen=True)
 class DeviceFacts:
