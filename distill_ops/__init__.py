@@ -19,6 +19,8 @@ from .divergences import (
 )
 from .estimators import reverse_kl_estimate
 from .linear import LinearDistillationLoss, linear_distillation_loss
+from .linear_token import linear_token_log_probs
+from .linear_topk import linear_topk_distillation_loss
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
 from .reference import DistillationStatistics, LossComponents
@@ -55,6 +57,8 @@ __all__ = [
     "distillation_metrics",
     "distillation_statistics",
     "linear_distillation_loss",
+    "linear_token_log_probs",
+    "linear_topk_distillation_loss",
     "mixture_token_log_probs",
     "reference",
     "reverse_kl_estimate",

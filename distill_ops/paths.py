@@ -78,6 +78,9 @@ class TopKTeacher(NamedTuple):
     ids: torch.Tensor  # [n, K]
     tail: str
 
+    def rows(self, rows: slice) -> "TopKTeacher":
+        return TopKTeacher(self.log_probs[rows], self.ids[rows], self.tail)
+
 
 class Tokens(NamedTuple):
     """What the rows of logits come with, for all of them or one entry a row."""

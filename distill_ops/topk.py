@@ -4,14 +4,12 @@ import math
 
 import torch
 
-from .checks import check_integer, check_topk
+from .checks import check_topk
 from .divergences import Divergence, SoftCrossEntropy
 from .losses import distillation_loss, gradient_mode, use_triton
 from .paths import Options
 from .reference import LossComponents
 from .topk_ops import differentiable_topk_loss, pack
-
-MOST_SLOTS = 1024  # a vector of the kernel holds them and the rest
 
 
 def topk_distillation_loss(
@@ -102,7 +100,6 @@ def topk_distillation_loss(
             vocab_size=vocab_size, gradient=gradient, return_components=return_components,
             backend=backend,
         )  # fmt: skip
-    check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
     mode = gradient_mode(gradient, student_logits, reduction)
     in_tensor = isinstance(normalizer, torch.Tensor)
     temperature = float(temperature)

@@ -23,7 +23,7 @@ from .dense import (
     row_parameters,
     row_statistics,
 )
-from .layout import Rows, row_layouts
+from .layout import row_layouts, uniform_rows
 from .math import LOG2E, from_float32
 from .sweeps import PEELED, fill_zero, read, tile, whole_tiles
 from .token import (
@@ -216,7 +216,7 @@ def run(
     if n_rows == 0:
         return
     n_cols = student.shape[-1]
-    layouts.append(layouts[0] if gradient is None else Rows(gradient, 0, n_inner * n_cols, n_cols))
+    layouts.append(layouts[0] if gradient is None else uniform_rows(gradient, n_inner))
     ends, matched, budget = plan(layouts, n_cols, n_cols)
     sizes = student.element_size(), teacher.element_size()
     choice = launch.dense_launch(

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import launch
 from .dense import device_facts, first_position, plan, row_offset
-from .layout import Rows, row_layouts
+from .layout import row_layouts, uniform_rows
 from .math import INFINITY, LN2, LOG2E, from_float32
 from .sweeps import (
     LOWEST,
@@ -220,7 +220,7 @@ def run(
     if gradient is None or gradient is logits:
         layouts.append(layouts[0])
     else:
-        layouts.append(Rows(gradient, 0, n_inner * n_cols, n_cols))
+        layouts.append(uniform_rows(gradient, n_inner))
     ends, matched, budget = plan(layouts, n_cols, n_cols)
     itemsize = logits.element_size()
     choice = launch.dense_launch(

@@ -27,7 +27,7 @@ from . import launch
 from .columns import OPERANDS as OPERAND_KINDS
 from .columns import SMALLEST, columns
 from .dense import Formula, device_facts, first_position, plan, row_offset, row_parameters
-from .layout import Rows, row_layouts
+from .layout import row_layouts, uniform_rows
 from .math import INFINITY, LOG2E, from_float32
 from .outside import clear, mark, spread, sum_outside, terms_outside, unmark
 from .sweeps import PEELED, fill_zero
@@ -317,9 +317,7 @@ def run(
     if n_rows == 0:
         return
     width = student.shape[-1]
-    layouts.append(
-        layouts[0] if gradient is None or inplace else Rows(gradient, 0, n_inner * width, width)
-    )
+    layouts.append(layouts[0] if gradient is None or inplace else uniform_rows(gradient, n_inner))
     ends, matched, budget = plan(layouts, n_cols, width)
     itemsize = student.element_size()
     choice = launch.dense_launch(
