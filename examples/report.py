@@ -48,7 +48,7 @@ def surroundings() -> dict:
     modules = (torch, transformers, tokenizers, distill_ops)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "examples/distill_text.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
