@@ -29,6 +29,7 @@ from training import Config, LossFunction, Student, options_of, train_in_turn, t
 from transformers import LlamaForCausalLM
 
 import distill_ops
+from distill_ops import LossComponents
 
 TOLERANCE = 1e-3  # largest relative difference of the two losses at any step
 KD_RATIO = 0.5  # share of the distillation term, by MiniLLM's name
@@ -36,7 +37,7 @@ KD_RATIO = 0.5  # share of the distillation term, by MiniLLM's name
 
 def eager_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, batch: Batch
-) -> torch.Tensor:
+) -> LossComponents:
     """MiniLLM's objective as its finetune.py computes it."""
     vocab = student_logits.shape[-1]
     lm_loss = F.cross_entropy(student_logits.float().view(-1, vocab), batch.labels.reshape(-1))
@@ -46,12 +47,13 @@ def eager_loss(
     products = torch.masked_fill(teacher_probs * log_probs, inf_mask, 0)
     per_token = products.sum(dim=-1)
     distil_loss = -(per_token * batch.loss_mask).sum() / batch.loss_mask.sum()
-    return (1 - KD_RATIO) * lm_loss + KD_RATIO * distil_loss
+    loss = (1 - KD_RATIO) * lm_loss + KD_RATIO * distil_loss
+    return LossComponents(loss, distil_loss.detach(), lm_loss.detach())
 
 
 def fused_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, batch: Batch
-) -> torch.Tensor:
+) -> LossComponents:
     """The same in one pass over the logits."""
     return distill_ops.distillation_loss(
         student_logits,
@@ -59,6 +61,7 @@ def fused_loss(
         loss_mask=batch.loss_mask,
         labels=batch.labels,
         hard_label_weight=1 - KD_RATIO,
+        return_components=True,
     )
 
 
@@ -85,7 +88,7 @@ def peak_memory_of_loss(
             before = high_water_mark()
         except (OSError, TypeError):  # no /proc, and on Windows no CDLL(None)
             return None
-        loss_function(leaf, teacher_logits, batch).backward()
+        loss_function(leaf, teacher_logits, batch).loss.backward()
         peak = high_water_mark() - before
     return peak
 

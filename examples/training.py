@@ -15,11 +15,11 @@ from report import console
 from rich.progress import track
 from transformers import LlamaForCausalLM
 
-from distill_ops import TeacherTopK
+from distill_ops import LossComponents, TeacherTopK
 
 Target = torch.Tensor | TeacherTopK  # the teacher's logits [batch, length, vocab], or some of them
 RESULTS = Path(__file__).parent / "results"
-LossFunction = Callable[[torch.Tensor, Target, Batch], torch.Tensor]  # of the student's logits
+LossFunction = Callable[[torch.Tensor, Target, Batch], LossComponents]  # of the student's logits
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Student:
     loss_function: LossFunction
     held_out: dict[int, float] = field(default_factory=dict)  # nats a token, after so many steps
     losses: list[float] = field(default_factory=list)  # nats a token, one a step
+    divergences: list[float] = field(default_factory=list)  # the part of it that is the teacher's
     step_ms: list[float] = field(default_factory=list)
     teacher_ms: list[float] = field(default_factory=list)  # getting what the loss compares with
     loss_ms: list[float] = field(default_factory=list)  # forward, and backward to the logits
@@ -95,7 +96,7 @@ class Student:
         leaf = logits.detach().requires_grad_()
 
         loss_start = time.perf_counter()
-        loss = self.loss_function(leaf, target, batch)
+        loss, divergence, _ = self.loss_function(leaf, target, batch)
         loss.backward()
         loss_end = time.perf_counter()
 
@@ -105,6 +106,7 @@ class Student:
         self.teacher_ms.append((teacher_end - start) * 1e3)
         self.loss_ms.append((loss_end - loss_start) * 1e3)
         self.losses.append(loss.item())
+        self.divergences.append(divergence.item())
 
 
 def train_in_turn(
