@@ -7,7 +7,6 @@ draws the plot again, beside the JSON file.
 
 import json
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -93,8 +92,8 @@ def show(record: dict) -> None:
 def draw_losses(training: Axes, held_out: Axes, record: dict) -> None:
     styles = {LIVE: {"lw": 3.0}, STORED: {"lw": 1.2}}
     labels = {
-        LIVE: f"{LIVE}: over the whole vocabulary",
-        STORED: f"{STORED}: over its top {record['config']['k']} and the rest as one",
+        LIVE: f"{LIVE}: whole vocabulary",
+        STORED: f"{STORED}: top {record['config']['k']} and the rest as one",
     }
     for name, style in styles.items():
         student = record["students"][name]
@@ -115,7 +114,7 @@ def draw_losses(training: Axes, held_out: Axes, record: dict) -> None:
     )  # fmt: skip
     ends = [record["students"][name]["held_out"]["nats"][-1] for name in (LIVE, STORED)]
     held_out.set_title(
-        f"Held out: {ends[0]:.3f} with the {LIVE}, {ends[1]:.3f} with the {STORED}",
+        f"Held-out loss: {ends[0]:.3f} live, {ends[1]:.3f} stored",
         loc="left", fontsize=11,
     )  # fmt: skip
     held_out.set(xlabel="step", ylabel="cross-entropy with the labels\n(nats per token)")
@@ -133,10 +132,14 @@ def draw_step(axes: Axes, record: dict) -> None:
         "loss": [COLOURS[name] for name in names],
         "teacher": TEACHER_COLOUR,
     }
-    titles = {"rest": ["rest", "rest"], "loss": ["loss", "loss"], "teacher": ["teacher", "reading"]}
+    titles = {
+        "rest": ["rest", "rest"],
+        "loss": ["loss", "loss"],
+        "teacher": ["teacher", "reading"],
+    }
     for part, colour in colours.items():
         values = [record["students"][name]["median_ms"][part] for name in names]
-        axes.bar(names, values, width=0.6, bottom=bottom, color=colour)
+        axes.bar(names, values, width=0.75, bottom=bottom, color=colour)
         for i, (value, base) in enumerate(zip(values, bottom, strict=True)):
             text = f"{titles[part][i]} {value:.0f} ms"
             inside = value > 0.05 * whole  # else above the bar: nothing is stacked on a thin one
@@ -149,22 +152,19 @@ def draw_step(axes: Axes, record: dict) -> None:
 
 
 def draw_total(axes: Axes, record: dict) -> None:
-    store_s = record["store"]["seconds"]["total"]
-    for name, begin in ((LIVE, 0.0), (STORED, store_s)):
-        step_s = [ms / 1e3 for ms in record["students"][name]["step_ms"]]
-        axes.plot(list(accumulate(step_s, initial=begin)), color=COLOURS[name], lw=2, label=name)
-    axes.plot([0, 0], [0, store_s], color=TEACHER_COLOUR, lw=4, solid_capstyle="butt")
-    axes.annotate(
-        f"storing: {store_s:.0f} s", (0, store_s / 2), xytext=(8, 0),
-        textcoords="offset points", va="center", fontsize=9, color=GREY,
-    )  # fmt: skip
-    epoch = record["config"]["steps"] / record["config"]["epochs"]
-    for i in range(1, record["config"]["epochs"]):
-        axes.axvline(i * epoch, color=GREY, lw=0.8, ls=":")
-    axes.set(xlabel="step (dotted: an epoch ends)", ylabel="time in all (s)")
+    config, store_s = record["config"], record["store"]["seconds"]["total"]
+    lines = {LIVE: (LIVE, 0.0), STORED: (f"{STORED}, with storing it ({store_s:.0f} s)", store_s)}
+    for name, (label, begin) in lines.items():
+        step_s = record["students"][name]["median_ms"]["step"] / 1e3
+        end = begin + config["steps"] * step_s
+        axes.plot([0, config["steps"]], [begin, end], color=COLOURS[name], lw=2, label=label)
+    for i in range(1, config["epochs"]):
+        axes.axvline(i * config["steps"] / config["epochs"], color=GREY, lw=0.8, ls=":")
+    axes.set(xlabel="step (dotted: an epoch ends)", ylabel="time in all, at median steps (s)")
+    axes.margins(x=0)
     axes.set_ylim(bottom=0)
     axes.set_title(f"Storing {pays_after(record)}", loc="left", fontsize=11)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.05, 1))
+    axes.legend(frameon=False, loc="upper left")
 
 
 def draw_sizes(axes: Axes, record: dict) -> None:
@@ -185,7 +185,7 @@ def draw_sizes(axes: Axes, record: dict) -> None:
 def draw(record: dict, path: Path) -> None:
     """Losses on the left, the time of a step in the middle, time in all and disk on the right."""
     figure = Figure(figsize=(14, 6.6), layout="constrained")
-    grid = figure.add_gridspec(3, 3, width_ratios=[1.9, 1, 1.3], wspace=0.06)
+    grid = figure.add_gridspec(3, 3, width_ratios=[1.8, 1.1, 1.3], wspace=0.08)
     halves = grid[:, 0].subgridspec(2, 1)
     training = figure.add_subplot(halves[0])
     draw_losses(training, figure.add_subplot(halves[1], sharex=training), record)
@@ -204,6 +204,10 @@ def draw(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
+def main() -> None:
     source = Path(sys.argv[1])
     draw(json.loads(source.read_text()), source.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

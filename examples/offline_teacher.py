@@ -9,7 +9,7 @@ with the teacher running in every step (``distill_ops.distillation_loss``): from
 on the same batches, half forward KL and half cross-entropy with the labels. The program fails
 unless
 
-- the held-out losses of the two agree within 1.5%;
+- the held-out losses of the two agree within 2%;
 - the store takes at most 6 bytes an entry and 16 a token, besides 1 KiB a file;
 - the log-probabilities that it gives back are the teacher's, within what float16 allows;
 - before training, the KL from the store is at most the whole one: to merge outcomes lowers a KL.
@@ -43,7 +43,7 @@ import distill_ops
 from distill_ops import LossComponents, TeacherTopK, TeacherTopKDataset
 
 NAME = "offline_teacher"
-HELD_OUT_TOLERANCE = 1.5e-2  # relative difference of the held-out losses
+HELD_OUT_TOLERANCE = 2e-2  # relative difference of the held-out losses
 BYTES_PER_ENTRY, BYTES_PER_TOKEN, BYTES_PER_FILE = 6, 16, 1024  # at most
 
 
@@ -51,7 +51,7 @@ BYTES_PER_ENTRY, BYTES_PER_TOKEN, BYTES_PER_FILE = 6, 16, 1024  # at most
 class OfflineConfig(Config):
     """The store's sizes beside the models'."""
 
-    epochs: int = 2  # how often a student sees what was stored
+    epochs: int = 4  # how often a student sees what was stored
     k: int = 64
     temperature: float = 1.0
     # K tokens say nothing of how the rest of the vocabulary is shared out, and this small teacher
@@ -215,7 +215,6 @@ def record_of(student: Student) -> dict:
             "loss": median(student.loss_ms),
             "rest": median(rest_ms),
         },
-        "step_ms": student.step_ms,
         "held_out": {"steps": [*student.held_out], "nats": [*student.held_out.values()]},
         "forward_kl": student.divergences,
         "losses": student.losses,

@@ -1,4 +1,4 @@
-"""What a result of ``distill_text.py`` is kept with, and its table and plot.
+"""What the examples' results are kept with, and the table and plot of ``distill_text.py``.
 
     python examples/report.py examples/results/distill_text.json
 
