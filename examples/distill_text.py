@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from corpus import Batch, Corpus, load_corpus
 from models import logits_of
 from report import EAGER, OURS, console, draw, relative_differences, show, surroundings
-from training import Config, LossFunction, Student, options_of, train_in_turn, train_teacher
+from training import (
+    Config,
+    LossFunction,
+    Student,
+    config_from,
+    options_of,
+    train_in_turn,
+    train_teacher,
+)
 from transformers import LlamaForCausalLM
 
 import distill_ops
@@ -167,7 +175,7 @@ def run(config: Config) -> dict:
 
 def main() -> None:
     options = options_of(__doc__, "distill_text", teacher_steps=320, steps=200)
-    config, out = Config(options.teacher_steps, options.steps, options.seed), options.out
+    config, out = config_from(options), options.out
     record = run(config)
     (out / "distill_text.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(record, out / "distill_text.png")

@@ -36,14 +36,16 @@ from models import logits_of
 from offline_report import LIVE, STORED, draw, show
 from report import console, surroundings
 from rich.progress import track
-from training import Config, Student, options_of, train_in_turn, train_teacher
+from training import Config, Student, config_from, options_of, train_in_turn, train_teacher
 from transformers import LlamaForCausalLM
 
 import distill_ops
 from distill_ops import LossComponents, TeacherTopK, TeacherTopKDataset
 
 NAME = "offline_teacher"
-HELD_OUT_TOLERANCE = 2e-2  # relative difference of the held-out losses
+# Relative difference of the held-out losses. A student without a teacher ends more than 3% above the
+# one with the live teacher, and one whose stored rows are off by a token 5%.
+HELD_OUT_TOLERANCE = 2e-2
 BYTES_PER_ENTRY, BYTES_PER_TOKEN, BYTES_PER_FILE = 6, 16, 1024  # at most
 
 
@@ -296,7 +298,7 @@ def run(config: OfflineConfig) -> dict:
 
 def main() -> None:
     options = options_of(__doc__, NAME, teacher_steps=320, steps=200)
-    config, out = OfflineConfig(options.teacher_steps, options.steps, options.seed), options.out
+    config, out = config_from(options, OfflineConfig), options.out
 
     record = run(config)
     (out / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Config:
     teacher_steps: int
     steps: int
     seed: int
+    held_out_batches: int
     vocab_size: int = 16384
     length: int = 128
     batch_size: int = 8
@@ -40,7 +41,6 @@ class Config:
     # Two losses round differently, and training amplifies it: with noise of 1e-7 in the gradient the
     # curves part by up to 1e-3 at a rate of 3e-3 and by 2e-6 at 1e-3, so the check needs the latter.
     student_learning_rate: float = 1e-3
-    held_out_batches: int = 8
 
 
 def train_teacher(corpus: Corpus, config: Config) -> tuple[LlamaForCausalLM, dict[str, float]]:
@@ -135,7 +135,7 @@ def train_in_turn(
 def options_of(
     description: str, name: str, *, teacher_steps: int, steps: int
 ) -> argparse.Namespace:
-    """The command line: ``--steps`` and ``--teacher-steps`` are 12 with ``--quick``; ``out`` exists."""
+    """The command line, and what follows from it; the folder ``out`` exists."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,16 +148,22 @@ def options_of(
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="12 steps of each, under a minute, by default written to a temporary folder",
+        help="12 steps of each and less held-out text, under a minute; by default written to a "
+        "temporary folder",
     )
     options = parser.parse_args()
     if options.quick:
         teacher_steps = steps = 12
     options.teacher_steps = options.teacher_steps or teacher_steps
     options.steps = options.steps or steps
+    options.held_out_batches = 2 if options.quick else 8
     options.out = options.out or (Path(tempfile.mkdtemp(f"_{name}")) if options.quick else RESULTS)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
+
+
+def config_from(options: argparse.Namespace, kind: type[Config] = Config) -> Config:
+    return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if f.name in options})
 
 
 def positive(text: str) -> int:
