@@ -107,20 +107,24 @@ def split(
     n_rows = max(n_rows, 1)
     if not gpu:
         together = n_rows if n_rows * smallest <= budget + spare else budget // smallest
-        return Blocks(*(2 * [_balanced(n_rows, together)]))
+        return Blocks(*(2 * [_balanced(n_rows, together, 1)]))
     rows = max(budget // 8 // row_bytes, min(EFFICIENT_ROWS, budget // 2 // row_bytes), 1)
     rows = _whole(min(rows, n_rows))
     if n_rows * token_bytes + rows * row_bytes <= budget + spare:
         return Blocks(n_rows, rows)
     tokens = _whole((budget - rows * row_bytes) // token_bytes)
-    tokens = _balanced(n_rows, tokens)
+    tokens = _balanced(n_rows, tokens, 128 if tokens >= 128 else 1)
     return Blocks(tokens, min(rows, tokens))
 
 
-def _balanced(n_rows: int, most: int) -> int:
-    """Tokens a block: as few blocks as ``most`` allows, of about equal size."""
+def _balanced(n_rows: int, most: int, unit: int) -> int:
+    """Tokens a block: as few blocks as ``most`` allows, of about equal size, in whole units."""
     even = -(-n_rows // -(-n_rows // most))
-    return min(most, -(-even // 128) * 128) if most >= 128 else even
+    return min(most, -(-even // unit) * unit)
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def product_dtype(
@@ -130,14 +134,14 @@ def product_dtype(
     and round their results, float32."""
     if wide:
         return torch.float64
-    if hidden.device.type == "cpu":
+    if not on_gpu(hidden.device):
         return torch.float32
     return autocast or torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def has_product(out: torch.dtype, operands: torch.dtype, device: torch.device) -> bool:
     """Whether a product of such operands comes in the dtype ``out``."""
-    wider = out == torch.float32 and operands in HALF and device.type != "cpu"
+    wider = out == torch.float32 and operands in HALF and on_gpu(device)
     return out == operands or wider
 
 
@@ -165,7 +169,7 @@ class Projection:
         self.bias = None if head.bias is None else head.bias[:n_cols].contiguous()
         self.upcast = self.scratch = None
         if self.weight.dtype != dtype:
-            if self.device.type != "cpu":
+            if on_gpu(self.device):
                 self.weight = self.weight.to(dtype)
             else:
                 dim = self.weight.shape[1]
@@ -335,7 +339,7 @@ class Engine:
         spare = 0
         if wanted.weight and head.weight.dtype in HALF:
             spare = projection.n_cols * dim * torch.float32.itemsize
-        gpu = projection.device.type != "cpu"
+        gpu = on_gpu(projection.device)
         self.blocks = split(
             projection.selection.n_rows, token_bytes, max(row_bytes, 1),
             memory_budget or (GPU_BUDGET if gpu else CPU_BUDGET), spare, gpu=gpu,

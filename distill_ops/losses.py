@@ -57,7 +57,7 @@ def gradient_mode(
     if gradient == "forward":
         if float16:
             raise ValueError(
-                "gradient='forward' in float16 would underflow (it is made before "
+                "gradient='forward' with float16 would underflow (it is made before "
                 "GradScaler's scale): use gradient='backward' or 'auto'"
             )
         if reduction == "none":

@@ -291,7 +291,7 @@ def triton_reduced(losses, components, options: Options, tokens: Tokens, leading
     from .kernels import reduction
 
     if options.reduction == "none":
-        return losses.view(leading), components.view(components.shape[0], *leading)
+        return losses.view(leading), components.view((components.shape[0], *leading))
     return reduction.total(losses, components, tokens.weights, tokens.denominator)
 
 
