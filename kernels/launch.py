@@ -110,6 +110,14 @@ def dense_launch(
     )
 
 
+def topk_unroll(block_k: int, lanes: int, own_hard: bool) -> int:
+    """Tiles a turn of the top-k kernel's loops.
+
+    Four of one tensor are as many loads in flight as the dense kernel's two of two. Beside a hard
+    label's own sums, or several slots a thread, they spilled 8 to 32 bytes (sm_100)."""
+    return 2 if own_hard or block_k > 2 * lanes else 4
+
+
 def reduction_block(n_rows: int) -> int:
     """Tokens a step of the single-program kernels: a power of two; 8 a thread at the largest."""
     return min(8192, max(128, 1 << max(0, n_rows - 1).bit_length()))

@@ -15,10 +15,6 @@ from .columns import columns
 from .math import INFINITY, LOG2E, from_float32
 from .sweeps import combine_lanes, read, rescale, tile, whole_tiles
 
-# Tiles a turn of the loops, of one tensor: as many loads in flight as the dense kernel's two of two
-UNROLL = tl.constexpr(4)
-
-
 @triton.jit
 def clear(words, n_words, LANES: tl.constexpr):
     """Zero a program's region of the bitmap, whatever it holds."""
@@ -74,7 +70,7 @@ def sum_tile(
 @triton.jit
 def sum_outside(
     student_row, bitmap, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-    REST: tl.constexpr, OWN_HARD: tl.constexpr,
+    REST: tl.constexpr, OWN_HARD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Maximum of the columns outside, 0 where none is finite; their sums of exponentials relative to
     it, at the loss's temperature (REST) and at temperature 1 (OWN_HARD), 0 where there is none."""
@@ -181,7 +177,7 @@ def spread(
     student_row, gradient_row, lead, n_cols, c, factors, row, scales, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, DROP: tl.constexpr, SHARED: tl.constexpr,
     EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    WIDTH: tl.constexpr, ENDS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Write a row's gradient as if no column were marked, walking against the sweep before: what it
     is there comes over it.

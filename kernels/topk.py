@@ -135,7 +135,8 @@ def topk_kernel(
     EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    ENDS: tl.constexpr, STUDENT_MATCHED: tl.constexpr, GRADIENT_MATCHED: tl.constexpr,
+    ENDS: tl.constexpr, UNROLL: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
+    GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
     """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
     without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
@@ -200,7 +201,7 @@ def topk_kernel(
             if SWEPT:
                 mark(words, position, used)
                 m_r, l_r, l_h = sum_outside(
-                    student, bitmap, lead, n_cols, c, LANES, WIDTH, ENDS, REST, OWN_HARD
+                    student, bitmap, lead, n_cols, c, LANES, WIDTH, ENDS, REST, OWN_HARD, UNROLL
                 )
                 if HARD and not OWN_HARD:
                     l_h = l_r
@@ -262,7 +263,7 @@ def topk_kernel(
                     student, gradient, lead, n_cols, c, (m_r, factor, m_h, hard_factor),
                     (m, row_l, one * 0.0, one, over_t), (scale, hard_scale, total_slope, lead + label),
                     row_values, VALUE_AND_SLOPE, OPERANDS, DROP, SHARED, EACH, HARD, OWN_HARD,
-                    LANES, WIDTH, ENDS,
+                    LANES, WIDTH, ENDS, UNROLL,
                 )  # fmt: skip
                 tl.debug_barrier()
                 if HARD and not EACH:  # the label's entry, where it is none of the K
@@ -326,6 +327,7 @@ def run(
     hard = formula.hard_label_weight > 0
     rest = tail == "bucket" or not formula.restrict
     own_hard = hard and (formula.temperature != 1 or not rest)
+    block_k = triton.next_power_of_2(k + 1)
     student_rows, gradient_rows = layouts
     filler = student  # stands for a pointer that the kernel's form does not read
     words, n_words = filler, 0
@@ -375,10 +377,11 @@ def run(
         WRITE_LOSS=losses is not None,
         WRITE_STATISTICS=losses is not None and statistics is not None,
         WRITE_GRADIENT=gradient is not None,
-        BLOCK_K=triton.next_power_of_2(k + 1),
+        BLOCK_K=block_k,
         LANES=choice.lanes,
         WIDTH=choice.width,
         ENDS=ends.value,
+        UNROLL=launch.topk_unroll(block_k, choice.lanes, own_hard),
         STUDENT_MATCHED=matched[0],
         GRADIENT_MATCHED=matched[1],
         **choice.options(),
