@@ -57,7 +57,9 @@ def test_one_float64_tensor_makes_all_of_it_float64(which):
     pair = make_pair(bias=True)
     pair = pair._replace(**{which: getattr(pair, which).double()})
     result = run(linear_distillation_loss, pair, divergence="forward_kl", **CAPPED)
-    wide = run(linear_distillation_loss, pair.map(torch.Tensor.double), divergence="forward_kl", **CAPPED)
+    wide = run(
+        linear_distillation_loss, pair.map(torch.Tensor.double), divergence="forward_kl", **CAPPED
+    )
     assert result.loss.dtype == torch.float64
     torch.testing.assert_close(result.loss, wide.loss, rtol=1e-14, atol=0)
     for name, gradient in result.gradients.items():
@@ -110,7 +112,11 @@ def test_views(backend, device):
     pair = make_pair((2, 4), bias=True, device=device)
     leaves = pair.trained(("student_hidden", "student_weight"))
     transposed = pair.student_weight.t().contiguous().t().requires_grad_()
-    options = {"student_bias": leaves.student_bias, "teacher_bias": leaves.teacher_bias, "backend": backend}
+    options = {
+        "student_bias": leaves.student_bias,
+        "teacher_bias": leaves.teacher_bias,
+        "backend": backend,
+    }
     loss = linear_distillation_loss(
         leaves.student_hidden[:, :-1], transposed, leaves.teacher_hidden[:, 1:], leaves.teacher_weight, **options
     )  # fmt: skip
@@ -178,7 +184,9 @@ def test_no_kept_token(options, reduction, backend, device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_token_at_all(reduction, backend, device):
     pair = make_pair((0, 3), bias=True, device=device)
-    ours = run(linear_distillation_loss, pair, reduction=reduction, backend=backend, normalizer=None)
+    ours = run(
+        linear_distillation_loss, pair, reduction=reduction, backend=backend, normalizer=None
+    )
     assert ours.loss.shape == ((0, 3) if reduction == "none" else ())
     assert ours.loss.sum() == 0
     assert ours.gradients["student_hidden"].shape == (0, 3, 16)
@@ -205,7 +213,9 @@ def test_too_many_kept_tokens(backend, device, monkeypatch):
 def count_products(monkeypatch):
     calls = []
     original = heads.multiply
-    monkeypatch.setattr(heads, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k)))
+    monkeypatch.setattr(
+        heads, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))
+    )
     return calls
 
 
@@ -239,10 +249,14 @@ def test_only_wanted_gradients_are_made(names, backend, device, monkeypatch):
 def test_no_products_of_a_teacher_that_has_no_share(backend, device, monkeypatch):
     pair, calls = make_pair(device=device), count_products(monkeypatch)
     labels = LABELS.to(device)
-    ours = run(linear_distillation_loss, pair, labels=labels, hard_label_weight=1.0, backend=backend)
+    ours = run(
+        linear_distillation_loss, pair, labels=labels, hard_label_weight=1.0, backend=backend
+    )
     assert len(calls) == 3
     alone = pair._replace(teacher_hidden=None, teacher_weight=None)
-    expected = run(linear_distillation_loss, alone, labels=labels, hard_label_weight=1.0, backend=backend)
+    expected = run(
+        linear_distillation_loss, alone, labels=labels, hard_label_weight=1.0, backend=backend
+    )
     assert torch.equal(ours.loss, expected.loss)
 
 
@@ -266,7 +280,9 @@ def test_both_gradient_modes_give_the_same_bits(masked, factor, backend, device)
 
 def test_without_a_gradient_the_loss_is_the_same(backend, device):
     pair = make_pair(bias=True, device=device)
-    expected = run(linear_distillation_loss, pair, divergence="jensen_shannon", backend=backend).loss
+    expected = run(
+        linear_distillation_loss, pair, divergence="jensen_shannon", backend=backend
+    ).loss
     leaves = pair.trained(pair.student)
     with torch.no_grad():
         loss = linear_distillation_loss(
@@ -284,7 +300,9 @@ def test_backward_twice(mode, backend, device):
     loss.backward(retain_graph=True)
     once = leaves.student_hidden.grad.clone()
     if mode == "forward":
-        with pytest.raises(RuntimeError, match="linear_distillation_loss was .* gradient='backward'"):
+        with pytest.raises(
+            RuntimeError, match="linear_distillation_loss was .* gradient='backward'"
+        ):
             loss.backward()
     else:
         loss.backward()
@@ -331,7 +349,9 @@ def test_accumulation_over_micro_batches_equals_one_batch(normalizer, backend, d
         part = pair._replace(
             student_hidden=pair.student_hidden[rows], teacher_hidden=pair.teacher_hidden[rows]
         )
-        total += run(linear_distillation_loss, part, upstream_seed=None, **options).gradients["student_weight"]
+        total += run(linear_distillation_loss, part, upstream_seed=None, **options).gradients[
+            "student_weight"
+        ]
     torch.testing.assert_close(total, whole.gradients["student_weight"], rtol=1e-5, atol=1e-7)
 
 
