@@ -34,16 +34,35 @@ def _chunks(
         first = end
 
 
-def log_softmax(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    logits = logits.to(dtype)
-    if temperature < 1:  # the maximum goes first: the division could overflow
-        logits = logits - logits.amax(-1, keepdim=True)
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+class _Buffers:
+    """Two matrices that every chunk uses anew: of fresh ones most of the cost is page faults."""
+
+    def __init__(self, n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device):
+        size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, torch.get_num_threads())
+        self.pair = [torch.empty(size, n_cols, dtype=dtype, device=device) for _ in range(2)]
+
+    def __call__(self, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = self.pair
+        return first[:n_rows], second[:n_rows]
 
 
-def entropy_of(log_q: torch.Tensor) -> torch.Tensor:
-    """``-sum(q log q)`` of each row, a probability of 0 making 0."""
-    return row_sums(log_q.clamp(min=LOWEST).mul_(log_q.exp())).neg_()
+def log_softmax(
+    logits: torch.Tensor, temperature: float, work: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Of ``logits / temperature``, written to ``out``."""
+    if temperature != 1 or logits.dtype != work.dtype:
+        logits = work.copy_(logits)
+        if temperature < 1:  # the maximum goes first: the division could overflow
+            logits.sub_(logits.amax(-1, keepdim=True))
+        if temperature != 1:
+            logits.div_(temperature)
+    return torch.log_softmax(logits, -1, out=out)
+
+
+def entropy_of(log_q: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
+    """``-sum(q log q)`` of each row, a probability of 0 making 0. ``log_q`` is used up."""
+    q = torch.exp(log_q, out=work)
+    return row_sums(q.mul_(log_q.clamp_(min=LOWEST))).neg_()
 
 
 def log_probs(
@@ -57,11 +76,14 @@ def log_probs(
     """Log-probabilities ``[N]`` and entropies ``[N]``."""
     found = torch.zeros(ids.numel(), dtype=dtype, device=logits.device)
     entropies = torch.zeros_like(found) if with_entropy else None
+    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
     for places, (matrix,), rows in _chunks(ids, ignore_index, dtype, logits):
-        log_q = log_softmax(matrix[rows], temperature, dtype)
+        chunk = matrix[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
         found[places] = log_q.gather(-1, ids[places, None]).squeeze(-1)
         if with_entropy:
-            entropies[places] = entropy_of(log_q)
+            entropies[places] = entropy_of(log_q, work)
     return found, entropies
 
 
@@ -72,16 +94,17 @@ def write_gradient(
     entropies: torch.Tensor | None,  # [n]
     upstream_entropy: torch.Tensor | None,  # [n]
     temperature: float,
+    out: torch.Tensor,  # [n, V] of the same dtype
 ) -> torch.Tensor:
     """``(g (1[j = id] - q_j) - h q_j (log q_j + H)) / T`` of a chunk of rows."""
-    q = log_q.exp()
+    q = torch.exp(log_q, out=out)
     if upstream_entropy is None:
-        gradient = q.mul_(-upstream[:, None])
+        gradient = q.mul_((upstream / -temperature)[:, None])
     else:
-        factor = log_q.clamp_(min=LOWEST).add_(entropies[:, None]).mul_(upstream_entropy[:, None])
-        gradient = factor.add_(upstream[:, None]).mul_(q).neg_()
-    gradient.scatter_add_(-1, ids[:, None], upstream[:, None])
-    return gradient if temperature == 1 else gradient.div_(temperature)
+        factor = log_q.clamp_(min=LOWEST).mul_((upstream_entropy / -temperature)[:, None])
+        rest = torch.addcmul(upstream, upstream_entropy, entropies).div_(-temperature)
+        gradient = q.mul_(factor.add_(rest[:, None]))
+    return gradient.scatter_add_(-1, ids[:, None], (upstream / temperature)[:, None])
 
 
 def fill_gradient(
@@ -96,14 +119,18 @@ def fill_gradient(
 ) -> None:
     """Write the gradient of all rows, 0 where the token is ignored."""
     dtype = upstream.dtype
+    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
     for places, (matrix, out), rows in _chunks(ids, ignore_index, dtype, logits, gradient):
         of_entropy = (None, None)
         if upstream_entropy is not None:
             of_entropy = entropies[places], upstream_entropy[places]
-        out[rows] = write_gradient(
-            log_softmax(matrix[rows], temperature, dtype), ids[places], upstream[places],
-            *of_entropy, temperature,
-        ).to(out.dtype)  # fmt: skip
+        chunk = matrix[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
+        target = out[rows] if isinstance(rows, slice) and out.dtype == dtype else work
+        write_gradient(log_q, ids[places], upstream[places], *of_entropy, temperature, target)
+        if target is work:
+            out[rows] = work.to(out.dtype)
     _zero_ignored(ids, ignore_index, gradient)
 
 
@@ -131,20 +158,25 @@ def fill_combined_gradient(
 ) -> None:
     """Write the gradient of all three, 0 where the token is ignored."""
     temperature, dtype, n_cols = terms.temperature, terms.dtype, student.shape[-1]
+    buffers = _Buffers(ids.numel(), n_cols, dtype, student.device)
+    part = torch.empty_like(buffers.pair[0])
     for places, (logits, of_teacher, out), rows in _chunks(
         ids, ignore_index, dtype, student, teacher, gradient
     ):
         of_divergence, of_log_prob, of_entropy = (x[places] for x in upstreams)
-        log_q = log_softmax(logits[rows], temperature, dtype)
+        chunk = logits[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
         total = write_gradient(
-            log_q, ids[places], of_log_prob, entropies[places], of_entropy, temperature
+            log_q, ids[places], of_log_prob, entropies[places], of_entropy, temperature, work
         )
         if of_divergence.any():
-            part = torch.empty_like(total)
+            of_terms = part[: len(chunk)]
             host.dense(
-                terms, logits[rows], of_teacher[rows], None, of_divergence,
-                of_divergence[:, None] / temperature, 0.0, _of_rows(parameters, places), n_cols, part,
+                terms, chunk, of_teacher[rows], None, of_divergence,
+                of_divergence[:, None] / temperature, 0.0, _of_rows(parameters, places), n_cols,
+                of_terms,
             )  # fmt: skip
-            total += part
+            total += of_terms
         out[rows] = total.to(out.dtype)
     _zero_ignored(ids, ignore_index, gradient)
