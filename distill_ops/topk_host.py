@@ -128,7 +128,8 @@ class Chunk:
         self.q = log_q.exp()
         if self.each:  # the columns outside come one by one
             zero[:, -1] = True
-            self.log_sum = torch.logsumexp(y, -1, keepdim=True)
+            of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
+            self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
         self.poison = torch.where(
             self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan

@@ -53,7 +53,9 @@ BYTES_PER_ENTRY, BYTES_PER_TOKEN, BYTES_PER_FILE = 6, 16, 1024  # at most
 class OfflineConfig(Config):
     """The store's sizes beside the models'."""
 
-    epochs: int = 4  # how often a student sees what was stored
+    # How often a student sees what was stored. On half as many windows, seen twice as often, the store's
+    # student falls back further: 2.2% instead of 1.3% in the held-out loss.
+    epochs: int = 2
     k: int = 64
     temperature: float = 1.0
     # K tokens say nothing of how the rest of the vocabulary is shared out, and this small teacher

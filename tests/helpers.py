@@ -146,11 +146,11 @@ def topk_of(teacher, k, temperature=1.0):
 
 
 def topk_condition(student, log_p, ids, options) -> float:
-    """As :func:`condition`, of the K and the rest together, which what the K alone cost is below."""
+    """As :func:`condition`, of the K and the rest as outcomes."""
     n_cols, temperature = options.get("vocab_size"), options.get("temperature", 1.0)
     log_q = torch.log_softmax(student.detach().double()[..., :n_cols] / temperature, -1)
     used = ids >= 0
-    columns = ids.long().clamp(min=0)
+    columns = ids.long().clamp(0, log_q.shape[-1] - 1)  # a masked token's may be anything
     q = log_q.gather(-1, columns).masked_fill(~used, -math.inf)
     p = log_p.double().masked_fill(~used, -math.inf)
     pairs = []

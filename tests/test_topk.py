@@ -40,24 +40,32 @@ def make_topk(shape, k, temperature=1.0, seed=0, dtype=torch.float32, device="cp
     return student, *topk_of(teacher.float(), k, temperature)
 
 
-# K: one; some, with unused slots; all columns (no rest)
 @by_tail
 @by_name
-@pytest.mark.parametrize("k", [1, 5, 21])
-def test_value_and_gradient(divergence, tail, k, backend, device):
-    inputs = make_topk((3, 21), k, device=device)
+def test_value_and_gradient(divergence, tail, backend, device):
+    inputs = make_topk((3, 21), 5, device=device)
+    check_topk(*inputs, divergence=divergence, tail=tail, backend=backend)
+
+
+@by_tail
+@pytest.mark.parametrize("k", [1, 21])  # the latter all columns: no rest
+@pytest.mark.parametrize("divergence", SOME, ids=str)
+def test_one_slot_and_all(divergence, k, tail, backend, device):
+    inputs = make_topk((2, 21), k, device=device)
     check_topk(*inputs, divergence=divergence, tail=tail, backend=backend)
 
 
 SHARED = {name: x for name, x in OPTIONS.items() if "infinities" not in x}
 
 
-@pytest.mark.parametrize("option", SHARED)
-@pytest.mark.parametrize(
-    ("divergence", "tail"),
-    [(SOME[0], "bucket"), (SOME[1], "ignore"), (SOME[2], "renormalize"), (SOME[2], "bucket")],
-    ids=str,
-)
+# those that meet other code in the rows' other ways
+MIXED = ("low_temperature", "float_mask_none", "hard_temperature", "hard_backward", "hard_none")
+CASES = [(SOME[0], "bucket", name) for name in SHARED]
+CASES += [(SOME[1], "ignore", name) for name in MIXED]
+CASES += [(SOME[2], "renormalize", name) for name in MIXED]
+
+
+@pytest.mark.parametrize(("divergence", "tail", "option"), CASES, ids=str)
 def test_options(divergence, tail, option, backend, device):
     options = moved(SHARED[option], device)
     if "ignore_index" in options:
@@ -74,36 +82,34 @@ def test_options(divergence, tail, option, backend, device):
     assert (ours.gradient[..., n_cols:] == 0).all()
 
 
-@by_tail
-@pytest.mark.parametrize("hard", [{}, {"hard_label_weight": 0.4}], ids=["soft", "hard"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
 @pytest.mark.parametrize("divergence", SOME, ids=str)
-def test_labels_inside_and_outside_the_k(divergence, hard, tail, backend, device):
+def test_labels_inside_and_outside_the_k(divergence, tail, temperature, backend, device):
     student, log_p, ids = make_topk((4, 40), 6, device=device)
     labels = torch.stack([ids[0, 2], ids[1, 5], ids[2, 0], ids[3, 1]])
     outside = [next(c for c in range(40) if c not in row) for row in ids.tolist()]
     labels[1::2] = torch.tensor(outside, device=device)[1::2]
-    for temperature in (1.0, 2.0):
-        check_topk(
-            student, log_p, ids, divergence=divergence, tail=tail, labels=labels,
-            temperature=temperature, backend=backend, **hard,
-        )  # fmt: skip
+    check_topk(
+        student, log_p, ids, divergence=divergence, tail=tail, labels=labels,
+        hard_label_weight=0.4, temperature=temperature, backend=backend,
+    )  # fmt: skip
 
 
 # V: less than a vector; one tile and a tail; several tiles and a tail, odd; whole tiles
 @pytest.mark.parametrize("n_cols", [7, 1031, 4099, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("divergence", SOME, ids=str)
+@pytest.mark.parametrize("divergence", SOME[::2], ids=str)
 def test_shapes_and_dtypes(divergence, dtype, n_cols, backend, device):
-    student, log_p, ids = make_topk((3, n_cols), 6, dtype=dtype, seed=n_cols, device=device)
+    student, log_p, ids = make_topk((2, n_cols), 6, dtype=dtype, seed=n_cols, device=device)
     check_topk(student, log_p, ids, divergence=divergence, tail="ignore", backend=backend)
 
 
-@pytest.mark.parametrize("k", [63, 64, 200, 1024])
+@pytest.mark.parametrize("k", [63, 64, 1024])
 def test_many_slots(k, backend, device):
     student, log_p, ids = make_topk((2, 2500), k, dtype=torch.bfloat16, device=device)
     ids[0, ::3] = -1
-    for tail in ("bucket", "ignore"):
-        check_topk(student, log_p, ids, divergence="skew_reverse_kl", tail=tail, backend=backend)
+    check_topk(student, log_p, ids, divergence="skew_reverse_kl", backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -128,8 +134,8 @@ def test_float64(divergence, tail):
     torch.testing.assert_close(ours.gradient, truth.gradient, rtol=1e-11, atol=1e-15)
 
 
-@by_tail
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("divergence", SOME, ids=str)
 def test_all_columns_are_the_dense_loss(divergence, tail, backend, device):
     student, teacher = make_logits((3, 17), device=device)
     log_p, ids = topk_of(teacher, 17)
@@ -142,16 +148,15 @@ def test_all_columns_are_the_dense_loss(divergence, tail, backend, device):
     torch.testing.assert_close(ours.gradient, dense.gradient, rtol=0, atol=floor)
 
 
-@pytest.mark.parametrize("n_cols", [24, 37])
+@pytest.mark.parametrize(("n_cols", "gradient"), [(24, "forward"), (37, "backward")])
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides(n_cols, view, backend, device):
-    student, log_p, ids = make_topk((2, 6, n_cols), 5, device=device)
+def test_strides(n_cols, gradient, view, backend, device):
+    student, log_p, ids = make_topk((2, 6, n_cols), 3, device=device)
     if view == "strided_columns":
         student = VIEWS[view](student)
     else:
         student, log_p, ids = (VIEWS[view](x) for x in (student, log_p, ids))
-    for gradient in ("forward", "backward"):
-        check_topk(student, log_p, ids, gradient=gradient, backend=backend)
+    check_topk(student, log_p, ids, gradient=gradient, backend=backend)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 1, 3), (0,), (2, 0)], ids=str)
@@ -162,8 +167,7 @@ def test_leading_shapes(leading, reduction, backend, device):
     assert ours.gradient.shape == inputs[0].shape
 
 
-@pytest.mark.parametrize("shape", [(), TOKENS], ids=["scalar", "per token"])
-@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize(("shape", "tail"), [((), "bucket"), (TOKENS, "ignore")], ids=str)
 @pytest.mark.parametrize("kind", [JensenShannon, SymmetricKL, SkewReverseKL, declared.renyi_like])
 def test_parameters_as_tensors(kind, tail, shape, backend, device):
     values = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
@@ -195,13 +199,14 @@ def test_components(reduction, weight, backend, device):
         assert_close(name, mine.detach(), theirs.detach(), true.detach())
 
 
-@by_tail
-@pytest.mark.parametrize("divergence", SOME, ids=str)
+@pytest.mark.parametrize(
+    ("divergence", "tail"), zip(SOME, ("bucket", "ignore", "renormalize"), strict=True), ids=str
+)
 @pytest.mark.parametrize("hard", [{}, {"hard_label_weight": 0.4}], ids=["soft", "hard"])
 def test_both_gradient_modes_give_the_same_bits(divergence, tail, hard, backend, device):
-    student, log_p, ids = make_topk((4, 513), 7, dtype=torch.bfloat16, device=device)
+    student, log_p, ids = make_topk((4, 129), 7, dtype=torch.bfloat16, device=device)
     options = {"divergence": divergence, "tail": tail, "teacher_ids": ids, "backend": backend}
-    options |= {"labels": torch.tensor([3, 9, -100, 400], device=device), **hard}
+    options |= {"labels": torch.tensor([3, 9, -100, 120], device=device), **hard}
     forward, backward = (
         run(topk_distillation_loss, student, log_p, upstream_seed=None, gradient=mode, **options)
         for mode in ("forward", "backward")
@@ -231,7 +236,7 @@ def test_chunks_of_the_cpu_path(elements, monkeypatch):
 
 
 def test_same_bits_every_time(backend, device):
-    student, log_p, ids = make_topk((5, 3001), 9, dtype=torch.bfloat16, device=device)
+    student, log_p, ids = make_topk((3, 1001), 9, dtype=torch.bfloat16, device=device)
     results = [
         run(topk_distillation_loss, student.clone(), log_p, teacher_ids=ids, backend=backend)
         for _ in range(3)
