@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, head, metrics, reduction, statistics, token
+from ..kernels import dense, head, metrics, reduction, statistics, token, topk
 from ..kernels.launch import DeviceFacts
 
 
@@ -51,6 +51,7 @@ KERNELS = (
     (metrics, "metrics_kernel"),
     (token, "token_kernel"),
     (statistics, "statistics_kernel"),
+    (topk, "topk_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),

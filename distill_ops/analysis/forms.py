@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops, statistics_ops, token_ops
+from .. import ops, statistics_ops, token_ops, topk_ops
 from ..divergences import Divergence
 from ..kernels import dense
 from ..paths import Options
@@ -102,6 +102,29 @@ def statistics_launches(
         statistics_ops.statistics_gradient(*shared, *statistics, torch.empty_like(outputs))
 
     return aot.record(call, target.facts)
+
+
+def topk_launches(
+    divergence: Divergence,
+    n_cols: int,
+    k: int,
+    dtype: torch.dtype,
+    target: aot.Target,
+    *,
+    tail: str = "bucket",
+    n_rows: int = 4096,
+) -> list[aot.Launch]:
+    """The top-k kernel's launch for one forward that makes the gradient."""
+    options = Options(
+        divergence.name, "mean", "drop", "triton", 1.0, 1.0, 0.0, math.nan, divergence.numbers,
+        n_cols, -100,
+    )  # fmt: skip
+    arguments = (
+        _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32),
+        None, None, None, divergence.tensors, *topk_ops.pack(options, tail),
+    )  # fmt: skip
+    recorded = aot.record(lambda: topk_ops.topk_loss(*arguments, "forward", False), target.facts)
+    return [x for x in recorded if x.kernel.fn.__name__ == "topk_kernel"]
 
 
 @dataclass(frozen=True)
