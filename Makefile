@@ -32,4 +32,7 @@ check: setup
 example: setup
 	$(RUN) examples/distill_text.py
 
-.PHONY: setup bench test static accuracy mutants check example
+example-offline: setup
+	$(RUN) examples/offline_teacher.py
+
+.PHONY: setup bench test static accuracy mutants check example example-offline

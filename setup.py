@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "distill_ops/__init__.py").
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 BENCH = ["rich>=13", "matplotlib>=3.8"]
-EXAMPLES = ["transformers>=4.50", "tokenizers>=0.21", "matplotlib>=3.8"]
+EXAMPLES = ["transformers>=4.50", "tokenizers>=0.21", "matplotlib>=3.8", "rich>=13"]
 
 setup(
     name="distill_ops",

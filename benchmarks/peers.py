@@ -14,7 +14,7 @@ class Skipped(Exception):
     """A provider does not take a case; the message says why."""
 
 
-def _imported(module: str, package: str) -> ModuleType:
+def imported(module: str, package: str) -> ModuleType:
     try:
         return import_module(module)
     except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise the second
@@ -33,7 +33,7 @@ def _beta(case: Case) -> float:
 
 def liger(case: Case, device: torch.device) -> Callable:
     """LigerKLDIVLoss and LigerJSD take log-probabilities: making them is part of the price."""
-    transformers = _imported("liger_kernel.transformers", "liger_kernel")
+    transformers = imported("liger_kernel.transformers", "liger_kernel")
     beta = _beta(case)
     if device.type != "cuda":
         raise Skipped("its kernels need a GPU")
@@ -51,7 +51,7 @@ def liger(case: Case, device: torch.device) -> Callable:
 
 def trl(case: Case, device: torch.device) -> Callable:
     """GKD's loss; "batchmean" of ``[tokens, vocab]`` logits is the mean over tokens."""
-    function = _imported("trl.experimental.gkd", "trl").GKDTrainer.generalized_jsd_loss
+    function = imported("trl.experimental.gkd", "trl").GKDTrainer.generalized_jsd_loss
     beta = _beta(case)
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ WAYS = {OURS: "forward", OURS_BACKWARD: "backward", OURS_INPLACE: "in place"}
 NOT_PEERS = (EAGER, "native", COMPILE, *WAYS)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], n_names: int) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], n_names: int) -> list[str]:
     """``n_names`` columns of names, the others of numbers."""
     alignment = ["---"] * n_names + ["---:"] * (len(header) - n_names)
     return ["| " + " | ".join(row) + " |" for row in (header, alignment, *rows)]
@@ -83,7 +83,7 @@ def _gradient_lines(cases: Iterable[Sequence[Record]]) -> list[str]:
         *(f"kept MiB, {way}" for way in WAYS.values()),
     ]
     return [
-        *_table(header, rows, n_names=1),
+        *markdown_table(header, rows, n_names=1),
         "",
         "The three ways to hold the gradient: made in the forward in a buffer of its own (the "
         'default), `gradient="backward"`, `inplace=True`. Peak: above the inputs, the gradient '
@@ -123,7 +123,7 @@ def markdown(records: Sequence[Record], facts: dict[str, object]) -> str:
         "peak MiB, ours",
     ]
     lines = [
-        *_table(header, (_row(group, providers) for group in cases.values()), n_names=2),
+        *markdown_table(header, (_row(group, providers) for group in cases.values()), n_names=2),
         "",
         f"Forward + backward, medians of {min(rounds)} or more rounds in which "
         "every provider runs once; memory above the inputs, gradient included; “of a copy”: reading "
@@ -137,16 +137,16 @@ def markdown(records: Sequence[Record], facts: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def replace_marked(text: str, new: str) -> str:
+def replace_marked(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """Put ``new`` between the markers.
 
     Raises:
         ValueError: the text does not hold the two markers, once and in this order.
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or not pattern.search(text):
-        raise ValueError(f"expected {BEGIN} and, after it, {END}, once each")
-    return pattern.sub(lambda _: f"{BEGIN}\n{new}\n{END}", text)
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not pattern.search(text):
+        raise ValueError(f"expected {begin} and, after it, {end}, once each")
+    return pattern.sub(lambda _: f"{begin}\n{new}\n{end}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

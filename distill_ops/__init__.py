@@ -19,11 +19,15 @@ from .divergences import (
 )
 from .estimators import reverse_kl_estimate
 from .linear import LinearDistillationLoss, linear_distillation_loss
+from .linear_token import linear_token_log_probs
+from .linear_topk import linear_topk_distillation_loss
 from .losses import DistillationLoss, distillation_loss
 from .metrics import DistillationMetrics, distillation_metrics
-from .reference import LossComponents
+from .reference import DistillationStatistics, LossComponents
 from .teacher_dataset import TeacherTopKDataset
 from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
+from .token import distillation_statistics, mixture_token_log_probs, token_log_probs
+from .topk import topk_distillation_loss
 from .verify import DivergenceReport, check_divergence
 
 __version__ = "0.1.0"
@@ -32,6 +36,7 @@ __all__ = [
     "AlphaBeta",
     "DistillationLoss",
     "DistillationMetrics",
+    "DistillationStatistics",
     "Divergence",
     "DivergenceReport",
     "ForwardKL",
@@ -50,10 +55,16 @@ __all__ = [
     "declare_divergence",
     "distillation_loss",
     "distillation_metrics",
+    "distillation_statistics",
     "linear_distillation_loss",
+    "linear_token_log_probs",
+    "linear_topk_distillation_loss",
+    "mixture_token_log_probs",
     "reference",
     "reverse_kl_estimate",
     "save_teacher_topk",
     "set_debug",
     "teacher_topk",
+    "token_log_probs",
+    "topk_distillation_loss",
 ]

@@ -1,125 +1,38 @@
 """Autograd of the dense loss, and what else watches a call: tracing, transforms, vmap."""
 
 import torch
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from . import ops
-from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT, Options
-from .paths import device_of
+from .differentiation import (
+    backend_of,
+    check_backward,
+    keep_for_backward,
+    map_in_turn,
+    no_gradients,
+    refuse_transforms,
+    save_inputs,
+    saved_inputs,
+    scale_,
+    student_gradient,
+    watched,
+)
+from .ops import BACKWARD, FORWARD, N_SHARED, N_TENSORS, NO_GRADIENT
 
-
-def save_inputs(ctx, inputs, *others) -> None:
-    """Save an operator's tensors, of which the last are a list, for the backward."""
-    *tensors, parameters = inputs
-    ctx.n_inputs = len(inputs)
-    tensors += parameters
-    # the tensors made under inference mode cannot be saved, and cannot change either
-    traced = torch.compiler.is_compiling()
-    ctx.unsaved = [
-        t if not traced and t is not None and t.is_inference() else None for t in tensors
-    ]
-    saved = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
-    ctx.save_for_backward(*saved, *others)
-
-
-def saved_inputs(ctx) -> tuple[tuple, list[torch.Tensor]]:
-    """The operator's tensors again, and what was saved beside them."""
-    n_saved, n_alone = len(ctx.unsaved), ctx.n_inputs - 1
-    saved, others = ctx.saved_tensors[:n_saved], list(ctx.saved_tensors[n_saved:])
-    tensors = [s if u is None else u for s, u in zip(saved, ctx.unsaved, strict=True)]
-    return (*tensors[:n_alone], tensors[n_alone:]), others
+NAME = "distillation_loss"
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, components, kept = output
-    ctx.mark_non_differentiable(components, kept)
-    ctx.set_materialize_grads(False)
-    ctx.mode = inputs[N_SHARED]
-    ctx.options = inputs[N_TENSORS:N_SHARED]
-    ctx.n_parameters = len(inputs[N_TENSORS - 1])
-    ctx.spent = False
-    if ctx.mode == FORWARD:
-        ctx.save_for_backward(kept)
-    elif ctx.mode == BACKWARD:
-        save_inputs(ctx, inputs[:N_TENSORS], kept)
-    else:
-        raise RuntimeError("dense_loss with gradient='none' got a student that requires grad")
-
-
-def scale_(gradient: torch.Tensor, upstream: torch.Tensor, backend: str) -> None:
-    """``gradient *= upstream``, which on a GPU is read there."""
-    if gradient.device.type == "cpu":
-        factor = upstream.item()
-        if factor != 1:
-            gradient.mul_(factor)
-    elif backend == "triton" and gradient.is_contiguous():
-        from .kernels import reduction
-
-        with device_of(gradient):
-            reduction.scale_(gradient, upstream)
-    else:
-        gradient.mul_(upstream)
-
-
-def check_backward(ctx, function: str = "distillation_loss") -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{function} has no second derivative: its backward was called with "
-            f"create_graph=True (torch.func.grad does that too). Use "
-            f"distill_ops.reference.{function} where one is needed."
-        )
-    if ctx.spent:
-        raise RuntimeError(
-            f"{function} was called with a gradient made in the forward (or inplace=True), "
-            "which the first backward used up: pass gradient='backward' without inplace to call "
-            "backward again (retain_graph=True)"
-        )
-
-
-def _student_gradient(ctx, upstream):
-    if upstream is None:
-        return None
-    check_backward(ctx)
-    if ctx.mode == BACKWARD:
-        inputs, (statistics,) = saved_inputs(ctx)
-        return ops.dense_gradient_op(*inputs, *ctx.options, statistics, upstream)
-    (gradient,) = ctx.saved_tensors
-    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
-        return gradient * upstream
-    ctx.spent = True
-    scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
-    return gradient
+    keep_for_backward(ctx, inputs, output, N_TENSORS)
 
 
 def _backward(ctx, upstream, *_):
-    others = [None] * (N_SHARED + 1)  # PyTorch wants an entry for each tensor of the list, too
-    others[N_TENSORS - 2] = [None] * ctx.n_parameters
-    return _student_gradient(ctx, upstream), *others
+    gradient = student_gradient(ctx, upstream, ops.dense_gradient_op, NAME)
+    return gradient, *no_gradients(ctx, N_TENSORS)
 
 
 torch.library.register_autograd(
     "distill_ops::dense_loss", _backward, setup_context=_setup_context, lib=ops.library
 )
-
-
-def map_in_turn(operator):
-    """``operator`` under vmap: independent problems, one after the other."""
-
-    def part(value, dim, i):
-        if isinstance(value, list) and isinstance(dim, list):
-            return [part(*item, i) for item in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, i)
-
-    def mapped(info, in_dims, *arguments):
-        outputs = [
-            operator(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return mapped
 
 
 torch.library.register_vmap(
@@ -138,7 +51,8 @@ class _DenseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return _student_gradient(ctx, upstream), *(None,) * (N_SHARED + 1)
+        gradient = student_gradient(ctx, upstream, ops.dense_gradient_op, NAME)
+        return gradient, *(None,) * (N_SHARED + 1)
 
 
 class _DenseLossInplace(torch.autograd.Function):
@@ -164,7 +78,7 @@ class _DenseLossInplace(torch.autograd.Function):
         others = (None,) * (N_SHARED + 1)
         if upstream is None:
             return None, *others
-        check_backward(ctx)
+        check_backward(ctx, NAME)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if ctx.mode == BACKWARD:
             inputs, (statistics,) = saved_inputs(ctx)
@@ -179,40 +93,15 @@ class _DenseLossInplace(torch.autograd.Function):
             return student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
-        scale_(gradient, upstream, Options.unpack(*ctx.options).backend)
+        scale_(gradient, upstream, backend_of(ctx))
         ops.increment_version(student)
         return gradient, *others
-
-
-def refuse_transforms(*students: torch.Tensor | None, function: str = "distillation_loss") -> bool:
-    """Whether a functorch transform is active; those that differentiate are refused."""
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in students
-    ):
-        raise NotImplementedError(
-            f"{function} has no forward-mode derivative (forward_ad, torch.func.jvp, "
-            f"torch.func.jacfwd): use loss.backward(), or distill_ops.reference.{function}"
-        )
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return False
-    if interpreter.key() in (TransformType.Grad, TransformType.Jvp):
-        raise NotImplementedError(
-            f"{function} cannot be differentiated by torch.func transforms: use "
-            f"loss.backward(), or distill_ops.reference.{function}"
-        )
-    return True
 
 
 def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator, called directly where nothing watches the dispatcher: on plain tensors, when
     nothing traces, the way through it would be 90 of 235 microseconds on a tiny tensor."""
-    if torch.compiler.is_compiling():
-        return ops.dense_loss_op(*arguments)
-    student, teacher, *_ = arguments
-    transformed = refuse_transforms(student)
-    plain = type(student) is torch.Tensor and (teacher is None or type(teacher) is torch.Tensor)
-    if transformed or not plain or torch._C._len_torch_dispatch_stack():
+    if watched(NAME, *arguments[:2]):
         return ops.dense_loss_op(*arguments)
     if arguments[N_SHARED] == NO_GRADIENT:
         return ops.dense_loss(*arguments)
@@ -221,6 +110,6 @@ def dense_loss(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def dense_loss_inplace(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss whose gradient overwrites the student's logits, which require grad."""
-    if not torch.compiler.is_compiling() and refuse_transforms(arguments[0]):
+    if not torch.compiler.is_compiling() and refuse_transforms(arguments[0], function=NAME):
         raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
     return _DenseLossInplace.apply(*arguments)

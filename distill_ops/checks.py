@@ -16,6 +16,7 @@ INFINITIES = ("drop", "propagate")
 GRADIENTS = ("auto", "forward", "backward")
 BACKENDS = ("auto", "triton", "torch")
 TAILS = ("bucket", "renormalize", "ignore")
+MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
 
 _debug = False
 
@@ -378,12 +379,33 @@ def check_topk(
 ) -> tuple[Divergence, int]:
     """Check the arguments of the loss against a top-k teacher; returns as check_arguments does."""
     _logits("student_logits", student_logits)
-    one_of("tail", tail, TAILS)
     n_cols = _vocabulary(student_logits, None, vocab_size)
     divergence = check_options(
         student_logits, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
         temperature, reduction, normalizer,
     )  # fmt: skip
+    check_slots(
+        student_logits, "student_logits", n_cols, teacher_log_probs, teacher_ids, tail, loss_mask,
+        labels, ignore_index, hard_label_weight,
+    )  # fmt: skip
+    return divergence, n_cols
+
+
+def check_slots(
+    rows: torch.Tensor,
+    of: str,
+    n_cols: int,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    tail: str,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    hard_label_weight: float,
+) -> None:
+    """Check a top-k teacher for the tokens that are the rows of a tensor, which the user calls
+    ``of``; the options passed :func:`check_options`."""
+    one_of("tail", tail, TAILS)
     for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
         _teacher_needed(name, tensor, hard_label_weight)
         if tensor is None:
@@ -394,10 +416,10 @@ def check_topk(
             raise ValueError(
                 f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
             )
-        _leading_shape(name, tensor.shape[:-1], student_logits)
-        _same_device(name, tensor, student_logits)
+        _leading_shape(name, tensor.shape[:-1], rows, of)
+        _same_device(name, tensor, rows, of)
     if teacher_log_probs is None or teacher_ids is None:
-        return divergence, n_cols
+        return
     if teacher_log_probs.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
@@ -418,7 +440,7 @@ def check_topk(
         if labels is not None:
             kept &= labels != ignore_index
         _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
-    return divergence, n_cols
+        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
 
 
 def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
@@ -510,7 +532,7 @@ def check_linear(
     for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
         _teacher_needed(name, tensor, weight)
     if teacher_hidden is None or teacher_weight is None:
-        return _vocabulary(student_weight.t(), None, vocab_size)
+        return head_vocabulary(student_weight, vocab_size)
     _leading_shape("teacher_hidden", teacher_hidden.shape[:-1], student_hidden, of)
     _same_device("teacher_hidden", teacher_hidden, student_hidden, of)
     widths = student_weight.shape[0], teacher_weight.shape[0]
@@ -520,6 +542,11 @@ def check_linear(
             f"to use the first rows of both (heads padded to different widths)"
         )
     return _vocabulary(student_weight.t(), teacher_weight.t(), vocab_size)
+
+
+def head_vocabulary(weight: torch.Tensor, vocab_size: int | None) -> int:
+    """The number of columns used of a head's logits."""
+    return _vocabulary(weight.t(), None, vocab_size)
 
 
 def check_linear_options(

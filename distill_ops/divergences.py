@@ -64,6 +64,8 @@ class Divergence:
             above, "ratio", "difference", "pair", "student" or "powers".
         infinite_at_student_zero: the value is infinite where q = 0 < p.
         infinite_at_teacher_zero: the value is infinite where p = 0 < q.
+        additive_at_teacher_zero: where p = 0, or restricted to where it is not, the value is
+            proportional to q, so that columns of p = 0 can be summed to one.
         domains: where each parameter's values lie.
     """
 
@@ -73,6 +75,7 @@ class Divergence:
     operands: ClassVar[str] = "logs"
     infinite_at_student_zero: ClassVar[bool] = False
     infinite_at_teacher_zero: ClassVar[bool] = False
+    additive_at_teacher_zero: ClassVar[bool] = False
     domains: ClassVar[dict[str, Domain]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -202,6 +205,7 @@ class SoftCrossEntropy(Divergence):
 
     name = "soft_cross_entropy"
     value_and_slope = staticmethod(formulas.soft_cross_entropy)
+    additive_at_teacher_zero = True
     moment = "soft"
     infinite_at_student_zero = True
 
@@ -212,6 +216,7 @@ class ForwardKL(Divergence):
 
     name = "forward_kl"
     value_and_slope = staticmethod(formulas.forward_kl)
+    additive_at_teacher_zero = True
     moment = "forward"
     operands = "ratio"
     infinite_at_student_zero = True
@@ -223,6 +228,7 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
     value_and_slope = staticmethod(formulas.reverse_kl)
+    additive_at_teacher_zero = True
     moment = "reverse"
     operands = "ratio"
     infinite_at_teacher_zero = True
@@ -243,6 +249,7 @@ class JensenShannon(Divergence):
 
     name = "jensen_shannon"
     value_and_slope = staticmethod(formulas.jensen_shannon)
+    additive_at_teacher_zero = True
     operands = "pair"
     domains = {"beta": SHARE}
 
@@ -264,6 +271,7 @@ class SymmetricKL(Divergence):
 
     name = "symmetric_kl"
     value_and_slope = staticmethod(formulas.symmetric_kl)
+    additive_at_teacher_zero = True
     moment = "symmetric"
     operands = "difference"
     infinite_at_student_zero = True
@@ -285,6 +293,7 @@ class SkewForwardKL(Divergence):
 
     name = "skew_forward_kl"
     value_and_slope = staticmethod(formulas.skew_forward_kl)
+    additive_at_teacher_zero = True
     operands = "pair"
     domains = {"alpha": SHARE}
 
@@ -306,6 +315,7 @@ class SkewReverseKL(Divergence):
 
     name = "skew_reverse_kl"
     value_and_slope = staticmethod(formulas.skew_reverse_kl)
+    additive_at_teacher_zero = True
     operands = "student"
     domains = {"alpha": SHARE}
 
@@ -319,6 +329,7 @@ class TotalVariation(Divergence):
 
     name = "total_variation"
     value_and_slope = staticmethod(formulas.total_variation)
+    additive_at_teacher_zero = True
 
 
 @dataclass(frozen=True)

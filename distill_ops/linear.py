@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from .autograd import refuse_transforms
 from .checks import check_head, check_linear, check_linear_options, check_options
+from .differentiation import refuse_transforms
 from .divergences import Divergence, SoftCrossEntropy
 from .heads import Wanted
 from .linear_ops import LinearOptions, autocasts, linear_loss_op
@@ -135,48 +135,65 @@ def linear_distillation_loss(
     check_linear_options(
         student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
     )
-    students = (student_hidden, student_weight, student_bias)
     teachers = (teacher_hidden, teacher_weight, teacher_bias) if with_teacher else (None,) * 3
-    autocast = autocast_dtype(student_hidden.device)
-    mode = gradient_mode(
-        gradient, student_hidden, reduction, student_weight, student_bias, products=autocast
-    )
-    triton = use_triton(backend, *students, *teachers, of="student_hidden")
-    if not torch.compiler.is_compiling():
-        refuse_transforms(*students, function=NAME)
-    in_tensor = isinstance(normalizer, torch.Tensor)
-    temperature = float(temperature)
-    options = LinearOptions(
+    return run_linear(
+        NAME, (student_hidden, student_weight, student_bias), (*teachers, None, None), "",
+        divergence, loss_mask, labels, normalizer,
         Options(
-            divergence.name,
-            reduction,
-            "drop",
-            "triton" if triton else "torch",
-            temperature,
-            temperature**2 if scale_by_temperature_squared else 1.0,
-            float(hard_label_weight),
-            math.nan if in_tensor or normalizer is None else float(normalizer),
-            divergence.numbers,
-            n_cols,
-            ignore_index,
+            divergence.name, reduction, "drop", backend, float(temperature),
+            float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
+            float(hard_label_weight), math.nan, divergence.numbers, n_cols, ignore_index,
         ),
+        (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
+        logits_dtype, memory_budget, kept_tokens, gradient, return_components,
+    )  # fmt: skip
+
+
+def run_linear(
+    name: str,
+    students: tuple[torch.Tensor | None, ...],  # hidden, weight, bias
+    teachers: tuple[torch.Tensor | None, ...],  # the same, and log-probabilities and ids
+    tail: str,
+    divergence: Divergence,
+    loss_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    normalizer: float | torch.Tensor | None,
+    options: Options,  # with the user's backend, and the normalizer yet to come
+    heads: tuple[float | None, ...],
+    logits_dtype: torch.dtype,
+    memory_budget: int | None,
+    kept_tokens: int | None,
+    gradient: str,
+    return_components: bool,
+) -> torch.Tensor | LossComponents:
+    """A linear loss, ``name``, of checked arguments."""
+    hidden, weight, bias = students
+    autocast = autocast_dtype(hidden.device)
+    mode = gradient_mode(gradient, hidden, options.reduction, weight, bias, products=autocast)
+    triton = use_triton(options.backend, *students, *teachers[:4], of="student_hidden")
+    if not torch.compiler.is_compiling():
+        refuse_transforms(*students, function=name)
+    in_tensor = isinstance(normalizer, torch.Tensor)
+    packed = LinearOptions(
+        options._replace(
+            backend="triton" if triton else "torch",
+            denominator=math.nan if in_tensor or normalizer is None else float(normalizer),
+        ),
+        tail,
         logits_dtype,
         autocast,
-        student_logit_scale,
-        student_softcap,
-        teacher_logit_scale,
-        teacher_softcap,
+        *heads,
         memory_budget,
         kept_tokens,
         Wanted(*(mode != NO_GRADIENT and x is not None and x.requires_grad for x in students)),
-    )
+    ).pack()
     loss, components, *_ = linear_loss_op(
         *students, *teachers, loss_mask, labels, normalizer if in_tensor else None,
-        divergence.tensors, *options.pack(), mode, return_components,
+        divergence.tensors, *packed, mode, return_components,
     )  # fmt: skip
     if not return_components:
         return loss
-    if hard_label_weight > 0:
+    if options.hard_label_weight > 0:
         return LossComponents(loss, *components.unbind(0))
     return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
 

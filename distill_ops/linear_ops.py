@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .autograd import check_backward, map_in_turn, save_inputs, saved_inputs, scale_
+from .differentiation import check_backward, map_in_turn, save_inputs, saved_inputs, scale_
 from .heads import (
     Engine,
     Gradients,
@@ -26,6 +26,7 @@ from .ops import BACKWARD, FORWARD, library
 from .paths import (
     Options,
     Tokens,
+    TopKTeacher,
     device_of,
     host_reduced,
     host_rows,
@@ -48,6 +49,8 @@ class LinearInputs(NamedTuple):
     teacher_hidden: torch.Tensor | None  # [..., d of its own]
     teacher_weight: torch.Tensor | None
     teacher_bias: torch.Tensor | None
+    teacher_log_probs: torch.Tensor | None  # [..., K]: of a top-k teacher, who has no head
+    teacher_ids: torch.Tensor | None  # [..., K]
     loss_mask: torch.Tensor | None  # [...]
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
@@ -58,13 +61,19 @@ class LinearInputs(NamedTuple):
         return math.prod(self.student_hidden.shape[:-1])
 
     def dtype(self) -> torch.dtype:
-        return working_dtype(*self[:N_HEADS])
+        return working_dtype(*self[:N_HEADS], self.teacher_log_probs)
+
+    def slots(self, tail: str, index: torch.Tensor | None) -> TopKTeacher:
+        """The top-k teacher of the tokens ``index``, or of all."""
+        slots = (x.reshape(self.n_rows, -1) for x in (self.teacher_log_probs, self.teacher_ids))
+        return TopKTeacher(*(x if index is None else x[index] for x in slots), tail)
 
 
 class LinearOptions(NamedTuple):
     """The options of the linear operators; ``pack`` and ``unpack`` are each other's inverse."""
 
     loss: Options
+    tail: str  # of a top-k teacher; empty: the teacher has a head
     logits_dtype: torch.dtype
     autocast: torch.dtype | None  # in which it has products made
     student_scale: float
@@ -77,19 +86,23 @@ class LinearOptions(NamedTuple):
 
     def pack(self) -> tuple[list[str], list[float], list[int]]:
         choices, numbers, sizes = self.loss.pack()
-        dtypes = ["" if x is None else str(x).removeprefix("torch.") for x in self[1:3]]
-        heads = [math.nan if x is None else float(x) for x in self[3:7]]
-        bounds = [0 if x is None else x for x in self[7:9]]
-        return [*dtypes, *choices], [*heads, *numbers], [*bounds, *map(int, self.wanted), *sizes]
+        dtypes = ["" if x is None else str(x).removeprefix("torch.") for x in self[2:4]]
+        heads = [math.nan if x is None else float(x) for x in self[4:8]]
+        bounds = [0 if x is None else x for x in self[8:10]]
+        return (
+            [self.tail, *dtypes, *choices],
+            [*heads, *numbers],
+            [*bounds, *map(int, self.wanted), *sizes],
+        )
 
     @classmethod
     def unpack(cls, choices: list[str], numbers: list[float], sizes: list[int]) -> "LinearOptions":
-        dtypes = [getattr(torch, name) if name else None for name in choices[:2]]
+        dtypes = [getattr(torch, name) if name else None for name in choices[1:3]]
         heads = [None if math.isnan(x) else x for x in numbers[:4]]
         bounds = [x or None for x in sizes[:2]]
         wanted = Wanted(*map(bool, sizes[2:5]))
-        loss = Options.unpack(choices[2:], numbers[4:], sizes[5:])
-        return cls(loss, *dtypes, *heads, *bounds, wanted)
+        loss = Options.unpack(choices[3:], numbers[4:], sizes[5:])
+        return cls(loss, choices[0], *dtypes, *heads, *bounds, wanted)
 
 
 N_TENSORS = len(LinearInputs._fields)
@@ -97,7 +110,8 @@ N_SHARED = N_TENSORS + 3
 
 _SHARED = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? loss_mask, Tensor? labels, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_log_probs, "
+    "Tensor? teacher_ids, Tensor? loss_mask, Tensor? labels, "
     "Tensor? normalizer, Tensor[] parameters, str[] choices, float[] numbers, SymInt[] sizes"
 )
 _GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient"
@@ -114,7 +128,9 @@ def parse(arguments) -> tuple[LinearInputs, LinearOptions]:
     )
 
 
-def select(tokens: Tokens, n_rows: int, options: LinearOptions) -> tuple[Tokens, Selection]:
+def select(
+    tokens: Tokens, n_rows: int, backend: str, kept_tokens: int | None
+) -> tuple[Tokens, Selection]:
     """The tokens that are computed.
 
     The CPU path drops those of weight 0. The kernels, whose launches the GPU's values cannot decide,
@@ -124,12 +140,12 @@ def select(tokens: Tokens, n_rows: int, options: LinearOptions) -> tuple[Tokens,
     if weights is None:
         return tokens, Selection(n_rows, None, None)
     unread = weights == 0
-    if options.loss.backend == "torch":
+    if backend == "torch":
         if not unread.any():
             return tokens, Selection(n_rows, None, None)
         index = (~unread).nonzero().squeeze(-1)
         return tokens.rows(index), Selection(len(index), index, None)
-    bound = options.kept_tokens
+    bound = kept_tokens
     if bound is None or bound >= n_rows:
         return tokens, Selection(n_rows, None, unread)
     index = unread.to(torch.uint8).argsort(stable=True)[:bound]
@@ -158,7 +174,9 @@ class _Run:
     ):
         self.options, self.dtype = options.loss, inputs.dtype()
         self.triton = options.loss.backend == "triton"
-        self.tokens, selection = select(tokens, inputs.n_rows, options)
+        self.tokens, selection = select(
+            tokens, inputs.n_rows, options.loss.backend, options.kept_tokens
+        )
         wide = self.dtype == torch.float64
         logits_dtype = torch.float64 if wide else options.logits_dtype
 
@@ -167,8 +185,10 @@ class _Run:
             return Projection(head, selection, options.loss.n_cols, dtype, self.triton)
 
         student = head_of(*inputs[:3], options.student_scale, options.student_softcap)
-        self.teacher, teacher_bytes = None, 0
-        if options.loss.hard_label_weight < 1:
+        self.teacher, self.slots, teacher_bytes = None, None, 0
+        if options.tail:
+            self.slots = inputs.slots(options.tail, selection.index)
+        elif options.loss.hard_label_weight < 1:
             head = head_of(*inputs[3:6], options.teacher_scale, options.teacher_softcap)
             # the loss does not read the logits of tokens of weight 0: they may be NaN
             self.teacher = projection(head, selection._replace(unread=None))
@@ -192,7 +212,9 @@ class _Run:
 
     def row_loss(self, student, rows: slice, gradient) -> None:
         n_rows, teacher = len(student), None
-        if self.teacher is not None:
+        if self.slots is not None:
+            teacher = self.slots.rows(rows)
+        elif self.teacher is not None:
             teacher = self.teacher_logits[:n_rows]
             self.teacher.logits(self.teacher.hidden(rows), teacher)
         tokens = self.tokens.rows(rows)

@@ -11,7 +11,6 @@ the number of arguments (86 of 330 microseconds with 18 of them).
 
 import torch
 
-from .kernels.launch import STATISTICS
 from .paths import (
     Inputs,
     Options,
@@ -69,15 +68,18 @@ def _loss(inputs: Inputs, options: Options, gradient, statistics, with_component
 
 
 def dense_loss(*arguments):
+    inputs, options = parse(arguments)
+    return loss_and_kept(inputs, options, *arguments[N_SHARED:])
+
+
+def loss_and_kept(inputs: Inputs, options: Options, mode: str, with_components: bool):
     """The loss; its components where asked for; and what is kept for the backward, the gradient
     (made in the forward) or the statistics of the Triton path."""
-    inputs, options = parse(arguments)
-    mode, with_components = arguments[N_SHARED:]
     new = inputs.student.new_empty
     gradient = empty_gradient(inputs.student) if mode == FORWARD else None
     statistics = None
     if options.backend == "triton" and mode == BACKWARD:
-        statistics = new((inputs.n_rows, STATISTICS), dtype=torch.float32)
+        statistics = new(inputs.statistics_shape, dtype=torch.float32)
     loss, components = _loss(inputs, options, gradient, statistics, with_components)
     kept = statistics if gradient is None else gradient
     return loss, components, new(0) if kept is None else kept
@@ -100,9 +102,12 @@ def _loss_fakes(inputs: Inputs, options: Options, with_components: bool):
 
 def _dense_loss_fake(*arguments):
     inputs, options = parse(arguments)
-    mode, with_components = arguments[N_SHARED:]
+    return loss_and_kept_fake(inputs, options, *arguments[N_SHARED:])
+
+
+def loss_and_kept_fake(inputs: Inputs, options: Options, mode: str, with_components: bool):
     if mode == BACKWARD and options.backend == "triton":
-        kept = inputs.student.new_empty((inputs.n_rows, STATISTICS), dtype=torch.float32)
+        kept = inputs.student.new_empty(inputs.statistics_shape, dtype=torch.float32)
     else:
         kept = inputs.student.new_empty(inputs.student.shape if mode == FORWARD else 0)
     return *_loss_fakes(inputs, options, with_components), kept
@@ -112,9 +117,7 @@ def _dense_loss_inplace_fake(*arguments):
     return _loss_fakes(*parse(arguments), arguments[N_SHARED])
 
 
-def _gradient(arguments, gradient: torch.Tensor) -> None:
-    inputs, options = parse(arguments)
-    statistics, upstream = arguments[N_SHARED:]
+def fill_gradient(inputs: Inputs, options: Options, statistics, upstream, gradient) -> None:
     if options.backend == "triton":
         with device_of(inputs.student):
             triton_gradient(inputs, options, statistics, upstream, gradient)
@@ -124,12 +127,12 @@ def _gradient(arguments, gradient: torch.Tensor) -> None:
 
 def dense_gradient(student, *others):
     gradient = empty_gradient(student)
-    _gradient((student, *others), gradient)
+    fill_gradient(*parse((student, *others)), *others[N_SHARED - 1 :], gradient)
     return gradient
 
 
 def dense_gradient_(student, *others) -> None:
-    _gradient((student, *others), student)
+    fill_gradient(*parse((student, *others)), *others[N_SHARED - 1 :], student)
     increment_version(student)
 
 

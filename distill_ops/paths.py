@@ -3,14 +3,16 @@ path and the Triton kernels. Both return losses and fill a gradient; neither kno
 """
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from . import host
+from . import host, topk_host
 from .chunks import Terms
 from .divergences import DIVERGENCES, Divergence
+from .kernels.launch import STATISTICS
 
 
 def working_dtype(*logits: torch.Tensor | None) -> torch.dtype:
@@ -60,8 +62,24 @@ class Inputs(NamedTuple):
     def n_rows(self) -> int:
         return self.student.numel() // self.student.shape[-1]
 
+    @property
+    def statistics_shape(self) -> tuple[int, int]:
+        """Of what the kernel keeps for a gradient made in the backward."""
+        return self.n_rows, STATISTICS
+
     def dtype(self) -> torch.dtype:
         return working_dtype(self.student, self.teacher)
+
+
+class TopKTeacher(NamedTuple):
+    """In the place of the teacher's logits: its K log-probabilities a row."""
+
+    log_probs: torch.Tensor  # [n, K]
+    ids: torch.Tensor  # [n, K]
+    tail: str
+
+    def rows(self, rows: slice) -> "TopKTeacher":
+        return TopKTeacher(self.log_probs[rows], self.ids[rows], self.tail)
 
 
 class Tokens(NamedTuple):
@@ -116,6 +134,19 @@ def host_tokens(inputs, options: Options) -> Tokens:
     return Tokens(labels, weights, over, resolve(inputs, options))
 
 
+def column_parameters(
+    parameters: tuple[float | torch.Tensor, ...], dtype: torch.dtype
+) -> list[float | torch.Tensor]:
+    """A divergence's parameters as they go with rows of columns: numbers, ``[]`` or ``[N, 1]``."""
+    found = []
+    for value in parameters:
+        if isinstance(value, torch.Tensor):
+            value = value.to(dtype)
+            value = value[:, None] if value.dim() else value
+        found.append(value)
+    return found
+
+
 def host_rows(
     options: Options, tokens: Tokens, student, teacher, gradient, dtype, upstream=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -129,17 +160,17 @@ def host_rows(
     if weights is not None:
         scale = weights[:, None] * scale
     w = options.hard_label_weight
-    parameters = []
-    for value in tokens.parameters:
-        if isinstance(value, torch.Tensor):
-            value = value.to(dtype)
-            value = value[:, None] if value.dim() else value
-        parameters.append(value)
+    parameters = column_parameters(tokens.parameters, dtype)
     terms = Terms(
         options.kind(), w > 0, options.temperature, options.infinities == "propagate", dtype
     )
-    divergence_loss, hard_loss = host.dense(
-        terms, student, teacher, tokens.labels, weights,
+    if isinstance(teacher, TopKTeacher):
+        slots = teacher.log_probs, teacher.ids.long()
+        compute = functools.partial(topk_host.topk, terms, teacher.tail, student, *slots)
+    else:
+        compute = functools.partial(host.dense, terms, student, teacher)
+    divergence_loss, hard_loss = compute(
+        tokens.labels, weights,
         scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
         parameters, options.n_cols, gradient,
     )  # fmt: skip
@@ -232,12 +263,26 @@ def triton_tokens(inputs, options: Options) -> Tokens:
 def triton_rows(options: Options, tokens: Tokens, student, teacher, **outputs) -> None:
     """Weighted losses of rows of logits, their components, gradient or statistics: those of
     ``kernels.dense.run`` that are given."""
-    from .kernels import dense as kernel
-
-    kernel.run(
-        formula_of(options, tokens.parameters), student, teacher, tokens.labels, options.n_cols,
+    _launch(
+        options, tokens.parameters, student, teacher, tokens.labels,
         weights=tokens.weights, denominator=tokens.denominator, **outputs,
     )  # fmt: skip
+
+
+def _launch(options: Options, parameters, student, teacher, labels, **buffers) -> None:
+    """Launch the kernel of such a teacher, which fills the buffers."""
+    formula = formula_of(options, parameters)
+    if isinstance(teacher, TopKTeacher):
+        from .kernels import topk as kernel
+
+        kernel.run(
+            formula, teacher.tail, options.kind().additive_at_teacher_zero, student,
+            teacher.log_probs, teacher.ids, labels, options.n_cols, **buffers,
+        )  # fmt: skip
+    else:
+        from .kernels import dense as kernel
+
+        kernel.run(formula, student, teacher, labels, options.n_cols, **buffers)
 
 
 def triton_reduced(losses, components, options: Options, tokens: Tokens, leading):
@@ -264,10 +309,8 @@ def triton_loss(inputs: Inputs, options: Options, gradient, statistics, with_com
 
 
 def triton_gradient(inputs: Inputs, options: Options, statistics, upstream, gradient) -> None:
-    from .kernels import dense as kernel
-
-    kernel.run(
-        formula_of(options, resolve(inputs, options)), inputs.student, inputs.teacher,
-        flat(inputs.labels), options.n_cols, gradient=gradient, statistics=statistics,
+    _launch(
+        options, resolve(inputs, options), inputs.student, inputs.teacher, flat(inputs.labels),
+        gradient=gradient, statistics=statistics,
         upstream=upstream.reshape(-1) if upstream.dim() else upstream,
     )  # fmt: skip

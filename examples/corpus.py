@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor  # [batch, length]
     labels: torch.Tensor  # [batch, length]; IGNORE past a document's end
     loss_mask: torch.Tensor  # [batch, length]; 0 past a document's end
+    windows: torch.Tensor  # [batch]: their numbers in the corpus
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,19 @@ class Corpus:
         n_epochs = -(-n_steps * batch_size // len(self.train))
         epochs = [torch.randperm(len(self.train), generator=generator) for _ in range(n_epochs)]
         order = torch.cat(epochs)[: n_steps * batch_size]
-        return [as_batch(self.train[rows]) for rows in order.split(batch_size)]
+        return [as_batch(self.train, rows) for rows in order.split(batch_size)]
 
     def held_out_batches(self, n_batches: int, batch_size: int) -> list[Batch]:
         """Held-out windows, spread evenly over its documents; the same on every call."""
         spread = torch.linspace(0, len(self.held_out) - 1, n_batches * batch_size).long()
-        return [as_batch(self.held_out[rows]) for rows in spread.split(batch_size)]
+        return [as_batch(self.held_out, rows) for rows in spread.split(batch_size)]
 
 
-def as_batch(windows: torch.Tensor) -> Batch:
-    targets = windows[:, 1:]
+def as_batch(corpus: torch.Tensor, windows: torch.Tensor) -> Batch:
+    tokens = corpus[windows]
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
     inside = targets != PAD
-    return Batch(windows[:, :-1], targets.masked_fill(~inside, IGNORE), inside)
+    return Batch(inputs, targets.masked_fill(~inside, IGNORE), inside, windows)
 
 
 def read_documents() -> list[str]:

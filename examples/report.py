@@ -1,4 +1,4 @@
-"""What a result of ``distill_text.py`` is kept with, and its table and plot.
+"""What the examples' results are kept with, and the table and plot of ``distill_text.py``.
 
     python examples/report.py examples/results/distill_text.json
 
@@ -48,7 +48,7 @@ def surroundings() -> dict:
     modules = (torch, transformers, tokenizers, distill_ops)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "examples/distill_text.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),

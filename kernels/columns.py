@@ -48,7 +48,10 @@ def exponent(x, m, c, GUARDED: tl.constexpr):
 def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
     """Natural logarithm of ``softmax(x / T)`` and the softmax; the compiler hoists what is the row's."""
     log_l = tl.log(l)
-    y = exponent(x, m, over_t * LOG2E, GUARDED)
+    c = (
+        over_t * LOG2E
+    )  # a float32 by its assignment: the interpreter passes an expression on in float64
+    y = exponent(x, m, c, GUARDED)
     prob = tl.exp2(y) * tl.fdiv(1.0, l)
     if GUARDED:
         return tl.maximum((x - m) * over_t - log_l, SMALLEST), prob

@@ -302,6 +302,13 @@ class Formula(NamedTuple):
     hard_label_weight: float
 
 
+def parameter_strides(parameters: tuple[float | torch.Tensor, ...]) -> tuple[int | None, ...]:
+    """How :func:`row_parameters` finds a row's parameters; None: a number."""
+    return tuple(
+        (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None for p in parameters
+    )
+
+
 def device_facts(device: torch.device) -> launch.DeviceFacts:
     if device.type != "cuda":  # the interpreter: few programs, so that each walks several rows
         return launch.DeviceFacts(n_sm=2, l2_bytes=1 << 20)
@@ -399,10 +406,7 @@ def run(
         parameters=formula.parameters,
         VALUE_AND_SLOPE=formula.value_and_slope,
         OPERANDS=OPERANDS[formula.operands],
-        PARAMETER_STRIDES=tuple(
-            (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
-            for p in formula.parameters
-        ),
+        PARAMETER_STRIDES=parameter_strides(formula.parameters),
         MOMENT=MOMENTS[formula.moment],
         DROP=formula.drop,
         RESTRICT=formula.restrict,

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 # Numbers that the dense kernel keeps of a row for a gradient made in the backward: m_s, l_s, m_t,
 # l_t, D, m_h, l_h, whether the fast loops serve, and weight / denominator.
 STATISTICS = 9
+# ... and that the token kernel keeps: maximum, sum of exponentials, entropy.
+TOKEN_STATISTICS = 3
+
+# ... and the top-k kernel: of the columns outside the K the maximum, their sum of exponentials at the
+# loss's temperature and at 1, and the sum of their slopes; weight / denominator.
+TOPK_STATISTICS = 5
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,14 @@ def dense_launch(
         maxnreg=budget.registers if device.limits_registers else None,
         n_programs=max(1, min(n_rows, device.n_sm * budget.threads // lanes)),
     )
+
+
+def topk_unroll(block_k: int, lanes: int, own_hard: bool) -> int:
+    """Tiles a turn of the top-k kernel's loops.
+
+    Four of one tensor are as many loads in flight as the dense kernel's two of two. Beside a hard
+    label's own sums, or several slots a thread, they spilled 8 to 32 bytes (sm_100)."""
+    return 2 if own_hard or block_k > 2 * lanes else 4
 
 
 def reduction_block(n_rows: int) -> int:

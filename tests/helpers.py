@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from distill_ops import reference
+from distill_ops import reference, topk_distillation_loss
 from distill_ops.divergences import as_divergence
+from distill_ops.paths import working_dtype
 
 WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
 WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)
@@ -55,13 +56,15 @@ def to_float64(value):
     return value.detach().double() if wide else value
 
 
-def run_reference(student, teacher, *, double, **options) -> Result:
+def run_reference(
+    student, teacher, *, double, oracle=reference.distillation_loss, **options
+) -> Result:
     """The oracle on the same inputs: in float64 (the truth), or as eager PyTorch computes it."""
     options.pop("gradient", None)
     if double:
         student, teacher = to_float64(student), to_float64(teacher)
         options = {name: to_float64(value) for name, value in options.items()}
-    return run(reference.distillation_loss, student, teacher, **options)
+    return run(oracle, student, teacher, **options)
 
 
 def _finite_error(name, ours, eager, truth):
@@ -132,4 +135,44 @@ def check(loss_function, student, teacher, **options):
     eager = run_reference(student, teacher, double=False, **options)
     truth = run_reference(student, teacher, double=True, **options)
     assert_close_to_reference(ours, eager, truth, condition(student, teacher, options))
+    return ours
+
+
+def topk_of(teacher, k, temperature=1.0):
+    """Log-probabilities and ids of logits' k most likely tokens, in an order that is not theirs."""
+    top = torch.log_softmax(teacher.double() / temperature, -1).topk(k)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(k)).to(teacher.device)
+    return top.values[..., order].to(working_dtype(teacher)), top.indices[..., order]
+
+
+def topk_condition(student, log_p, ids, options) -> float:
+    """As :func:`condition`, of the K and the rest as outcomes."""
+    n_cols, temperature = options.get("vocab_size"), options.get("temperature", 1.0)
+    log_q = torch.log_softmax(student.detach().double()[..., :n_cols] / temperature, -1)
+    used = ids >= 0
+    columns = ids.long().clamp(0, log_q.shape[-1] - 1)  # a masked token's may be anything
+    q = log_q.gather(-1, columns).masked_fill(~used, -math.inf)
+    p = log_p.double().masked_fill(~used, -math.inf)
+    pairs = []
+    for logs in (q, p):
+        rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=2**-24).log()
+        pairs.append(torch.cat([logs, rest], -1).clamp(min=-1e4))
+    divergence = as_divergence(options.get("divergence", "soft_cross_entropy"))
+    value, slope = divergence.on_columns(*pairs, divergence.column_parameters(torch.float64))
+    ratios = (value.abs() + slope.abs()).sum(-1) / value.sum(-1).abs()
+    return max([1.0, *ratios[ratios.isfinite()].tolist()])
+
+
+def check_topk(student, log_p, ids, **options):
+    """Hold the top-k loss against its oracle on these inputs; returns its result."""
+    options["teacher_ids"] = ids
+    ours = run(topk_distillation_loss, student, log_p, **options)
+    options.pop("backend", None)
+    assert ours.gradient.dtype == student.dtype
+    oracle = reference.topk_distillation_loss
+    eager, truth = (
+        run_reference(student, log_p, double=double, oracle=oracle, **options)
+        for double in (False, True)
+    )
+    assert_close_to_reference(ours, eager, truth, topk_condition(student, log_p, ids, options))
     return ours

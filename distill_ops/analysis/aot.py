@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, head, metrics, reduction
+from ..kernels import dense, head, metrics, reduction, statistics, token, topk
 from ..kernels.launch import DeviceFacts
 
 
@@ -49,6 +49,9 @@ KERNELS = (
     (head, "finish_kernel"),
     (head, "softcap_gradient_kernel"),
     (metrics, "metrics_kernel"),
+    (token, "token_kernel"),
+    (statistics, "statistics_kernel"),
+    (topk, "topk_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),
@@ -86,7 +89,7 @@ class _Recorder:
 def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for module in (dense, head, metrics):
+        for module in {module for module, _ in KERNELS if hasattr(module, "device_facts")}:
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         for module, name in KERNELS:
             recorder = _Recorder(getattr(module, name), launches)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
+from .. import ops, statistics_ops, token_ops, topk_ops
 from ..divergences import Divergence
 from ..kernels import dense
 from ..paths import Options
@@ -63,6 +63,68 @@ class Form:
 
         recorded = aot.record(call, target.facts)
         return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def token_launches(
+    n_cols: int, dtype: torch.dtype, entropy: bool, target: aot.Target, n_rows: int = 4096
+) -> list[aot.Launch]:
+    """The token kernel's launches for one forward and one backward."""
+    logits, ids = _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64)
+    options = (1.0, -100, "triton")
+
+    def call():
+        _, _, statistics = token_ops.token_log_probs(logits, ids, *options, entropy, True)
+        upstream = _meta(n_rows)
+        of_entropy = upstream if entropy else None
+        token_ops.token_gradient(logits, ids, statistics, upstream, of_entropy, *options)
+
+    return aot.record(call, target.facts)
+
+
+def statistics_launches(
+    divergence: Divergence, n_cols: int, dtype: torch.dtype, target: aot.Target, n_rows: int = 4096
+) -> list[aot.Launch]:
+    """The statistics kernel's launches for one forward and one backward."""
+    student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
+    options = Options(
+        divergence.name, "none", "drop", "triton", 1.0, 1.0, 0.0, math.nan, divergence.numbers,
+        n_cols, -100,
+    )  # fmt: skip
+    ids = _meta(n_rows, dtype=torch.int64)
+    shared = (student, teacher, ids, divergence.tensors, *options.pack())
+
+    def call():
+        outputs, _, *statistics = statistics_ops.distillation_statistics(*shared, True)
+        statistics_ops.statistics_gradient(*shared, *statistics, torch.empty_like(outputs))
+
+    return aot.record(call, target.facts)
+
+
+def topk_launches(
+    divergence: Divergence,
+    n_cols: int,
+    k: int,
+    dtype: torch.dtype,
+    target: aot.Target,
+    *,
+    tail: str = "bucket",
+    n_rows: int = 4096,
+) -> list[aot.Launch]:
+    """The top-k kernel's launch for one forward that makes the gradient."""
+    options = Options(
+        divergence.name, "mean", "drop", "triton", 1.0, 1.0, 0.0, math.nan, divergence.numbers,
+        n_cols, -100,
+    )  # fmt: skip
+    arguments = (
+        _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32),
+        None, None, None, divergence.tensors, *topk_ops.pack(options, tail),
+    )  # fmt: skip
+    recorded = aot.record(lambda: topk_ops.topk_loss(*arguments, "forward", False), target.facts)
+    return [x for x in recorded if x.kernel.fn.__name__ == "topk_kernel"]
 
 
 @dataclass(frozen=True)

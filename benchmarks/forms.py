@@ -1,0 +1,210 @@
+"""``python -m benchmarks.forms``: the losses from hidden states, from a top-k teacher, and of single
+tokens, beside eager PyTorch and peers. Forward + backward.
+
+Every provider is first checked on a few tokens against the reference in float64. The linear cases
+also time their matrix products alone, in the same rounds, which no implementation can do without.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .form_cases import CASES_CPU, CASES_GPU, FormCase, Tensors, make_tensors
+from .form_providers import PRODUCTS, PROVIDERS, products
+from .machine import add_device_argument, describe, device_name, machine_line
+from .memory import peak_above_inputs
+from .peers import Skipped
+from .records import EAGER, FAILED, OK, OURS, SKIPPED
+from .screen import make_console, make_table, mebibytes, number
+from .timing import Budget, Times, interleaved
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET = Budget(seconds=15.0, min_rounds=5, max_rounds=60)
+QUICK_BUDGET = Budget(seconds=1.0, min_rounds=2, max_rounds=10)
+CHECKED_TOKENS = 16
+# of the value and, by norm, of each gradient: roundings of the products' sums in the case's dtype
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class FormRecord:
+    """A provider on a case; where it was not measured, ``reason`` says why."""
+
+    case: str
+    form: str
+    loss: str
+    tokens: int
+    hidden: int | None
+    vocab: int
+    k: int | None
+    dtype: str
+    provider: str
+    label: str
+    status: str = OK
+    reason: str | None = None
+    median_ms: float | None = None
+    low_ms: float | None = None  # 20% and 80% quantiles
+    high_ms: float | None = None
+    rounds: int | None = None
+    times_eager: float | None = None  # eager's median over this one: above 1 is faster
+    times_products: float | None = None  # this one's median over that of the matrix products
+    n_products: int | None = None  # as many as ours makes
+    peak_bytes: int | None = None  # above the inputs, gradients included
+    above_gradients_bytes: int | None = None  # ... and not included
+    error: float | None = None  # the largest, relative, of value and gradients
+
+    @property
+    def measured(self) -> bool:
+        return self.status == OK
+
+
+def _run(function: Callable, tensors: Tensors) -> torch.Tensor:
+    """One step: forward + backward, its gradients left with the leaves."""
+    loss = function(tensors)
+    loss.backward()
+    return loss.detach()
+
+
+def _clear(tensors: Tensors) -> None:
+    for leaf in tensors.leaves():
+        leaf.grad = None
+
+
+def error_of(function: Callable, truth: Callable, tensors: Tensors) -> float:
+    """The largest relative error of value and gradients on a few tokens."""
+    wide = tensors.double()
+    expected = _run(truth, wide)
+    found = _run(function, tensors)
+    errors = [abs(found.item() - expected.item()) / max(abs(expected.item()), 1e-30)]
+    for mine, theirs in zip(tensors.leaves(), wide.leaves(), strict=True):
+        difference = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        errors.append(difference.item())
+    _clear(tensors)
+    return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def run_case(case: FormCase, device: torch.device, budget: Budget) -> list[FormRecord]:
+    fields = {"case": case.name, **asdict(case)}
+    few = make_tensors(case, device, min(CHECKED_TOKENS, case.tokens))
+    tensors = make_tensors(case, device, case.tokens)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in tensors.leaves())
+    runs, peaks, errors, records = {}, {}, {}, []
+    for provider in PROVIDERS:
+        if case.form not in provider.forms:
+            continue
+        try:
+            function = provider.build(case, device)
+            error = error_of(function, case.truth(), few)
+            if not error <= TOLERANCE[case.dtype]:
+                raise ValueError(f"wrong: relative error {error:.2e}")
+            _run(function, tensors)  # warm
+            _clear(tensors)
+            peaks[provider.name] = peak_above_inputs(lambda f=function: _run(f, tensors), device)
+            _clear(tensors)
+        except Exception as problem:  # a rival may fail in any way, which is a result too
+            skipped = isinstance(problem, Skipped)
+            reason = str(problem) if skipped else f"{type(problem).__name__}: {problem}"
+            records.append(
+                FormRecord(
+                    **fields, provider=provider.name, label=provider.label,
+                    status=SKIPPED if skipped else FAILED, reason=reason.partition("\n")[0],
+                )
+            )  # fmt: skip
+            continue
+        errors[provider.name] = error
+        runs[provider.name] = lambda f=function: _run(f, tensors)
+    n_products = case.n_products
+    if n_products:
+        runs[PRODUCTS] = products(case, tensors)
+    times = interleaved(runs, lambda: _clear(tensors), device, budget)
+    baseline, alone = times.get(EAGER), times.get(PRODUCTS)
+    labels = {p.name: p.label for p in PROVIDERS} | {PRODUCTS: f"{n_products} products alone"}
+
+    def record(name: str, its_times: Times) -> FormRecord:
+        peak = peaks.get(name)
+        return FormRecord(
+            **fields, provider=name, label=labels[name], **asdict(its_times),
+            times_eager=baseline and baseline.median_ms / its_times.median_ms,
+            times_products=alone and its_times.median_ms / alone.median_ms,
+            n_products=n_products or None, peak_bytes=peak,
+            above_gradients_bytes=None if peak is None else peak - gradients,
+            error=errors.get(name),
+        )  # fmt: skip
+
+    return [record(name, its_times) for name, its_times in times.items()] + records
+
+
+def table_of(records: Sequence[FormRecord]) -> Table:
+    first = records[0]
+
+    def row(r: FormRecord) -> list[str]:
+        if not r.measured:
+            return [r.label, r.status, *[""] * 5]
+        return [
+            f"[bold]{r.label}[/bold]" if r.provider == OURS else r.label,
+            number(r.median_ms),
+            f"{number(r.low_ms)}-{number(r.high_ms)}",
+            number(r.times_eager, "x"),
+            number(r.times_products, "x"),
+            mebibytes(r.peak_bytes),
+            mebibytes(r.above_gradients_bytes),
+        ]
+
+    header = ["provider", "ms", "20-80%", "vs eager", "of products", "MiB", "less grads"]
+    caption = "MiB: peak above the inputs; less grads: without the gradients"
+    return make_table(first.case, header, [row(r) for r in records], caption)
+
+
+def save(path: Path, records: Sequence[FormRecord], facts: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{**asdict(r), **facts} for r in records], indent=1) + "\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forms", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few tokens, short rounds")
+    parser.add_argument("--forms", nargs="+", help="only these forms, such as linear topk tokens")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where the records go")
+    add_device_argument(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit status is 1 where ours failed its check."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    device = options.device
+    cases = CASES_CPU if device.type == "cpu" else CASES_GPU
+    cases = [c for c in cases if not options.forms or c.form in options.forms]
+    if options.quick:
+        cases = [c.smaller() for c in cases]
+    facts = describe(device, arguments)
+    facts["command"] = facts["command"].replace("-m benchmarks", "-m benchmarks.forms", 1)
+    console = make_console()
+    console.print(machine_line(facts))
+    records: list[FormRecord] = []
+    for case in cases:
+        new = run_case(case, device, QUICK_BUDGET if options.quick else BUDGET)
+        console.print(table_of(new))
+        for r in new:
+            if not r.measured:
+                console.print(f"{r.status}: {r.label}, {r.reason}", markup=False)
+        records += new
+    name = device_name(options.device).lower().replace(" ", "-")
+    default = RESULTS / ("forms-cpu.json" if device.type == "cpu" else f"forms-gpu-{name}.json")
+    partial = options.quick or options.forms
+    path = options.json or (None if partial else default)
+    if path:
+        save(path, records, facts)
+        console.print(f"records: {path}")
+    return int(any(r.status == FAILED and r.provider == OURS for r in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The top-k loss from hidden states and a language-model head instead of logits."""
+
+import math
+
+import torch
+
+from .checks import check_head, check_linear_options, check_options, check_slots, head_vocabulary
+from .divergences import Divergence, SoftCrossEntropy
+from .linear import linear_distillation_loss, run_linear
+from .paths import Options
+from .reference import LossComponents
+
+
+def linear_topk_distillation_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    *,
+    tail: str = "bucket",
+    student_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int | None = None,
+    kept_tokens: int | None = None,
+    divergence: Divergence | str = SoftCrossEntropy(),
+    loss_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    gradient: str = "auto",
+    return_components: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | LossComponents:
+    """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
+
+    The student's logits, ``softcap((hidden weight^T + bias) * logit_scale)``, are formed a block of
+    tokens at a time, as :func:`linear_distillation_loss` forms them, and compared with the teacher's
+    K log-probabilities a token: three matrix products where the forward makes the gradients, four
+    where the backward does, one without gradients.
+
+    Args:
+        student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton).
+        student_weight: ``[V, d]``.
+        teacher_log_probs, teacher_ids: ``[..., K]``, as in :func:`topk_distillation_loss`.
+        tail: the rest of the vocabulary: "bucket", "renormalize" or "ignore", as there.
+        student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
+            kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
+
+    The others are those of :func:`distill_ops.distillation_loss`.
+
+    Returns:
+        The loss in nats, float32 (float64 where a tensor is): 0-d, or ``[...]`` with "none";
+        ``LossComponents`` with ``return_components``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        RuntimeError: from backward, on a second derivative, or a second backward of gradients made
+            in the forward.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
+        >>> loss = distill_ops.linear_topk_distillation_loss(
+        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
+        ... )
+        >>> round(loss.item(), 4)
+        0.1251
+    """
+    if hard_label_weight == 1:  # the divergence has no share
+        teacher_log_probs = teacher_ids = None
+    if teacher_ids is None and teacher_log_probs is None:
+        return linear_distillation_loss(
+            student_hidden, student_weight, None, None, student_bias=student_bias,
+            student_logit_scale=student_logit_scale, student_softcap=student_softcap,
+            logits_dtype=logits_dtype, memory_budget=memory_budget, kept_tokens=kept_tokens,
+            divergence=divergence, loss_mask=loss_mask, labels=labels, ignore_index=ignore_index,
+            hard_label_weight=hard_label_weight, reduction=reduction, normalizer=normalizer,
+            vocab_size=vocab_size, gradient=gradient, return_components=return_components,
+            backend=backend,
+        )  # fmt: skip
+    check_head(
+        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
+        student_softcap,
+    )  # fmt: skip
+    of = "student_hidden"
+    n_cols = head_vocabulary(student_weight, vocab_size)
+    divergence = check_options(
+        student_hidden, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
+        temperature, reduction, normalizer, of,
+    )  # fmt: skip
+    check_slots(
+        student_hidden, of, n_cols, teacher_log_probs, teacher_ids, tail, loss_mask, labels,
+        ignore_index, hard_label_weight,
+    )  # fmt: skip
+    check_linear_options(
+        student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
+    )
+    return run_linear(
+        "linear_topk_distillation_loss", (student_hidden, student_weight, student_bias),
+        (None, None, None, teacher_log_probs, teacher_ids), tail,
+        divergence, loss_mask, labels, normalizer,
+        Options(
+            divergence.name, reduction, "drop", backend, float(temperature),
+            float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
+            float(hard_label_weight), math.nan, divergence.numbers, n_cols, ignore_index,
+        ),
+        (student_logit_scale, student_softcap, 1.0, None),
+        logits_dtype, memory_budget, kept_tokens, gradient, return_components,
+    )  # fmt: skip

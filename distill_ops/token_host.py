@@ -1,0 +1,182 @@
+"""Token log-probabilities on the CPU: chunks of rows in cache, ignored rows not read."""
+
+from collections.abc import Iterator
+
+import torch
+
+from . import host
+from .chunks import Terms, row_sums
+from .host import row_blocks, row_groups, rows_in_chunk
+
+Rows = slice | torch.Tensor
+
+LOWEST = -1e30  # a logarithm of 0: with room for a factor before it is multiplied by that 0
+
+
+def _chunks(
+    ids: torch.Tensor, ignore_index: int, dtype: torch.dtype, *matrices: torch.Tensor
+) -> Iterator[tuple[Rows, list[torch.Tensor], Rows]]:
+    """Groups of the rows that count: their places in the call, and the matrices' blocks with the
+    rows' places there."""
+    size = rows_in_chunk(
+        ids.numel(), matrices[0].shape[-1], dtype.itemsize, torch.get_num_threads()
+    )
+    first = 0
+    for block in row_blocks(*matrices, size=size, copies=len(matrices) == 1):
+        end = first + block[0].shape[0]
+        kept = (ids[first:end] != ignore_index).nonzero().squeeze(-1).tolist()
+        for rows in row_groups(kept, size):
+            if isinstance(rows, slice):
+                yield slice(first + rows.start, first + rows.stop), block, rows
+            else:
+                rows = torch.tensor(rows, device=ids.device)
+                yield rows + first, block, rows
+        first = end
+
+
+class _Buffers:
+    """Two matrices that every chunk uses anew: of fresh ones most of the cost is page faults."""
+
+    def __init__(self, n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device):
+        size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, torch.get_num_threads())
+        self.pair = [torch.empty(size, n_cols, dtype=dtype, device=device) for _ in range(2)]
+
+    def __call__(self, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = self.pair
+        return first[:n_rows], second[:n_rows]
+
+
+def log_softmax(
+    logits: torch.Tensor, temperature: float, work: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Of ``logits / temperature``, written to ``out``."""
+    if temperature != 1 or logits.dtype != work.dtype:
+        logits = work.copy_(logits)
+        if temperature < 1:  # the maximum goes first: the division could overflow
+            logits.sub_(logits.amax(-1, keepdim=True))
+        if temperature != 1:
+            logits.div_(temperature)
+    return torch.log_softmax(logits, -1, out=out)
+
+
+def entropy_of(log_q: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
+    """``-sum(q log q)`` of each row, a probability of 0 making 0. ``log_q`` is used up."""
+    q = torch.exp(log_q, out=work)
+    return row_sums(q.mul_(log_q.clamp_(min=LOWEST))).neg_()
+
+
+def log_probs(
+    logits: torch.Tensor,  # [..., V]
+    ids: torch.Tensor,  # [N]
+    temperature: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    with_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities ``[N]`` and entropies ``[N]``."""
+    found = torch.zeros(ids.numel(), dtype=dtype, device=logits.device)
+    entropies = torch.zeros_like(found) if with_entropy else None
+    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
+    for places, (matrix,), rows in _chunks(ids, ignore_index, dtype, logits):
+        chunk = matrix[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
+        found[places] = log_q.gather(-1, ids[places, None]).squeeze(-1)
+        if with_entropy:
+            entropies[places] = entropy_of(log_q, work)
+    return found, entropies
+
+
+def write_gradient(
+    log_q: torch.Tensor,  # [n, V], used up
+    ids: torch.Tensor,  # [n]
+    upstream: torch.Tensor,  # [n]
+    entropies: torch.Tensor | None,  # [n]
+    upstream_entropy: torch.Tensor | None,  # [n]
+    temperature: float,
+    out: torch.Tensor,  # [n, V] of the same dtype
+) -> torch.Tensor:
+    """``(g (1[j = id] - q_j) - h q_j (log q_j + H)) / T`` of a chunk of rows."""
+    q = torch.exp(log_q, out=out)
+    if upstream_entropy is None:
+        gradient = q.mul_((upstream / -temperature)[:, None])
+    else:
+        factor = log_q.clamp_(min=LOWEST).mul_((upstream_entropy / -temperature)[:, None])
+        rest = torch.addcmul(upstream, upstream_entropy, entropies).div_(-temperature)
+        gradient = q.mul_(factor.add_(rest[:, None]))
+    return gradient.scatter_add_(-1, ids[:, None], (upstream / temperature)[:, None])
+
+
+def fill_gradient(
+    logits: torch.Tensor,  # [..., V]
+    ids: torch.Tensor,  # [N]
+    entropies: torch.Tensor | None,  # [N]
+    upstream: torch.Tensor,  # [N]
+    upstream_entropy: torch.Tensor | None,  # [N]
+    temperature: float,
+    ignore_index: int,
+    gradient: torch.Tensor,  # like logits, or the logits themselves: overwritten
+) -> None:
+    """Write the gradient of all rows, 0 where the token is ignored."""
+    dtype = upstream.dtype
+    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
+    for places, (matrix, out), rows in _chunks(ids, ignore_index, dtype, logits, gradient):
+        of_entropy = (None, None)
+        if upstream_entropy is not None:
+            of_entropy = entropies[places], upstream_entropy[places]
+        chunk = matrix[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
+        target = out[rows] if isinstance(rows, slice) and out.dtype == dtype else work
+        write_gradient(log_q, ids[places], upstream[places], *of_entropy, temperature, target)
+        if target is work:
+            out[rows] = work.to(out.dtype)
+    _zero_ignored(ids, ignore_index, gradient)
+
+
+def _zero_ignored(ids: torch.Tensor, ignore_index: int, gradient: torch.Tensor) -> None:
+    ignored = (ids == ignore_index).view(gradient.shape[:-1])
+    if ignored.any():
+        gradient.masked_fill_(ignored[..., None], 0.0)
+
+
+def _of_rows(values: list, places: Rows) -> list:
+    """Per-row tensors ``[N, 1]`` at these rows; numbers and 0-d tensors serve every row."""
+    return [v[places] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]
+
+
+def fill_combined_gradient(
+    terms: Terms,
+    student: torch.Tensor,  # [..., V]
+    teacher: torch.Tensor,  # [..., V]
+    ids: torch.Tensor,  # [N]
+    entropies: torch.Tensor,  # [N], the student's
+    upstreams: tuple[torch.Tensor, ...],  # of divergence, log-probability and entropy, each [N]
+    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
+    ignore_index: int,
+    gradient: torch.Tensor,  # like student: overwritten
+) -> None:
+    """Write the gradient of all three, 0 where the token is ignored."""
+    temperature, dtype, n_cols = terms.temperature, terms.dtype, student.shape[-1]
+    buffers = _Buffers(ids.numel(), n_cols, dtype, student.device)
+    part = torch.empty_like(buffers.pair[0])
+    for places, (logits, of_teacher, out), rows in _chunks(
+        ids, ignore_index, dtype, student, teacher, gradient
+    ):
+        of_divergence, of_log_prob, of_entropy = (x[places] for x in upstreams)
+        chunk = logits[rows]
+        work, log_q = buffers(len(chunk))
+        log_softmax(chunk, temperature, work, log_q)
+        total = write_gradient(
+            log_q, ids[places], of_log_prob, entropies[places], of_entropy, temperature, work
+        )
+        if of_divergence.any():
+            of_terms = part[: len(chunk)]
+            host.dense(
+                terms, chunk, of_teacher[rows], None, of_divergence,
+                of_divergence[:, None] / temperature, 0.0, _of_rows(parameters, places), n_cols,
+                of_terms,
+            )  # fmt: skip
+            total += of_terms
+        out[rows] = total.to(out.dtype)
+    _zero_ignored(ids, ignore_index, gradient)

@@ -1,0 +1,388 @@
+"""The loss against a teacher of whom K log-probabilities a row are known (semantics.md, 11).
+
+The outcomes of a row are the K tokens and the rest of the vocabulary, a vector of BLOCK_K lanes. With
+``m_r`` and ``l_r`` the maximum and the sum of exponentials of the columns outside the K, the rest's
+probability is ``q_rest = exp((m_r - m) / T) l_r / l``, and a column's share of it
+``exp((x_j - m_r) / T) / l_r``, which holds however small q_rest is. With ``value``, ``slope`` of the
+outcomes, ``D = sum(slope)``, and weights and hard label as in the dense kernel,
+
+    loss               = weight * (1 - w) * k * sum(value) + ...
+    gradient, of the K = scale * (slope - q * D) + ...
+    ... of column j    = scale * share_j * (slope_rest - q_rest * D) + ...
+
+The rest is one outcome for every divergence with the tail as a bucket, and without one for those whose
+terms at p = 0 are homogeneous, ``value(q, 0) = q value(1, 0)`` (Divergence.additive_at_teacher_zero).
+Of the others (EACH) every column outside is an outcome. Where the student is restricted to the K, by a
+divergence that is infinite at p = 0, nothing outside is read at all.
+
+The forward launch writes the gradient, or keeps STATISTICS float32 numbers a row, from which the
+backward launch makes it. The row is read once for either, and once more for the gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .columns import OPERANDS as OPERAND_KINDS
+from .columns import SMALLEST, columns
+from .dense import Formula, device_facts, first_position, plan, row_offset, row_parameters
+from .layout import row_layouts, uniform_rows
+from .math import INFINITY, LOG2E, from_float32
+from .outside import clear, mark, spread, sum_outside, terms_outside, unmark
+from .sweeps import PEELED, fill_zero
+
+STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
+
+LEAST_REST = tl.constexpr(2.0**-24)  # of the teacher's tail
+
+# The rest of the vocabulary
+BUCKET = tl.constexpr(0)
+RENORMALIZE = tl.constexpr(1)
+IGNORE = tl.constexpr(2)
+TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "ignore": IGNORE.value}
+
+
+@triton.jit
+def clamped(y):
+    """Exponents of finite logits, finite; NaN stays."""
+    return tl.where(y < SMALLEST, SMALLEST, y)
+
+
+@triton.jit
+def finite_or_zero(m):
+    """A maximum to subtract."""
+    return tl.where(m == -INFINITY, 0.0, m)
+
+
+@triton.jit
+def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
+    """Log-probabilities of the slots, of the rest, and whether they make a distribution."""
+    given = lane < k
+    token_id = tl.load(ids + lane, mask=given, other=-1)
+    used = (token_id >= 0) & (token_id < n_cols)
+    log_p = tl.load(log_probs + lane, mask=used, other=-INFINITY).to(tl.float32)
+    # an id beyond the vocabulary, which without debug mode nobody refuses on a GPU
+    log_p = tl.where(given & (token_id != -1) & (used == 0), float("nan"), log_p)
+    log_p_rest = -INFINITY
+    if TAIL == BUCKET:
+        # in float64: of a confident teacher float32's rounding of the sum would be all that is left
+        total = tl.sum(tl.exp(log_p.to(tl.float64)), axis=0)
+        rest = tl.maximum(1.0 - total, LEAST_REST).to(tl.float32)
+        covered = tl.sum(used.to(tl.int32), axis=0) == n_cols
+        log_p_rest = tl.where(covered, -INFINITY, tl.log(rest))
+        good = total < INFINITY
+    else:
+        m = finite_or_zero(tl.max(log_p, axis=0))
+        total = tl.sum(tl.exp(log_p - m), axis=0)
+        good = total < INFINITY
+        if TAIL == RENORMALIZE:
+            log_p -= m + tl.log(total)
+            good = good & (total > 0.0)
+    return token_id, used, log_p, log_p_rest, good
+
+
+@triton.jit
+def outcomes(
+    x, log_p, lane, k, m_r, l_r, over_t, REST: tl.constexpr, RESTRICT: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    """Exponents of the outcomes relative to the largest one, their sum of exponentials; and for EACH
+    the row's maximum and its sum, to which columns outside are relative."""
+    if RESTRICT:
+        x = tl.where(log_p == -INFINITY, -INFINITY, x)
+    m = tl.max(x, axis=0)
+    if REST:
+        m = tl.maximum(m, tl.where(l_r > 0.0, m_r, -INFINITY))
+    m = finite_or_zero(m)
+    y = tl.where(x == -INFINITY, -INFINITY, clamped((x - m) * over_t))
+    if REST:
+        y_rest = clamped((m_r - m) * over_t) + tl.log(l_r)
+        y = tl.where(lane == tl.where(l_r > 0.0, k, -1), y_rest, y)
+    row_l = 0.0
+    if EACH:
+        c = over_t * LOG2E
+        of_rest = tl.where(l_r > 0.0, l_r * tl.exp2((m_r - m) * c), l_r)
+        row_l = tl.sum(tl.exp2((x - m) * c), axis=0) + of_rest
+    y = tl.where(y == -INFINITY, y, clamped(y - finite_or_zero(tl.max(y, axis=0))))
+    return y, tl.sum(tl.exp2(y * LOG2E), axis=0), m, row_l
+
+
+@triton.jit
+def hard_normaliser(x, m_r, l_r):
+    """Of the whole row at temperature 1: maximum, sum, and the K's exponentials."""
+    m = tl.max(x, axis=0)
+    m = finite_or_zero(tl.maximum(m, tl.where(l_r > 0.0, m_r, -INFINITY)))
+    e = tl.exp2((x - m) * LOG2E)
+    of_rest = tl.where(l_r > 0.0, l_r * tl.exp2((m_r - m) * LOG2E), l_r)
+    return m, tl.sum(e, axis=0) + of_rest, e
+
+
+@triton.jit(
+    do_not_specialize=[
+        "student_start", "student_outer", "student_inner", "gradient_start", "gradient_outer",
+        "gradient_inner", "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator",
+        "over_t", "divergence_scale", "hard_weight", "upstream_stride",
+    ]
+)  # fmt: skip
+def topk_kernel(
+    student_ptr, student_start, student_outer, student_inner,
+    gradient_ptr, gradient_start, gradient_outer, gradient_inner,
+    log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
+    losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
+    denominator, n_inner, n_rows, n_cols, width, k, over_t, divergence_scale, hard_weight, parameters,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr,
+    TAIL: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, REST: tl.constexpr,
+    EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ENDS: tl.constexpr, UNROLL: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
+    GRADIENT_MATCHED: tl.constexpr,
+):  # fmt: skip
+    """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
+    without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
+
+    ``log_probs`` and ``ids`` are [n_rows, k]; ``words`` and ``bitmap`` the same memory. REST: the
+    divergence sees the columns outside; EACH: one by one. OWN_HARD: the hard label's sums are not
+    the divergence's. A row of weight 0 is not read: loss 0, gradient 0.
+    """
+    SWEPT: tl.constexpr = WRITE_LOSS and (REST or HARD)
+    SHARED: tl.constexpr = (REST and not EACH) or (HARD and not OWN_HARD and not EACH)
+    if SWEPT:
+        words = words_ptr + tl.program_id(0) * n_words
+        bitmap = bitmap_ptr + tl.program_id(0) * n_words * 4
+        clear(words, n_words, LANES)
+    lane = tl.arange(0, BLOCK_K)
+    one = tl.cast(1.0, tl.float32)
+    c = over_t * LOG2E
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
+        gradient_offset = row_offset(row, gradient_start, gradient_outer, gradient_inner, n_inner)
+        lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
+        student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
+        gradient = first_position(gradient_ptr, gradient_offset, lead, GRADIENT_MATCHED)
+
+        kept = statistics_ptr + tl.cast(row, tl.int64) * STATISTICS
+        if WRITE_LOSS:
+            weight = tl.load(weights_ptr + row) if HAS_WEIGHTS else 1.0
+            over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
+            scale = tl.fdiv(tl.cast(weight, tl.float32), over)
+            if WRITE_STATISTICS:
+                if weight == 0.0:
+                    for i in tl.static_range(STATISTICS):
+                        tl.store(kept + i, 0.0)
+                else:
+                    tl.store(kept + STATISTICS - 1, scale)
+        else:
+            weight = tl.load(kept + STATISTICS - 1)
+            scale = weight * tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride).to(
+                tl.float32
+            )
+        if WRITE_GRADIENT:
+            fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
+        loss = 0.0
+        hard_loss = 0.0
+        if weight != 0.0:
+            row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
+            slots = tl.cast(row, tl.int64) * k
+            token_id, used, log_p, log_p_rest, good = read_teacher(
+                log_probs_ptr + slots, ids_ptr + slots, lane, k, n_cols, TAIL
+            )
+            position = (token_id + lead).to(tl.int32)
+            x = tl.load(student + position, mask=used, other=-INFINITY).to(tl.float32)
+            if HARD:
+                label = tl.load(labels_ptr + row)
+                known = (label >= 0) & (label < n_cols)
+                logit = tl.load(student + lead + label, mask=known, other=float("nan"))
+                logit = logit.to(tl.float32)
+
+            m_r = 0.0
+            l_r = 0.0
+            l_h = 0.0
+            if SWEPT:
+                mark(words, position, used)
+                m_r, l_r, l_h = sum_outside(
+                    student, bitmap, lead, n_cols, c, LANES, WIDTH, ENDS, REST, OWN_HARD, UNROLL
+                )
+                if HARD and not OWN_HARD:
+                    l_h = l_r
+            elif not WRITE_LOSS:
+                m_r = tl.load(kept)
+                l_r = tl.load(kept + 1)
+                l_h = tl.load(kept + 2)
+            y, l, m, row_l = outcomes(x, log_p, lane, k, m_r, l_r, over_t, REST, RESTRICT, EACH)
+            outside_loss = 0.0
+            outside_slope = 0.0
+            if EACH:
+                if WRITE_LOSS:
+                    outside_loss, outside_slope = terms_outside(
+                        student, bitmap, lead, n_cols, (m, row_l, one * 0.0, one, over_t), row_values,
+                        VALUE_AND_SLOPE, OPERANDS, DROP, LANES, WIDTH, ENDS,
+                    )  # fmt: skip
+                else:
+                    outside_slope = tl.load(kept + 3)
+                y = tl.where(lane == k, -INFINITY, y)
+            if SWEPT:
+                unmark(words, position, used)
+            value, slope, q = columns(
+                y, tl.where(lane == k, log_p_rest, log_p), lane <= k, (one * 0.0, l, one * 0.0, one, one),
+                row_values, VALUE_AND_SLOPE, OPERANDS, False, False, True, DROP, RESTRICT, False,
+            )  # fmt: skip
+            # a row without a softmax, in either model, must not vanish among the dropped terms
+            poison = tl.where(good & (l > 0.0) & (l_r >= 0.0), 0.0, float("nan"))
+            loss = tl.sum(value, axis=0) + outside_loss + poison
+            total_slope = tl.sum(slope, axis=0) + outside_slope
+            if HARD:
+                m_h, hard_l, e_h = hard_normaliser(x, m_r, l_h)
+                hard_loss = (m_h - logit) + tl.log(hard_l)
+            if WRITE_STATISTICS:
+                tl.store(kept, m_r)
+                tl.store(kept + 1, l_r)
+                tl.store(kept + 2, l_h)
+                tl.store(kept + 3, outside_slope)
+
+            if WRITE_GRADIENT:
+                hard_scale = scale * hard_weight
+                scale *= (1.0 - hard_weight) * divergence_scale * over_t
+                gradients = (slope - q * total_slope) * scale + poison
+                factor = poison
+                hard_factor = 0.0
+                if REST and not EACH:
+                    of_rest = tl.sum(tl.where(lane == k, gradients, 0.0), axis=0)
+                    factor += tl.where(l_r > 0.0, tl.fdiv(of_rest, l_r), 0.0)
+                if HARD:
+                    hard_factor = tl.fdiv(hard_scale, hard_l)
+                    gradients += e_h * hard_factor - tl.where(token_id == label, hard_scale, 0.0)
+                    if not OWN_HARD and not EACH:
+                        shared = hard_factor * tl.exp2((m_r - m_h) * LOG2E)
+                        factor += tl.where(l_h > 0.0, shared, 0.0)
+                else:
+                    m_h = 0.0
+                    label = 0
+                tl.debug_barrier()  # every thread has its logits before one overwrites them
+                spread(
+                    student, gradient, lead, n_cols, c, (m_r, factor, m_h, hard_factor),
+                    (m, row_l, one * 0.0, one, over_t), (scale, hard_scale, total_slope, lead + label),
+                    row_values, VALUE_AND_SLOPE, OPERANDS, DROP, SHARED, EACH, HARD, OWN_HARD,
+                    LANES, WIDTH, ENDS, UNROLL,
+                )  # fmt: skip
+                tl.debug_barrier()
+                if HARD and not EACH:  # the label's entry, where it is none of the K
+                    entry = factor
+                    if SHARED:
+                        entry = tl.exp2((logit - m_r) * c) * factor
+                    if OWN_HARD:
+                        entry += tl.exp2((logit - m_h) * LOG2E) * hard_factor
+                    entry = from_float32(entry - hard_scale, gradient_ptr.dtype.element_ty)
+                    tl.store(gradient + lead + label, entry, mask=known)
+                    tl.debug_barrier()
+                gradients = from_float32(gradients, gradient_ptr.dtype.element_ty)
+                tl.store(gradient + position, gradients, mask=used)
+        if WRITE_LOSS:
+            loss *= weight * divergence_scale
+            if HARD:
+                hard_loss *= weight
+                tl.store(losses_ptr + row, (1.0 - hard_weight) * loss + hard_weight * hard_loss)
+                tl.store(components_ptr + row, loss)
+                tl.store(components_ptr + n_rows + row, hard_loss)
+            else:
+                tl.store(losses_ptr + row, loss)
+
+
+def run(
+    formula: Formula,
+    tail: str,
+    additive: bool,  # the divergence's terms at p = 0 are homogeneous in q
+    student: torch.Tensor,  # [..., V]
+    log_probs: torch.Tensor,  # [N, K], contiguous
+    ids: torch.Tensor,  # [N, K], contiguous
+    labels: torch.Tensor | None,  # [N]
+    n_cols: int,
+    *,
+    gradient: torch.Tensor | None = None,  # like student, contiguous, or the student: write it
+    statistics: torch.Tensor | None = None,  # [N, STATISTICS]
+    losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
+    components: torch.Tensor | None = None,  # [2, N]
+    weights: torch.Tensor | None = None,  # [N]
+    denominator: torch.Tensor | float = 1.0,
+    upstream: torch.Tensor | None = None,  # [N] or []
+) -> None:
+    """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone."""
+    n_rows, k = ids.shape
+    n_inner, layouts = row_layouts(student)
+    inplace = gradient is student
+    if inplace and not layouts[0].is_in(student):
+        raise ValueError(
+            f"a gradient in place needs student logits with contiguous columns and leading dimensions "
+            f"that two strides reach, got strides {student.stride()}: pass .contiguous()"
+        )
+    if n_rows == 0:
+        return
+    width = student.shape[-1]
+    layouts.append(layouts[0] if gradient is None or inplace else uniform_rows(gradient, n_inner))
+    ends, matched, budget = plan(layouts, n_cols, width)
+    itemsize = student.element_size()
+    choice = launch.dense_launch(
+        n_rows, n_cols, itemsize, n_cols * itemsize, budget, device_facts(student.device)
+    )
+    hard = formula.hard_label_weight > 0
+    rest = tail == "bucket" or not formula.restrict
+    own_hard = hard and (formula.temperature != 1 or not rest)
+    block_k = triton.next_power_of_2(k + 1)
+    student_rows, gradient_rows = layouts
+    filler = student  # stands for a pointer that the kernel's form does not read
+    words, n_words = filler, 0
+    if losses is not None and (rest or hard):
+        n_words = launch.padded(n_cols + 8, choice.lanes * choice.width) // 32
+        words = torch.empty((choice.n_programs, n_words), dtype=torch.int32, device=student.device)
+    topk_kernel[(choice.n_programs,)](
+        **student_rows.arguments("student"),
+        **gradient_rows.arguments("gradient"),
+        log_probs_ptr=log_probs,
+        ids_ptr=ids,
+        words_ptr=words,
+        bitmap_ptr=words.view(torch.uint8) if n_words else filler,
+        n_words=n_words,
+        losses_ptr=filler if losses is None else losses,
+        components_ptr=filler if components is None else components,
+        statistics_ptr=filler if statistics is None else statistics,
+        weights_ptr=filler if weights is None else weights,
+        labels_ptr=filler if labels is None else labels,
+        upstream_ptr=filler if upstream is None else upstream,
+        upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
+        denominator=denominator,
+        n_inner=n_inner,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        width=width,
+        k=k,
+        over_t=1.0 / formula.temperature,
+        divergence_scale=float(formula.divergence_scale),
+        hard_weight=float(formula.hard_label_weight),
+        parameters=formula.parameters,
+        VALUE_AND_SLOPE=formula.value_and_slope,
+        OPERANDS=OPERAND_KINDS[formula.operands],
+        PARAMETER_STRIDES=tuple(
+            (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
+            for p in formula.parameters
+        ),
+        TAIL=TAILS[tail],
+        DROP=formula.drop,
+        RESTRICT=formula.restrict,
+        REST=rest,
+        EACH=rest and tail != "bucket" and not additive,
+        HARD=hard,
+        OWN_HARD=own_hard,
+        HAS_WEIGHTS=weights is not None,
+        DENOMINATOR_IN_MEMORY=isinstance(denominator, torch.Tensor),
+        WRITE_LOSS=losses is not None,
+        WRITE_STATISTICS=losses is not None and statistics is not None,
+        WRITE_GRADIENT=gradient is not None,
+        BLOCK_K=block_k,
+        LANES=choice.lanes,
+        WIDTH=choice.width,
+        ENDS=ends.value,
+        UNROLL=launch.topk_unroll(block_k, choice.lanes, own_hard),
+        STUDENT_MATCHED=matched[0],
+        GRADIENT_MATCHED=matched[1],
+        **choice.options(),
+    )
