@@ -131,13 +131,18 @@ class Chunk:
             of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
-        self.poison = torch.where(self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan)
+        self.poison = torch.where(
+            self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan
+        )
         self.poison = self.poison.to(x.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
         self.slope = slope
         if self.each:
             value, slope = self._terms_outside()
-            loss, self.total_slope = loss + row_sums(value), self.total_slope + row_sums(slope)[:, None]
+            loss, self.total_slope = (
+                loss + row_sums(value),
+                self.total_slope + row_sums(slope)[:, None],
+            )
         return loss + self.poison[:, 0]
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +162,9 @@ class Chunk:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
         x = _copy_outside(self.rows, self.buffers[0])
         zero = x == NEG_INF
-        log_q = x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature).sub_(self.log_sum)
+        log_q = (
+            x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature).sub_(self.log_sum)
+        )
         value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
         self.outside_slope = slope
         self.outside_q = log_q.masked_fill_(zero, NEG_INF).exp_()
@@ -169,7 +176,9 @@ class Chunk:
         rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
         maximum = _finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
         self.hard_q = (self.logits - maximum).exp_()
-        self.hard_factor = (rest_max - maximum).exp_()  # from what is relative to the rest's maximum
+        self.hard_factor = (
+            rest_max - maximum
+        ).exp_()  # from what is relative to the rest's maximum
         total = row_sums(self.hard_q)[:, None] + self.hard_sum * self.hard_factor
         self.hard_q /= total
         self.hard_factor = self.hard_factor / total * self.rows.hard_scale
@@ -205,7 +214,9 @@ class Chunk:
             one_hot = (self.rows.ids == labels).to(out.dtype)
             slots = slots + (self.hard_q - one_hot) * hard_scale
             minus = torch.zeros_like(self.poison) - hard_scale
-            out.scatter_add_(-1, labels, minus)  # where the label is one of the K, that comes over it
+            out.scatter_add_(
+                -1, labels, minus
+            )  # where the label is one of the K, that comes over it
         self._scatter(slots, out)
         if out is not gradient:
             gradient.copy_(out)

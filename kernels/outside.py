@@ -15,6 +15,7 @@ from .columns import columns
 from .math import INFINITY, LOG2E, from_float32
 from .sweeps import combine_lanes, read, rescale, tile, whole_tiles
 
+
 @triton.jit
 def clear(words, n_words, LANES: tl.constexpr):
     """Zero a program's region of the bitmap, whatever it holds."""

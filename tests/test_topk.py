@@ -70,7 +70,9 @@ def test_options(divergence, tail, option, backend, device):
     options = moved(SHARED[option], device)
     if "ignore_index" in options:
         options["labels"] = options["labels"].clamp(min=0)
-    student, log_p, ids = make_topk((*TOKENS, 29), 5, options.get("temperature", 1.0), device=device)
+    student, log_p, ids = make_topk(
+        (*TOKENS, 29), 5, options.get("temperature", 1.0), device=device
+    )
     ids[0, 0, 1], ids[1, 2, 4] = -1, -1
     student = torch.cat([student, student[..., :4]], -1)  # columns that vocab_size cuts off
     n_cols = options.setdefault("vocab_size", 29)
@@ -119,7 +121,9 @@ def test_dtypes_of_the_teacher(dtype, backend, device):
 @by_tail
 @by_name
 def test_float64(divergence, tail):
-    student, log_p, ids = (x.double() if x.is_floating_point() else x for x in make_topk((3, 40), 5))
+    student, log_p, ids = (
+        x.double() if x.is_floating_point() else x for x in make_topk((3, 40), 5)
+    )
     log_p[1, 2], ids[2, 3] = -torch.inf, -1
     labels = torch.tensor([3, 0, 7])
     options = {"divergence": divergence, "tail": tail, "teacher_ids": ids, "temperature": 1.3}
@@ -245,6 +249,8 @@ def test_the_error_of_a_wrong_tail_would_show():
     """The rule of these tests rejects another tail's numbers."""
     student, log_p, ids = make_topk((3, 21), 5)
     options = {"oracle": reference.topk_distillation_loss, "teacher_ids": ids, "double": True}
-    bucket, ignore = (run_reference(student, log_p, tail=t, **options) for t in ("bucket", "ignore"))
+    bucket, ignore = (
+        run_reference(student, log_p, tail=t, **options) for t in ("bucket", "ignore")
+    )
     with pytest.raises(AssertionError):
         assert_close("loss", ignore.loss.float(), bucket.loss.float(), bucket.loss)

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, metrics, reduction, token
+from ..kernels import dense, metrics, reduction, token, topk
 from ..kernels.launch import DeviceFacts
 
 
@@ -48,6 +48,7 @@ KERNELS = (
     (dense, "dense_kernel"),
     (metrics, "metrics_kernel"),
     (token, "token_kernel"),
+    (topk, "topk_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),
