@@ -436,6 +436,8 @@ def check_slots(
             f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
         )
     _constant("teacher_log_probs", teacher_log_probs, "detach it")
+    if hard_label_weight < 1:
+        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
     if hard_label_weight < 1 and _readable(teacher_ids):
         kept = torch.ones_like(teacher_ids[..., 0], dtype=torch.bool)
         if loss_mask is not None:
@@ -443,7 +445,6 @@ def check_slots(
         if labels is not None:
             kept &= labels != ignore_index
         _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
-        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
 
 
 def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
