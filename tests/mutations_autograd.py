@@ -117,8 +117,8 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "no version bump of the scaling", "distill_ops/autograd.py",
-        "upstream, Options.unpack(*ctx.options).backend)\n        ops.increment_version(student)",
-        "upstream, Options.unpack(*ctx.options).backend)",
+        "upstream, _backend(ctx))\n        ops.increment_version(student)",
+        "upstream, _backend(ctx))",
         f"{NO_SYNC}through_autograd[plain-forward-inplace]",
     ),
     Mutation(

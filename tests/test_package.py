@@ -22,6 +22,10 @@ for divergence in ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_sha
     truth = distill_ops.reference.distillation_loss(student, teacher, divergence=divergence)
     assert torch.allclose(loss, truth, rtol=1e-5), divergence
     loss.backward()
+    top = torch.log_softmax(teacher, -1).topk(5)
+    loss = distill_ops.topk_distillation_loss(student, *top, divergence=divergence)
+    truth = distill_ops.reference.topk_distillation_loss(student, *top, divergence=divergence)
+    assert torch.allclose(loss, truth, rtol=1e-5), divergence
 from distill_ops import host
 host.CLOSED_FORMS.clear()  # and the shared text itself
 again = distill_ops.distillation_loss(student, teacher, divergence="jensen_shannon")

@@ -1,5 +1,7 @@
 """The top-k loss against its float64 oracle: every divergence, tail, option, shape and path."""
 
+from pathlib import Path
+
 import declared
 import pytest
 import torch
@@ -254,3 +256,28 @@ def test_the_error_of_a_wrong_tail_would_show():
     )
     with pytest.raises(AssertionError):
         assert_close("loss", ignore.loss.float(), bucket.loss.float(), bucket.loss)
+
+
+@pytest.mark.interpreter
+def test_scratch_memory_may_hold_anything(kernel_device, monkeypatch):
+    """What the allocator hands out is not zero."""
+    from distill_ops.kernels import topk
+
+    empty = torch.empty
+    full = lambda *size, dtype=None, **options: (
+        empty(*size, dtype=dtype, **options).fill_(-1)
+        if dtype == torch.int32
+        else empty(*size, dtype=dtype, **options)
+    )
+    monkeypatch.setattr(topk.torch, "empty", full)
+    inputs = make_topk((3, 300), 5, device=kernel_device("triton"))
+    check_topk(*inputs, divergence="forward_kl", backend="triton")
+
+
+def test_the_page_s_example():
+    page = (Path(__file__).parent.parent / "docs/topk.md").read_text()
+    (block,) = page.split("```python\n")[1:]
+    names = {}
+    exec(block.split("```")[0], names)
+    assert names["loss"].isfinite()
+    assert names["student"].grad.shape == (2, 64, 1000)
