@@ -74,7 +74,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k: the tail is lost on the way", "distill_ops/topk_ops.py",
-        "self.tail, self.student", '"bucket", self.student',
+        "TopKTeacher(*slots, self.tail)", 'TopKTeacher(*slots, "bucket")',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip
