@@ -15,7 +15,7 @@ TOPK_MUTATIONS = [
     Mutation(
         "top-k: a row's marks stay for the next", "kernels/topk.py",
         "                unmark(words, position, used)\n", "                pass\n",
-        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]", interpreter=True,
+        f"{TOPK}more_rows_than_programs[triton-JensenShannon(beta=0.3)-bucket]", interpreter=True,
     ),
     Mutation(
         "top-k: scratch memory is not cleared", "kernels/topk.py",
@@ -30,7 +30,7 @@ TOPK_MUTATIONS = [
     Mutation(
         "top-k: the rest stays where the K cover the vocabulary", "kernels/topk.py",
         "tl.where(covered, -INFINITY, tl.log(rest))", "tl.log(rest)",
-        f"{TOPK}all_columns_are_the_dense_loss[triton-JensenShannon(beta=0.3)-bucket]",
+        f"{EDGES}no_rest_where_the_k_cover_the_vocabulary[triton-JensenShannon(beta=0.3)]",
         interpreter=True,
     ),
     Mutation(
@@ -47,7 +47,7 @@ TOPK_MUTATIONS = [
     Mutation(
         "top-k: any id is written to", "kernels/topk.py",
         "used = (token_id >= 0) & (token_id < n_cols)", "used = token_id >= 0",
-        f"{EDGES}ids_that_nobody_checked_are_nan[triton-bucket]".replace("triton-", ""),
+        f"{EDGES}ids_that_nobody_checked_are_nan[bucket]",
         interpreter=True,
     ),
     Mutation(

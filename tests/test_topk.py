@@ -107,6 +107,17 @@ def test_shapes_and_dtypes(divergence, dtype, n_cols, backend, device):
     check_topk(student, log_p, ids, divergence=divergence, tail="ignore", backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "tail"), [(SOME[0], "bucket"), (SOME[2], "ignore")], ids=str
+)
+def test_more_rows_than_programs(divergence, tail, backend, device):
+    """A program's scratch memory serves one row after the other."""
+    n_rows = 19 if device == "cpu" else 4099
+    student, log_p, ids = make_topk((n_rows, 40), 5, device=device)
+    ids[::4, 1] = -1
+    check_topk(student, log_p, ids, divergence=divergence, tail=tail, backend=backend)
+
+
 @pytest.mark.parametrize("k", [63, 64, 1024])
 def test_many_slots(k, backend, device):
     student, log_p, ids = make_topk((2, 2500), k, dtype=torch.bfloat16, device=device)
