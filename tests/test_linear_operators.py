@@ -76,7 +76,8 @@ def test_opcheck_of_the_gradient(backend, device):
 def test_packed_options_come_back():
     leaves = make_pair().trained(("student_weight",))
     options = {"student_softcap": 3.0, "kept_tokens": 4, "logits_dtype": torch.bfloat16}
-    packed = arguments_of(lambda: loss_of(leaves, loss_mask=BOOL_MASK, **options))[10:13]
+    arguments = arguments_of(lambda: loss_of(leaves, loss_mask=BOOL_MASK, **options))
+    packed = arguments[linear_ops.N_TENSORS : linear_ops.N_SHARED]
     unpacked = linear_ops.LinearOptions.unpack(*packed)
     assert unpacked.pack() == packed
     assert (unpacked.student_softcap, unpacked.teacher_softcap) == (3.0, None)
