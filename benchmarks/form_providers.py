@@ -133,11 +133,11 @@ PROVIDERS = (
 
 
 def products(case: FormCase, t: Tensors) -> Callable[[], object]:
-    """The matrix products of a linear case alone, into buffers of their own."""
+    """The matrix products of a linear case alone: logits into a buffer that is reused, the gradients
+    in fresh memory, as every step makes them."""
     with torch.no_grad():
         hidden, weight = t.hidden.detach(), t.weight.detach()
         logits = torch.empty(case.tokens, case.vocab, dtype=hidden.dtype, device=hidden.device)
-        of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
     other = (t.teacher_hidden, t.teacher_weight) if case.has_teacher_head else (hidden, weight)
     gradient = torch.zeros_like(logits)
 
@@ -145,7 +145,7 @@ def products(case: FormCase, t: Tensors) -> Callable[[], object]:
         torch.mm(hidden, weight.t(), out=logits)
         if case.n_products == 4:
             torch.mm(other[0], other[1].t(), out=logits)
-        torch.mm(gradient, weight, out=of_hidden)
-        torch.mm(gradient.t(), hidden, out=of_weight)
+        torch.mm(gradient, weight)
+        torch.mm(gradient.t(), hidden)
 
     return run

@@ -25,7 +25,7 @@ from .screen import make_console, make_table, mebibytes, number
 from .timing import Budget, Times, interleaved
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET = Budget(seconds=15.0, min_rounds=5, max_rounds=60)
+BUDGET = Budget(seconds=8.0, min_rounds=5, max_rounds=60)
 QUICK_BUDGET = Budget(seconds=1.0, min_rounds=2, max_rounds=10)
 CHECKED_TOKENS = 16
 # of the value and, by norm, of each gradient: roundings of the products' sums in the case's dtype

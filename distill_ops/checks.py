@@ -34,8 +34,11 @@ def set_debug(enabled: bool) -> None:
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    """Whether values may be checked: where that waits for no GPU, or in debug mode."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _debug)
+    """Whether values may be checked: where that waits for no GPU, or in debug mode; not of a batch
+    under vmap, on which no branch can depend."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    return tensor.device.type == "cpu" or _debug
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -434,19 +437,18 @@ def check_slots(
         )
     _constant("teacher_log_probs", teacher_log_probs, "detach it")
     if hard_label_weight < 1:
+        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
+    if hard_label_weight < 1 and _readable(teacher_ids):
         kept = torch.ones_like(teacher_ids[..., 0], dtype=torch.bool)
         if loss_mask is not None:
             kept &= loss_mask != 0
         if labels is not None:
             kept &= labels != ignore_index
         _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
-        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
 
 
 def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
     """Ids and log-probabilities of tokens that count; unused slots hold an id of -1."""
-    if not _readable(ids):
-        return
     outside = ((ids < -1) | (ids >= n_cols)) & kept
     if outside.any():
         raise ValueError(

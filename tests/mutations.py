@@ -11,6 +11,7 @@ from mutations_autograd import (
 from mutations_host import CHECKS, CPU_PATH
 from mutations_kernels import KERNEL_MUTATIONS
 from mutations_tokens import TOKENS_AND_MOMENTS
+from mutations_topk import TOPK_MUTATIONS
 
 MUTATIONS = [
     *GPU_HOST_CODE_AND_AUTOGRAD,
@@ -20,4 +21,5 @@ MUTATIONS = [
     *CHECKS,
     *KERNEL_MUTATIONS,
     *TOKENS_AND_MOMENTS,
+    *TOPK_MUTATIONS,
 ]

@@ -18,7 +18,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{NO_SYNC}on_the_host[labels_drop-none]",
     ),
     Mutation(
-        "backward reads its incoming gradient", "distill_ops/autograd.py",
+        "backward reads its incoming gradient", "distill_ops/differentiation.py",
         'if gradient.device.type == "cpu":', "if True:",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
@@ -46,33 +46,33 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{DENSE}no_token_at_all[triton]", interpreter=True,
     ),
     Mutation(
-        "kernels: the forward's gradient is not scaled", "distill_ops/autograd.py",
+        "kernels: the forward's gradient is not scaled", "distill_ops/differentiation.py",
         "reduction.scale_(gradient, upstream)", "pass",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
     # autograd and tracing
     Mutation(
-        "host: the forward's gradient is scaled up only", "distill_ops/autograd.py",
+        "host: the forward's gradient is scaled up only", "distill_ops/differentiation.py",
         "if factor != 1:", "if factor > 1:",
         f"{DENSE}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
     ),
     Mutation(
-        "a second backward scales again", "distill_ops/autograd.py",
+        "a second backward scales again", "distill_ops/differentiation.py",
         "ctx.spent = True\n    scale_(", "scale_(",
         f"{DENSE}backward_twice[torch]",
     ),
     Mutation(
-        "double backward is silent", "distill_ops/autograd.py",
+        "double backward is silent", "distill_ops/differentiation.py",
         "if torch.is_grad_enabled():", "if False:",
         f"{DENSE}second_derivative_is_an_error[torch]",
     ),
     Mutation(
-        "components require grad", "distill_ops/autograd.py",
+        "components require grad", "distill_ops/differentiation.py",
         "ctx.mark_non_differentiable(components, kept)", "ctx.mark_non_differentiable(kept)",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "inference tensors are saved", "distill_ops/autograd.py",
+        "inference tensors are saved", "distill_ops/differentiation.py",
         "t if not traced and t is not None and t.is_inference() else None for t in tensors",
         "None for t in tensors",
         f"{DENSE}a_teacher_from_inference_mode[torch-options1]",
@@ -83,7 +83,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{OPERATORS}opcheck_of_the_loss[torch-forward]",
     ),
     Mutation(
-        "torch.func is not refused", "distill_ops/autograd.py",
+        "torch.func is not refused", "distill_ops/differentiation.py",
         "if interpreter.key() in (TransformType.Grad, TransformType.Jvp):", "if False:",
         f"{OPERATORS}transforms_that_cannot_work_are_refused[torch]",
     ),
@@ -117,8 +117,8 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "no version bump of the scaling", "distill_ops/autograd.py",
-        "upstream, Options.unpack(*ctx.options).backend)\n        ops.increment_version(student)",
-        "upstream, Options.unpack(*ctx.options).backend)",
+        "upstream, backend_of(ctx))\n        ops.increment_version(student)",
+        "upstream, backend_of(ctx))",
         f"{NO_SYNC}through_autograd[plain-forward-inplace]",
     ),
     Mutation(

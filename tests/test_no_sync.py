@@ -31,6 +31,9 @@ from distill_ops import (
     losses,
     metrics,
     ops,
+    topk,
+    topk_distillation_loss,
+    topk_ops,
 )
 
 pytest.importorskip("triton")
@@ -215,6 +218,61 @@ def test_nothing_is_read_for_metrics(fake_gpu, monkeypatch):
         launches = aot.record(lambda: distill_ops.distillation_metrics(student, teacher), FACTS)
     assert [launch.kernel.__name__ for launch in launches] == ["metrics_kernel"]
     assert computing.names == []
+
+
+def fake_topk_calls(monkeypatch, option, mode, **more):
+    """As :func:`fake_calls`, of the top-k loss."""
+    student, _, options = arguments_on("cuda", option)
+    teacher = [torch.empty(*TOKENS, 5, device="cuda"), torch.empty(*TOKENS, 5, device="cuda").int()]
+    captured = []
+
+    def loss(*arguments):
+        captured.append((arguments, topk_ops.topk_loss(*arguments)))
+        return captured[0][1]
+
+    monkeypatch.setattr(topk, "differentiable_topk_loss", loss)
+    monkeypatch.setattr(topk, "gradient_mode", lambda *_: mode)
+
+    def backward():
+        arguments, (loss, _, kept) = captured[0]
+        upstream = torch.empty(loss.shape, device="cuda")
+        if mode == ops.BACKWARD:
+            topk_ops.topk_gradient(*arguments[: topk_ops.N_SHARED], kept, upstream)
+        elif mode == ops.FORWARD:
+            autograd._scale_(kept, upstream, "triton")
+
+    with ComputingOperations() as computing:
+        calls = (lambda: topk_distillation_loss(student, *teacher, **options, **more), backward)
+        launches = [aot.record(call, FACTS) for call in calls]
+    names = [[launch.kernel.__name__ for launch in made] for made in launches]
+    return *names, computing.names
+
+
+TOPK_CASES = [
+    (option, mode)
+    for option, mode in CASES
+    if "infinities" not in OPTIONS[option] and OPTIONS[option].get("hard_label_weight") != 1
+]
+
+
+@pytest.mark.parametrize(("option", "mode"), TOPK_CASES)
+def test_nothing_is_read_for_the_top_k(option, mode, fake_gpu, monkeypatch):
+    for divergence, tail in [
+        ("forward_kl", "bucket"),
+        ("reverse_kl", "ignore"),
+        ("alpha_beta", "ignore"),
+    ]:
+        forward, backward, computing = fake_topk_calls(
+            monkeypatch, option, mode, divergence=divergence, tail=tail
+        )
+        expected = ["weights_kernel"] if {"loss_mask", "labels"} & set(OPTIONS[option]) else []
+        expected.append("topk_kernel")
+        if OPTIONS[option].get("reduction") != "none":
+            expected.append("total_kernel")
+        assert forward == expected
+        made = {ops.NO_GRADIENT: [], ops.FORWARD: ["scale_kernel"], ops.BACKWARD: ["topk_kernel"]}
+        assert backward == made[mode]
+        assert computing == []
 
 
 SYNCHRONISATIONS = {

@@ -22,6 +22,10 @@ for divergence in ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_sha
     truth = distill_ops.reference.distillation_loss(student, teacher, divergence=divergence)
     assert torch.allclose(loss, truth, rtol=1e-5), divergence
     loss.backward()
+    top = torch.log_softmax(teacher, -1).topk(5)
+    of_top = distill_ops.topk_distillation_loss(student, *top, divergence=divergence)
+    truth = distill_ops.reference.topk_distillation_loss(student, *top, divergence=divergence)
+    assert torch.allclose(of_top, truth, rtol=1e-5), divergence
 from distill_ops import host
 host.CLOSED_FORMS.clear()  # and the shared text itself
 again = distill_ops.distillation_loss(student, teacher, divergence="jensen_shannon")
@@ -61,6 +65,7 @@ def test_import_touches_no_gpu_and_no_top_level_kernels():
         "distill_ops.reference.topk",
         "distill_ops.teacher_dataset",
         "distill_ops.teacher_store",
+        "distill_ops.topk",
         "distill_ops.integrations.minillm",
     ],
 )

@@ -1,5 +1,7 @@
 """The top-k loss against its float64 oracle: every divergence, tail, option, shape and path."""
 
+from pathlib import Path
+
 import declared
 import pytest
 import torch
@@ -103,6 +105,17 @@ def test_labels_inside_and_outside_the_k(divergence, tail, temperature, backend,
 def test_shapes_and_dtypes(divergence, dtype, n_cols, backend, device):
     student, log_p, ids = make_topk((2, n_cols), 6, dtype=dtype, seed=n_cols, device=device)
     check_topk(student, log_p, ids, divergence=divergence, tail="ignore", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "tail"), [(SOME[0], "bucket"), (SOME[2], "ignore")], ids=str
+)
+def test_more_rows_than_programs(divergence, tail, backend, device):
+    """A program's scratch memory serves one row after the other."""
+    n_rows = 19 if device == "cpu" else 4099
+    student, log_p, ids = make_topk((n_rows, 40), 5, device=device)
+    ids[::4, 1] = -1
+    check_topk(student, log_p, ids, divergence=divergence, tail=tail, backend=backend)
 
 
 @pytest.mark.parametrize("k", [63, 64, 1024])
@@ -254,3 +267,28 @@ def test_the_error_of_a_wrong_tail_would_show():
     )
     with pytest.raises(AssertionError):
         assert_close("loss", ignore.loss.float(), bucket.loss.float(), bucket.loss)
+
+
+@pytest.mark.interpreter
+def test_scratch_memory_may_hold_anything(kernel_device, monkeypatch):
+    """What the allocator hands out is not zero."""
+    from distill_ops.kernels import topk
+
+    empty = torch.empty
+    full = lambda *size, dtype=None, **options: (
+        empty(*size, dtype=dtype, **options).fill_(-1)
+        if dtype == torch.int32
+        else empty(*size, dtype=dtype, **options)
+    )
+    monkeypatch.setattr(topk.torch, "empty", full)
+    inputs = make_topk((3, 300), 5, device=kernel_device("triton"))
+    check_topk(*inputs, divergence="forward_kl", backend="triton")
+
+
+def test_the_page_s_example():
+    page = (Path(__file__).parent.parent / "docs/topk.md").read_text()
+    (block,) = page.split("```python\n")[1:]
+    names = {}
+    exec(block.split("```")[0], names)
+    assert names["loss"].isfinite()
+    assert names["student"].grad.shape == (2, 64, 1000)

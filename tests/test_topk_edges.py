@@ -86,6 +86,8 @@ def test_no_used_slot(divergence, backend, device):
     bucket = check_rows(student, log_p, ids, tail="bucket", **options)
     assert bucket.loss[0].abs() < 1e-6
     assert bucket.gradient[0].abs().max() < 1e-7
+    labels = torch.tensor([0, 5, 7], device=device)  # the cross-entropy sees every column
+    check_rows(student, log_p, ids, labels=labels, hard_label_weight=0.4, **options)
     for tail in ("renormalize", "ignore"):
         ours = check_rows(student, log_p, ids, tail=tail, **options)
         nowhere = tail == "renormalize" or divergence.infinite_at_teacher_zero
@@ -134,6 +136,13 @@ def test_the_teacher_s_rest_is_not_float32_s_rounding(backend, device):
     assert ours.gradient[0, 1:].cpu().tolist() == pytest.approx(
         truth.gradient[0, 1:].cpu().tolist(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("divergence", SOME, ids=str)
+def test_no_rest_where_the_k_cover_the_vocabulary(divergence, backend, device):
+    """Even if their probabilities sum to less than 1."""
+    student, log_p, ids = make_topk((2, 9), 9, device=device)
+    check_rows(student, log_p - 0.7, ids, divergence=divergence, backend=backend)
 
 
 def test_a_student_who_shuns_the_rest_gets_a_gradient(backend, device):
