@@ -18,11 +18,10 @@ import torch
 
 HALF = (torch.bfloat16, torch.float16)
 
-# A block is read and written V d entries at a time (weights, and the weight's gradient) for products
-# of V d times its tokens. Measured on two cores with 16 to 512 MiB: [1024, 1024] x 32000 in float32
-# takes a tenth longer with 64, 7% less with 256; [512, 896] x 151936 in bfloat16, whose weights are
-# upcast block by block, nearly twice as long with 64, no less with 256.
-CPU_BUDGET = 128 << 20
+# A block of 64 MiB is 262 tokens of 32000 columns in float32, student and teacher: enough that
+# reading the weight, and adding to its gradient, are small beside the products (they are V d entries
+# a block, the products V d times the tokens). Larger ones were no faster on two quiet cores.
+CPU_BUDGET = 64 << 20
 GPU_BUDGET = 1 << 30
 
 # Rows of a product below which reading the weight takes more of an H100's time than multiplying by it:

@@ -74,7 +74,7 @@ def linear_distillation_loss(
         logits_dtype: in which logits are kept: float32, or bfloat16 or float16 for less memory
             traffic and a less exact gradient. float64 wherever an input is.
         memory_budget: bytes of logits, their gradient and what the products of a block take, by
-            default 1 GiB on a GPU and 128 MiB on a CPU. On top come the gradients themselves and,
+            default 1 GiB on a GPU and 64 MiB on a CPU. On top come the gradients themselves and,
             where a half-precision weight's gradient takes several blocks, its float32 sum; one
             block takes all tokens where that needs no more than both.
         kept_tokens: a bound on the number of tokens of nonzero weight, so that a GPU computes no

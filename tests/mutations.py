@@ -10,6 +10,7 @@ from mutations_autograd import (
 )
 from mutations_host import CHECKS, CPU_PATH
 from mutations_kernels import KERNEL_MUTATIONS
+from mutations_linear import LINEAR_FORM
 from mutations_tokens import TOKENS_AND_MOMENTS
 from mutations_topk import TOPK_MUTATIONS
 
@@ -21,5 +22,6 @@ MUTATIONS = [
     *CHECKS,
     *KERNEL_MUTATIONS,
     *TOKENS_AND_MOMENTS,
+    *LINEAR_FORM,
     *TOPK_MUTATIONS,
 ]
