@@ -26,7 +26,7 @@ from distill_ops import (
     AlphaBeta,
     JensenShannon,
     SymmetricKL,
-    autograd,
+    differentiation,
     distillation_loss,
     losses,
     metrics,
@@ -148,7 +148,7 @@ def fake_calls(monkeypatch, option, mode, **more):
         if mode == ops.BACKWARD:
             ops.dense_gradient(*arguments[: ops.N_SHARED], kept, upstream)
         elif mode == ops.FORWARD:
-            autograd.scale_(kept, upstream, "triton")
+            differentiation.scale_(kept, upstream, "triton")
 
     with ComputingOperations() as computing:
         launches = [aot.record(call, FACTS) for call in (forward, backward)]
@@ -239,7 +239,7 @@ def fake_topk_calls(monkeypatch, option, mode, **more):
         if mode == ops.BACKWARD:
             topk_ops.topk_gradient(*arguments[: topk_ops.N_SHARED], kept, upstream)
         elif mode == ops.FORWARD:
-            autograd._scale_(kept, upstream, "triton")
+            differentiation.scale_(kept, upstream, "triton")
 
     with ComputingOperations() as computing:
         calls = (lambda: topk_distillation_loss(student, *teacher, **options, **more), backward)
