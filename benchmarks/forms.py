@@ -6,7 +6,6 @@ also time their matrix products alone, in the same rounds, which no implementati
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from .form_providers import PRODUCTS, PROVIDERS, products
 from .machine import add_device_argument, describe, device_name, machine_line
 from .memory import peak_above_inputs
 from .peers import Skipped
-from .records import EAGER, FAILED, OK, OURS, SKIPPED
+from .records import EAGER, FAILED, OK, OURS, SKIPPED, save
 from .screen import make_console, make_table, mebibytes, number
 from .timing import Budget, Times, interleaved
 
@@ -161,11 +160,6 @@ def table_of(records: Sequence[FormRecord]) -> Table:
     return make_table(first.case, header, [row(r) for r in records], caption)
 
 
-def save(path: Path, records: Sequence[FormRecord], facts: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{**asdict(r), **facts} for r in records], indent=1) + "\n")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forms", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, short rounds")
@@ -184,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [c for c in cases if not options.forms or c.form in options.forms]
     if options.quick:
         cases = [c.smaller() for c in cases]
-    facts = describe(device, arguments)
-    facts["command"] = facts["command"].replace("-m benchmarks", "-m benchmarks.forms", 1)
+    facts = describe(device, arguments, "benchmarks.forms")
     console = make_console()
     console.print(machine_line(facts))
     records: list[FormRecord] = []

@@ -1,26 +1,17 @@
 """The README's table of the other forms: ``python -m benchmarks.forms_report FILE [--readme README]``."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from .form_providers import PRODUCTS
 from .forms import FormRecord
 from .machine import machine_line
-from .records import EAGER, OURS
+from .records import EAGER, OURS, load
 from .report import markdown_table, replace_marked
 from .screen import mebibytes, number
 
 BEGIN, END = "<!-- forms:begin -->", "<!-- forms:end -->"
-
-
-def load(path: Path) -> tuple[list[FormRecord], dict[str, object]]:
-    """The records and the facts of the run that made them."""
-    rows = json.loads(path.read_text())
-    names = FormRecord.__dataclass_fields__
-    records = [FormRecord(**{k: v for k, v in row.items() if k in names}) for row in rows]
-    return records, {k: v for k, v in rows[0].items() if k not in names}
 
 
 def _row(records: Sequence[FormRecord]) -> list[str]:
@@ -76,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("json", type=Path, help="what python -m benchmarks.forms wrote")
     parser.add_argument("--readme", type=Path, help=f"replace what lies between {BEGIN} and {END}")
     options = parser.parse_args(arguments)
-    table = markdown(*load(options.json))
+    table = markdown(*load(options.json, FormRecord))
     print(table)
     if options.readme:
         text = options.readme.read_text(encoding="utf-8")

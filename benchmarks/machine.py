@@ -66,7 +66,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
 
 
-def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, object]:
+def describe(
+    device: torch.device, arguments: Sequence[str], module: str = "benchmarks"
+) -> dict[str, object]:
     """The facts that every record carries."""
     on_gpu = device.type == "cuda"
     return {
@@ -83,7 +85,7 @@ def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, object
         "distill_ops": distill_ops.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks", *arguments]),
+        "command": " ".join([f"python -m {module}", *arguments]),
     }
 
 

@@ -79,14 +79,15 @@ def group_by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def save(path: Path, records: Iterable[Record], facts: dict[str, object]) -> None:
+def save(path: Path, records: Iterable[object], facts: dict[str, object]) -> None:
+    """Records of any dataclass, each with the facts of the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{**asdict(r), **facts} for r in records], indent=1) + "\n")
 
 
-def load(path: Path) -> tuple[list[Record], dict[str, object]]:
+def load(path: Path, kind: type = Record) -> tuple[list, dict[str, object]]:
     """The records and the facts of the run that made them."""
     rows = json.loads(path.read_text())
-    names = Record.__dataclass_fields__
-    records = [Record(**{k: v for k, v in row.items() if k in names}) for row in rows]
+    names = kind.__dataclass_fields__
+    records = [kind(**{k: v for k, v in row.items() if k in names}) for row in rows]
     return records, {k: v for k, v in rows[0].items() if k not in names}

@@ -5,10 +5,9 @@ Predictions, not measurements; the dense kernel has ``python -m benchmarks.stati
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from distill_ops.analysis.forms import statistics_launches, token_launches, topk
 
 from .chips import CHIPS
 from .machine import describe, machine_line
+from .records import save
 from .report import markdown_table
 from .screen import number
 
@@ -166,9 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     rows = [row for target in aot.TARGETS.values() for row in rows_of(target)]
-    facts = describe(torch.device("cpu"), [])
-    facts["command"] = "python -m benchmarks.static_forms"
-    options.json.write_text(json.dumps([{**asdict(r), **facts} for r in rows], indent=1) + "\n")
+    facts = describe(torch.device("cpu"), [], "benchmarks.static_forms")
+    save(options.json, rows, facts)
     options.page.write_text(page(rows, facts), encoding="utf-8")
     print(options.page.read_text(encoding="utf-8"))
     wrong = [r for r in rows if r.stack]

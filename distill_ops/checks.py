@@ -439,12 +439,18 @@ def check_slots(
     if hard_label_weight < 1:
         check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
     if hard_label_weight < 1 and _readable(teacher_ids):
-        kept = torch.ones_like(teacher_ids[..., 0], dtype=torch.bool)
-        if loss_mask is not None:
-            kept &= loss_mask != 0
-        if labels is not None:
-            kept &= labels != ignore_index
+        kept = _kept(teacher_ids[..., 0], loss_mask, labels, ignore_index)
         _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
+
+
+def _kept(like: torch.Tensor, loss_mask, labels, ignore_index: int) -> torch.Tensor:
+    """Which tokens count, in the shape of ``like``."""
+    kept = torch.ones_like(like, dtype=torch.bool)
+    if loss_mask is not None:
+        kept &= loss_mask != 0
+    if labels is not None:
+        kept &= labels != ignore_index
+    return kept
 
 
 def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
@@ -573,11 +579,7 @@ def check_linear_options(
     given = labels if loss_mask is None else loss_mask
     if given is None or not _readable(given):
         return
-    kept = torch.ones_like(given, dtype=torch.bool)
-    if loss_mask is not None:
-        kept &= loss_mask != 0
-    if labels is not None:
-        kept &= labels != ignore_index
+    kept = _kept(given, loss_mask, labels, ignore_index)
     if kept.sum() > kept_tokens:
         raise ValueError(
             f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "

@@ -108,19 +108,30 @@ def refuse_transforms(*students: torch.Tensor | None, function: str = "distillat
 def keep_for_backward(ctx, inputs, output, n_tensors: int) -> None:
     """Save what the backward needs of a loss operator's arguments, the first ``n_tensors`` being
     tensors and the last of these a list, and of its output."""
-    _, components, kept = output
+    _, components, *kept = output
     *options, mode, _ = inputs[n_tensors:]
-    ctx.mark_non_differentiable(components, kept)
+    ctx.mark_non_differentiable(components, *kept)
     ctx.set_materialize_grads(False)
     ctx.mode, ctx.options = mode, options
     ctx.n_parameters = len(inputs[n_tensors - 1])
     ctx.spent = False
     if ctx.mode == FORWARD:
-        ctx.save_for_backward(kept)
+        ctx.save_for_backward(*kept)
     elif ctx.mode == BACKWARD:
-        save_inputs(ctx, inputs[:n_tensors], kept)
+        save_inputs(ctx, inputs[:n_tensors], *kept)
     else:
         raise RuntimeError("a loss with gradient='none' got a student that requires grad")
+
+
+def scaled_gradients(ctx, upstream: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+    """The gradients that the forward made and kept, times the incoming one."""
+    gradients = ctx.saved_tensors
+    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensors alone
+        return tuple(gradient * upstream for gradient in gradients)
+    ctx.spent = True
+    for gradient in gradients:
+        scale_(gradient, upstream, backend)
+    return gradients
 
 
 def student_gradient(ctx, upstream, gradient_op, name: str):
@@ -131,11 +142,7 @@ def student_gradient(ctx, upstream, gradient_op, name: str):
     if ctx.mode == BACKWARD:
         inputs, (statistics,) = saved_inputs(ctx)
         return gradient_op(*inputs, *ctx.options, statistics, upstream)
-    (gradient,) = ctx.saved_tensors
-    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensor alone
-        return gradient * upstream
-    ctx.spent = True
-    scale_(gradient, upstream, backend_of(ctx))
+    (gradient,) = scaled_gradients(ctx, upstream, backend_of(ctx))
     return gradient
 
 

@@ -51,10 +51,26 @@ class Wanted(NamedTuple):
     bias: bool
 
 
+NO_GRADIENTS = Wanted(False, False, False)
+
+
 class Gradients(NamedTuple):
-    hidden: torch.Tensor | None
+    hidden: torch.Tensor | None  # [n, d]
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+
+    def outputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As an operator returns them, for hidden states ``[..., d]``: empty where not wanted."""
+        of_hidden = None if self.hidden is None else self.hidden.view(hidden.shape)
+        return tuple(hidden.new_empty(0) if x is None else x for x in (of_hidden, *self[1:]))
+
+
+def gradient_fakes(tensors: tuple[torch.Tensor | None, ...], wanted: Wanted):
+    """The outputs of the gradients of hidden states, weight and bias, for tracing."""
+    return tuple(
+        x.new_empty(x.shape) if want else tensors[0].new_empty(0)
+        for x, want in zip(tensors, wanted, strict=True)
+    )
 
 
 class Selection(NamedTuple):

@@ -64,9 +64,39 @@ def row_groups(rows: list[int] | range, size: int) -> Iterator[slice | list[int]
         yield slice(group[0], group[-1] + 1) if neighbours else list(group)
 
 
-def _rows(tensor, rows):
-    """Rows of a per-row tensor; a number or 0-d tensor serves every row."""
-    return tensor[rows] if isinstance(tensor, torch.Tensor) and tensor.dim() else tensor
+Rows = slice | torch.Tensor
+
+
+def kept_groups(
+    keep: torch.Tensor | None,  # [N] bool; None: every row counts
+    *tensors: torch.Tensor | None,  # each [..., V]
+    gradient: torch.Tensor | None,  # likewise
+    size: int,
+    copies: bool,
+) -> Iterator[tuple[list[torch.Tensor | None], Rows, Rows]]:
+    """Groups of at most ``size`` rows that count: the block of matrices that holds them, the gradient's
+    last, their places in it and in the call. The gradient of the others becomes 0."""
+    first = 0
+    for block in row_blocks(*tensors, gradient, size=size, copies=copies):
+        end = first + block[0].shape[0]
+        kept = range(end - first)
+        if keep is not None:
+            here = keep[first:end]
+            kept = here.nonzero().squeeze(-1).tolist()
+            if gradient is not None and len(kept) < end - first:
+                block[-1].index_fill_(0, (~here).nonzero().squeeze(-1), 0)
+        for rows in row_groups(kept, size):
+            if isinstance(rows, slice):
+                yield block, rows, slice(first + rows.start, first + rows.stop)
+            else:
+                rows = torch.tensor(rows, device=block[0].device)
+                yield block, rows, rows + first
+        first = end
+
+
+def per_row(values: list, rows: Rows) -> list:
+    """Values at these rows: those of per-row tensors; a number, 0-d tensor or None serves every row."""
+    return [v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]
 
 
 class _Run:
@@ -90,8 +120,8 @@ class _Run:
         """The matrices of ``n`` rows whose places in the call are a slice or a tensor."""
         labels, scale, hard_scale, parameters = self.per_row
         return Chunk(
-            self.terms, group[0], group[1], _rows(labels, places), _rows(scale, places),
-            _rows(hard_scale, places), [_rows(value, places) for value in parameters],
+            self.terms, group[0], group[1], *per_row([labels, scale, hard_scale], places),
+            per_row(parameters, places),
             self.buffers if n == self.size else tuple(b[:n] for b in self.buffers), guards,
         )  # fmt: skip
 
@@ -130,13 +160,10 @@ class _Run:
                 group[2][bad] = again[2]
         return chunk.guards
 
-    def group(self, block, first, rows, guards) -> int:
-        """``rows`` of a block that begins at row ``first`` of the call."""
+    def group(self, block, rows, places, guards) -> int:
+        """Rows of a block, whose places in the call are ``places``."""
         copied = not isinstance(rows, slice)
-        if copied:
-            n, places = len(rows), torch.tensor(rows, device=block[0].device) + first
-        else:
-            n, places = rows.stop - rows.start, slice(first + rows.start, first + rows.stop)
+        n = len(rows) if copied else rows.stop - rows.start
         group = block
         whole = all(m is None or m.shape == (n, self.n_cols) for m in block)
         if copied or not whole:
@@ -161,24 +188,17 @@ def dense(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
-    per_row = labels, scale, hard_scale, parameters
-    run = _Run(terms, n_rows, n_cols, student.device, per_row, gradient is student)
+    of_rows = labels, scale, hard_scale, parameters
+    run = _Run(terms, n_rows, n_cols, student.device, of_rows, gradient is student)
+    keep = None if weights is None else weights != 0
+    groups = kept_groups(
+        keep, student, teacher, gradient=gradient, size=run.size, copies=not run.inplace
+    )
     guards = UNGUARDED
-    first = 0
-    for block in row_blocks(student, teacher, gradient, size=run.size, copies=not run.inplace):
-        end = first + block[0].shape[0]
-        kept = range(end - first)
-        if weights is not None:
-            keep = weights[first:end] != 0
-            kept = keep.nonzero().squeeze(-1).tolist()
-        if gradient is not None:
-            if n_cols < gradient.shape[-1]:
-                block[2][:, n_cols:] = 0
-            if len(kept) < end - first:
-                block[2].index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
-        for rows in row_groups(kept, run.size):
-            guards = run.group(block, first, rows, guards)  # infinities here: in the next, too
-        first = end
+    for block, rows, places in groups:
+        guards = run.group(block, rows, places, guards)  # infinities here: in the next, too
+    if gradient is not None and n_cols < gradient.shape[-1]:
+        gradient[..., n_cols:] = 0
     sums = run.sums
     if sums[0] is None and terms.divergence is not None:  # no row was kept
         sums[0] = torch.zeros(n_rows, **run.kind)

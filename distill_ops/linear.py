@@ -1,7 +1,5 @@
 """The linear loss: hidden states and language-model heads instead of logits."""
 
-import math
-
 import torch
 
 from .checks import check_head, check_linear, check_linear_options, check_options
@@ -9,7 +7,7 @@ from .differentiation import refuse_transforms
 from .divergences import Divergence, SoftCrossEntropy
 from .heads import Wanted
 from .linear_ops import LinearOptions, autocasts, linear_loss_op
-from .losses import gradient_mode, use_triton
+from .losses import as_tensor, gradient_mode, use_triton, with_components
 from .ops import NO_GRADIENT
 from .paths import Options
 from .reference import LossComponents
@@ -136,14 +134,14 @@ def linear_distillation_loss(
         student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
     )
     teachers = (teacher_hidden, teacher_weight, teacher_bias) if with_teacher else (None,) * 3
+    students = (student_hidden, student_weight, student_bias)
+    triton = use_triton(backend, *students, *teachers, of="student_hidden")
+    options = Options.of(
+        divergence, reduction, "drop", triton, temperature, scale_by_temperature_squared,
+        hard_label_weight, normalizer, n_cols, ignore_index,
+    )  # fmt: skip
     return run_linear(
-        NAME, (student_hidden, student_weight, student_bias), (*teachers, None, None), "",
-        divergence, loss_mask, labels, normalizer,
-        Options(
-            divergence.name, reduction, "drop", backend, float(temperature),
-            float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
-            float(hard_label_weight), math.nan, divergence.numbers, n_cols, ignore_index,
-        ),
+        NAME, students, (*teachers, None, None), "", divergence, loss_mask, labels, normalizer, options,
         (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
         logits_dtype, memory_budget, kept_tokens, gradient, return_components,
     )  # fmt: skip
@@ -158,7 +156,7 @@ def run_linear(
     loss_mask: torch.Tensor | None,
     labels: torch.Tensor | None,
     normalizer: float | torch.Tensor | None,
-    options: Options,  # with the user's backend, and the normalizer yet to come
+    options: Options,
     heads: tuple[float | None, ...],
     logits_dtype: torch.dtype,
     memory_budget: int | None,
@@ -170,15 +168,10 @@ def run_linear(
     hidden, weight, bias = students
     autocast = autocast_dtype(hidden.device)
     mode = gradient_mode(gradient, hidden, options.reduction, weight, bias, products=autocast)
-    triton = use_triton(options.backend, *students, *teachers[:4], of="student_hidden")
     if not torch.compiler.is_compiling():
         refuse_transforms(*students, function=name)
-    in_tensor = isinstance(normalizer, torch.Tensor)
     packed = LinearOptions(
-        options._replace(
-            backend="triton" if triton else "torch",
-            denominator=math.nan if in_tensor or normalizer is None else float(normalizer),
-        ),
+        options,
         tail,
         logits_dtype,
         autocast,
@@ -188,14 +181,10 @@ def run_linear(
         Wanted(*(mode != NO_GRADIENT and x is not None and x.requires_grad for x in students)),
     ).pack()
     loss, components, *_ = linear_loss_op(
-        *students, *teachers, loss_mask, labels, normalizer if in_tensor else None,
-        divergence.tensors, *packed, mode, return_components,
+        *students, *teachers, loss_mask, labels, as_tensor(normalizer), divergence.tensors, *packed,
+        mode, return_components,
     )  # fmt: skip
-    if not return_components:
-        return loss
-    if options.hard_label_weight > 0:
-        return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+    return with_components(loss, components, options) if return_components else loss
 
 
 class LinearDistillationLoss(torch.nn.Module):

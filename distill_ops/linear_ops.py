@@ -11,14 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-from .differentiation import check_backward, map_in_turn, save_inputs, saved_inputs, scale_
+from .differentiation import (
+    check_backward,
+    keep_for_backward,
+    map_in_turn,
+    saved_inputs,
+    scaled_gradients,
+)
 from .heads import (
+    NO_GRADIENTS,
     Engine,
     Gradients,
     Head,
     Projection,
     Selection,
     Wanted,
+    gradient_fakes,
     logits_bytes,
     product_dtype,
 )
@@ -38,6 +46,15 @@ from .paths import (
 )
 
 N_HEADS = 6  # tensors of the two heads, which come first
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """As it travels among an operator's strings."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
 
 
 class LinearInputs(NamedTuple):
@@ -86,7 +103,7 @@ class LinearOptions(NamedTuple):
 
     def pack(self) -> tuple[list[str], list[float], list[int]]:
         choices, numbers, sizes = self.loss.pack()
-        dtypes = ["" if x is None else str(x).removeprefix("torch.") for x in self[2:4]]
+        dtypes = [dtype_name(x) for x in self[2:4]]
         heads = [math.nan if x is None else float(x) for x in self[4:8]]
         bounds = [0 if x is None else x for x in self[8:10]]
         return (
@@ -97,7 +114,7 @@ class LinearOptions(NamedTuple):
 
     @classmethod
     def unpack(cls, choices: list[str], numbers: list[float], sizes: list[int]) -> "LinearOptions":
-        dtypes = [getattr(torch, name) if name else None for name in choices[1:3]]
+        dtypes = [named_dtype(name) for name in choices[1:3]]
         heads = [None if math.isnan(x) else x for x in numbers[:4]]
         bounds = [x or None for x in sizes[:2]]
         wanted = Wanted(*map(bool, sizes[2:5]))
@@ -272,10 +289,6 @@ def _tokens(inputs: LinearInputs, options: LinearOptions) -> Tokens:
     return of(inputs, options.loss)
 
 
-def _filled(gradients: Gradients, new) -> tuple[torch.Tensor, ...]:
-    return tuple(new(0) if x is None else x for x in gradients)
-
-
 def linear_loss(*arguments):
     """The loss; its components where asked for; and the gradients that the forward makes."""
     inputs, options = parse(arguments)
@@ -283,16 +296,13 @@ def linear_loss(*arguments):
     with_components = with_components and options.loss.hard_label_weight > 0
     hidden = inputs.student_hidden
     with on_device(hidden):
-        wanted = options.wanted if mode == FORWARD else Wanted(False, False, False)
+        wanted = options.wanted if mode == FORWARD else NO_GRADIENTS
         run = _Run(inputs, options, _tokens(inputs, options), wanted)
         gradients = run.gradients()
         loss, components = run.reduced(hidden.shape[:-1], with_components)
     if not with_components:
         components = hidden.new_empty(0, dtype=loss.dtype)
-    hidden_gradient, *others = _filled(gradients, hidden.new_empty)
-    if gradients.hidden is not None:
-        hidden_gradient = hidden_gradient.view(hidden.shape)
-    return loss, components, hidden_gradient, *others
+    return loss, components, *gradients.outputs(hidden)
 
 
 def linear_gradient(*arguments):
@@ -303,17 +313,7 @@ def linear_gradient(*arguments):
         tokens = _tokens(inputs, options)
         tokens = with_upstream(tokens, arguments[N_SHARED], inputs.n_rows, inputs.dtype())
         gradients = _Run(inputs, options, tokens, options.wanted).gradients()
-    hidden_gradient, *others = _filled(gradients, hidden.new_empty)
-    if gradients.hidden is not None:
-        hidden_gradient = hidden_gradient.view(hidden.shape)
-    return hidden_gradient, *others
-
-
-def _gradient_fakes(inputs: LinearInputs, wanted: Wanted):
-    return tuple(
-        inputs.student_hidden.new_empty(0) if not want else x.new_empty(x.shape)
-        for x, want in zip(inputs[:3], wanted, strict=True)
-    )
+    return gradients.outputs(hidden)
 
 
 def _linear_loss_fake(*arguments):
@@ -322,13 +322,13 @@ def _linear_loss_fake(*arguments):
     new, dtype = inputs.student_hidden.new_empty, inputs.dtype()
     shape = inputs.student_hidden.shape[:-1] if options.loss.reduction == "none" else ()
     parts = (2, *shape) if with_components and options.loss.hard_label_weight > 0 else 0
-    wanted = options.wanted if mode == FORWARD else Wanted(False, False, False)
-    return new(shape, dtype=dtype), new(parts, dtype=dtype), *_gradient_fakes(inputs, wanted)
+    wanted = options.wanted if mode == FORWARD else NO_GRADIENTS
+    return new(shape, dtype=dtype), new(parts, dtype=dtype), *gradient_fakes(inputs[:3], wanted)
 
 
 def _linear_gradient_fake(*arguments):
     inputs, options = parse(arguments)
-    return _gradient_fakes(inputs, options.wanted)
+    return gradient_fakes(inputs[:3], options.wanted)
 
 
 for _name, _function, _fake in [
@@ -343,19 +343,7 @@ linear_gradient_op = torch.ops.distill_ops.linear_gradient.default
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, components, *gradients = output
-    ctx.mark_non_differentiable(components, *gradients)
-    ctx.set_materialize_grads(False)
-    ctx.mode = inputs[N_SHARED]
-    ctx.options = inputs[N_TENSORS:N_SHARED]
-    ctx.n_parameters = len(inputs[N_TENSORS - 1])
-    ctx.spent = False
-    if ctx.mode == FORWARD:
-        ctx.save_for_backward(*gradients)
-    elif ctx.mode == BACKWARD:
-        save_inputs(ctx, inputs[:N_TENSORS])
-    else:
-        raise RuntimeError("linear_loss with gradient='none' got a student that requires grad")
+    keep_for_backward(ctx, inputs, output, N_TENSORS)
 
 
 def _student_gradients(ctx, upstream) -> tuple[torch.Tensor, ...]:
@@ -363,13 +351,7 @@ def _student_gradients(ctx, upstream) -> tuple[torch.Tensor, ...]:
     if ctx.mode == BACKWARD:
         inputs, _ = saved_inputs(ctx)
         return linear_gradient_op(*inputs, *ctx.options, upstream)
-    gradients = ctx.saved_tensors
-    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensors alone
-        return tuple(gradient * upstream for gradient in gradients)
-    ctx.spent = True
-    for gradient in gradients:
-        scale_(gradient, upstream, LinearOptions.unpack(*ctx.options).loss.backend)
-    return gradients
+    return scaled_gradients(ctx, upstream, LinearOptions.unpack(*ctx.options).loss.backend)
 
 
 def _backward(ctx, upstream, *_):

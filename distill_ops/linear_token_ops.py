@@ -7,14 +7,20 @@ from typing import NamedTuple
 import torch
 
 from .differentiation import check_backward, save_inputs, saved_inputs
-from .heads import Engine, Gradients, Projection, Wanted, product_dtype
+from .heads import (
+    NO_GRADIENTS,
+    Engine,
+    Gradients,
+    Projection,
+    Wanted,
+    gradient_fakes,
+    product_dtype,
+)
 from .kernels.launch import TOKEN_STATISTICS
-from .linear_ops import head_of, on_device, select
+from .linear_ops import dtype_name, head_of, named_dtype, on_device, select
 from .ops import library
 from .paths import Tokens, working_dtype
 from .token_ops import fill_token_gradient, token_log_probs
-
-NOBODY = Wanted(False, False, False)
 
 
 class TokenOptions(NamedTuple):
@@ -32,7 +38,7 @@ class TokenOptions(NamedTuple):
     wanted: Wanted
 
     def pack(self) -> tuple[list[str], list[float], list[int]]:
-        dtypes = ["" if x is None else str(x).removeprefix("torch.") for x in self[1:3]]
+        dtypes = [dtype_name(x) for x in self[1:3]]
         softcap = math.nan if self.softcap is None else float(self.softcap)
         numbers = [self.temperature, float(self.logit_scale), softcap]
         sizes = [self.ignore_index, int(self.with_entropy), self.memory_budget or 0]
@@ -40,7 +46,7 @@ class TokenOptions(NamedTuple):
 
     @classmethod
     def unpack(cls, choices: list[str], numbers: list[float], sizes: list[int]) -> "TokenOptions":
-        dtypes = [getattr(torch, name) if name else None for name in choices[1:]]
+        dtypes = [named_dtype(name) for name in choices[1:]]
         temperature, scale, softcap = numbers
         return cls(
             choices[0], *dtypes, temperature, scale, None if math.isnan(softcap) else softcap,
@@ -136,7 +142,7 @@ def linear_token_log_probs(*arguments):
     hidden, weight, bias, ids = arguments[:N_TENSORS]
     options = TokenOptions.unpack(*arguments[N_TENSORS:])
     with on_device(hidden):
-        run = _Run(hidden, weight, bias, ids, options, NOBODY)
+        run = _Run(hidden, weight, bias, ids, options, NO_GRADIENTS)
         log_probs, entropies, statistics = run.log_probs(ids.numel(), any(options.wanted))
     entropies = entropies.view(ids.shape) if options.with_entropy else entropies
     return log_probs.view(ids.shape), entropies, statistics
@@ -149,9 +155,7 @@ def linear_token_gradient(*arguments):
     with on_device(hidden):
         run = _Run(hidden, weight, bias, ids, options, options.wanted)
         upstreams = (None if x is None else x.reshape(-1).contiguous() for x in upstreams)
-        of_hidden, *others = run.gradients(statistics, *upstreams)
-    of_hidden = None if of_hidden is None else of_hidden.view(hidden.shape)
-    return tuple(hidden.new_empty(0) if x is None else x for x in (of_hidden, *others))
+        return run.gradients(statistics, *upstreams).outputs(hidden)
 
 
 def _linear_token_log_probs_fake(hidden, weight, bias, ids, *options):
@@ -169,10 +173,7 @@ def _linear_token_log_probs_fake(hidden, weight, bias, ids, *options):
 
 def _linear_token_gradient_fake(*arguments):
     wanted = TokenOptions.unpack(*arguments[N_TENSORS:N_SHARED]).wanted
-    return tuple(
-        arguments[0].new_empty(x.shape if want else 0, dtype=x.dtype if want else None)
-        for x, want in zip(arguments[:3], wanted, strict=True)
-    )
+    return gradient_fakes(arguments[:3], wanted)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,12 +1,11 @@
 """The top-k loss from hidden states and a language-model head instead of logits."""
 
-import math
-
 import torch
 
 from .checks import check_head, check_linear_options, check_options, check_slots, head_vocabulary
 from .divergences import Divergence, SoftCrossEntropy
 from .linear import linear_distillation_loss, run_linear
+from .losses import use_triton
 from .paths import Options
 from .reference import LossComponents
 
@@ -103,15 +102,15 @@ def linear_topk_distillation_loss(
     check_linear_options(
         student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
     )
+    students = (student_hidden, student_weight, student_bias)
+    triton = use_triton(backend, *students, teacher_log_probs, of=of)
+    options = Options.of(
+        divergence, reduction, "drop", triton, temperature, scale_by_temperature_squared,
+        hard_label_weight, normalizer, n_cols, ignore_index,
+    )  # fmt: skip
     return run_linear(
-        "linear_topk_distillation_loss", (student_hidden, student_weight, student_bias),
-        (None, None, None, teacher_log_probs, teacher_ids), tail,
-        divergence, loss_mask, labels, normalizer,
-        Options(
-            divergence.name, reduction, "drop", backend, float(temperature),
-            float(temperature) ** 2 if scale_by_temperature_squared else 1.0,
-            float(hard_label_weight), math.nan, divergence.numbers, n_cols, ignore_index,
-        ),
+        "linear_topk_distillation_loss", students, (None, None, None, teacher_log_probs, teacher_ids),
+        tail, divergence, loss_mask, labels, normalizer, options,
         (student_logit_scale, student_softcap, 1.0, None),
         logits_dtype, memory_budget, kept_tokens, gradient, return_components,
     )  # fmt: skip

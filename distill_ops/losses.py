@@ -1,7 +1,5 @@
 """The dense loss: student and teacher logits ``[..., vocab]``."""
 
-import math
-
 import torch
 
 from .autograd import dense_loss, dense_loss_inplace
@@ -70,6 +68,20 @@ def gradient_mode(
     if gradient == "auto":
         gradient = BACKWARD if reduction == "none" or float16 else FORWARD
     return gradient
+
+
+def as_tensor(normalizer: float | torch.Tensor | None) -> torch.Tensor | None:
+    """As operators take it: a number is among the options."""
+    return normalizer if isinstance(normalizer, torch.Tensor) else None
+
+
+def with_components(
+    loss: torch.Tensor, components: torch.Tensor, options: Options
+) -> LossComponents:
+    """A loss with the components ``[2, ...]`` that its operator gives beside a hard label."""
+    if options.hard_label_weight > 0:
+        return LossComponents(loss, *components.unbind(0))
+    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
 
 
 def distillation_loss(
@@ -160,33 +172,18 @@ def distillation_loss(
         hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
     )  # fmt: skip
     mode = gradient_mode(gradient, student_logits, reduction)
-    in_tensor = isinstance(normalizer, torch.Tensor)
-    temperature = float(temperature)
-    options = Options(
-        divergence.name,
-        reduction,
-        infinities,
-        "triton" if use_triton(backend, student_logits, teacher_logits) else "torch",
-        temperature,
-        temperature**2 if scale_by_temperature_squared else 1.0,
-        float(hard_label_weight),
-        math.nan if in_tensor or normalizer is None else float(normalizer),
-        divergence.numbers,
-        n_cols,
-        ignore_index,
-    )
+    options = Options.of(
+        divergence, reduction, infinities, use_triton(backend, student_logits, teacher_logits),
+        temperature, scale_by_temperature_squared, hard_label_weight, normalizer, n_cols, ignore_index,
+    )  # fmt: skip
     inplace = inplace and mode != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)
     loss, components, *_ = (dense_loss_inplace if inplace else dense_loss)(
-        student_logits, teacher_logits, loss_mask, labels, normalizer if in_tensor else None,
+        student_logits, teacher_logits, loss_mask, labels, as_tensor(normalizer),
         divergence.tensors, *options.pack(), mode, return_components,
     )  # fmt: skip
-    if not return_components:
-        return loss
-    if hard_label_weight > 0:
-        return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+    return with_components(loss, components, options) if return_components else loss
 
 
 class DistillationLoss(torch.nn.Module):

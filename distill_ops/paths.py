@@ -36,6 +36,29 @@ class Options(NamedTuple):
     n_cols: int
     ignore_index: int
 
+    @classmethod
+    def of(
+        cls,
+        divergence: Divergence,
+        reduction: str,
+        infinities: str,
+        triton: bool,
+        temperature: float,
+        scale_by_temperature_squared: bool,
+        hard_label_weight: float,
+        normalizer: float | torch.Tensor | None,
+        n_cols: int,
+        ignore_index: int,
+    ) -> "Options":
+        """Of checked arguments as users give them."""
+        temperature = float(temperature)
+        given = not (normalizer is None or isinstance(normalizer, torch.Tensor))
+        return cls(
+            divergence.name, reduction, infinities, "triton" if triton else "torch", temperature,
+            temperature**2 if scale_by_temperature_squared else 1.0, float(hard_label_weight),
+            float(normalizer) if given else math.nan, divergence.numbers, n_cols, ignore_index,
+        )  # fmt: skip
+
     def pack(self) -> tuple[list[str], list[float], list[int]]:
         return list(self[:4]), [*self[4:8], *self.parameters], list(self[9:])
 

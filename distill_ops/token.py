@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens, and what on-policy methods need beside them."""
 
-import math
-
 import torch
 
 from .checks import check_mixture, check_statistics, check_token_log_probs
@@ -135,9 +133,9 @@ def distillation_statistics(
     triton = use_triton(backend, student_logits, teacher_logits)
     if not torch.compiler.is_compiling():
         refuse_transforms(student_logits, function="distillation_statistics")
-    options = Options(
-        divergence.name, "none", "drop", "triton" if triton else "torch", float(temperature), 1.0,
-        0.0, math.nan, divergence.numbers, student_logits.shape[-1], ignore_index,
+    options = Options.of(
+        divergence, "none", "drop", triton, temperature, False, 0.0, None, student_logits.shape[-1],
+        ignore_index,
     )  # fmt: skip
     keep = torch.is_grad_enabled() and student_logits.requires_grad
     outputs, agreement, *_ = distillation_statistics_op(

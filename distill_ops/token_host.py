@@ -1,45 +1,20 @@
 """Token log-probabilities on the CPU: chunks of rows in cache, ignored rows not read."""
 
-from collections.abc import Iterator
-
 import torch
 
 from . import host
 from .chunks import Terms, row_sums
-from .host import row_blocks, row_groups, rows_in_chunk
-
-Rows = slice | torch.Tensor
+from .host import kept_groups, per_row, rows_in_chunk
 
 LOWEST = -1e30  # a logarithm of 0: with room for a factor before it is multiplied by that 0
-
-
-def _chunks(
-    ids: torch.Tensor, ignore_index: int, dtype: torch.dtype, *matrices: torch.Tensor
-) -> Iterator[tuple[Rows, list[torch.Tensor], Rows]]:
-    """Groups of the rows that count: their places in the call, and the matrices' blocks with the
-    rows' places there."""
-    size = rows_in_chunk(
-        ids.numel(), matrices[0].shape[-1], dtype.itemsize, torch.get_num_threads()
-    )
-    first = 0
-    for block in row_blocks(*matrices, size=size, copies=len(matrices) == 1):
-        end = first + block[0].shape[0]
-        kept = (ids[first:end] != ignore_index).nonzero().squeeze(-1).tolist()
-        for rows in row_groups(kept, size):
-            if isinstance(rows, slice):
-                yield slice(first + rows.start, first + rows.stop), block, rows
-            else:
-                rows = torch.tensor(rows, device=ids.device)
-                yield rows + first, block, rows
-        first = end
 
 
 class _Buffers:
     """Two matrices that every chunk uses anew: of fresh ones most of the cost is page faults."""
 
     def __init__(self, n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device):
-        size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, torch.get_num_threads())
-        self.pair = [torch.empty(size, n_cols, dtype=dtype, device=device) for _ in range(2)]
+        self.size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, torch.get_num_threads())
+        self.pair = [torch.empty(self.size, n_cols, dtype=dtype, device=device) for _ in range(2)]
 
     def __call__(self, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = self.pair
@@ -77,7 +52,9 @@ def log_probs(
     found = torch.zeros(ids.numel(), dtype=dtype, device=logits.device)
     entropies = torch.zeros_like(found) if with_entropy else None
     buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
-    for places, (matrix,), rows in _chunks(ids, ignore_index, dtype, logits):
+    for (matrix, _), rows, places in kept_groups(
+        ids != ignore_index, logits, gradient=None, size=buffers.size, copies=True
+    ):
         chunk = matrix[rows]
         work, log_q = buffers(len(chunk))
         log_softmax(chunk, temperature, work, log_q)
@@ -120,7 +97,9 @@ def fill_gradient(
     """Write the gradient of all rows, 0 where the token is ignored."""
     dtype = upstream.dtype
     buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
-    for places, (matrix, out), rows in _chunks(ids, ignore_index, dtype, logits, gradient):
+    for (matrix, out), rows, places in kept_groups(
+        ids != ignore_index, logits, gradient=gradient, size=buffers.size, copies=False
+    ):
         of_entropy = (None, None)
         if upstream_entropy is not None:
             of_entropy = entropies[places], upstream_entropy[places]
@@ -131,18 +110,6 @@ def fill_gradient(
         write_gradient(log_q, ids[places], upstream[places], *of_entropy, temperature, target)
         if target is work:
             out[rows] = work.to(out.dtype)
-    _zero_ignored(ids, ignore_index, gradient)
-
-
-def _zero_ignored(ids: torch.Tensor, ignore_index: int, gradient: torch.Tensor) -> None:
-    ignored = (ids == ignore_index).view(gradient.shape[:-1])
-    if ignored.any():
-        gradient.masked_fill_(ignored[..., None], 0.0)
-
-
-def _of_rows(values: list, places: Rows) -> list:
-    """Per-row tensors ``[N, 1]`` at these rows; numbers and 0-d tensors serve every row."""
-    return [v[places] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]
 
 
 def fill_combined_gradient(
@@ -160,8 +127,8 @@ def fill_combined_gradient(
     temperature, dtype, n_cols = terms.temperature, terms.dtype, student.shape[-1]
     buffers = _Buffers(ids.numel(), n_cols, dtype, student.device)
     part = torch.empty_like(buffers.pair[0])
-    for places, (logits, of_teacher, out), rows in _chunks(
-        ids, ignore_index, dtype, student, teacher, gradient
+    for (logits, of_teacher, out), rows, places in kept_groups(
+        ids != ignore_index, student, teacher, gradient=gradient, size=buffers.size, copies=False
     ):
         of_divergence, of_log_prob, of_entropy = (x[places] for x in upstreams)
         chunk = logits[rows]
@@ -174,9 +141,8 @@ def fill_combined_gradient(
             of_terms = part[: len(chunk)]
             host.dense(
                 terms, chunk, of_teacher[rows], None, of_divergence,
-                of_divergence[:, None] / temperature, 0.0, _of_rows(parameters, places), n_cols,
+                of_divergence[:, None] / temperature, 0.0, per_row(parameters, places), n_cols,
                 of_terms,
             )  # fmt: skip
             total += of_terms
         out[rows] = total.to(out.dtype)
-    _zero_ignored(ids, ignore_index, gradient)

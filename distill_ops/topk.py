@@ -1,12 +1,10 @@
 """The loss against a teacher of K log-probabilities a token: cached, served or sampled."""
 
-import math
-
 import torch
 
 from .checks import check_topk
 from .divergences import Divergence, SoftCrossEntropy
-from .losses import distillation_loss, gradient_mode, use_triton
+from .losses import as_tensor, distillation_loss, gradient_mode, use_triton, with_components
 from .paths import Options
 from .reference import LossComponents
 from .topk_ops import differentiable_topk_loss, pack
@@ -101,28 +99,12 @@ def topk_distillation_loss(
             backend=backend,
         )  # fmt: skip
     mode = gradient_mode(gradient, student_logits, reduction)
-    in_tensor = isinstance(normalizer, torch.Tensor)
-    temperature = float(temperature)
-    options = Options(
-        divergence.name,
-        reduction,
-        "drop",
-        "triton" if use_triton(backend, student_logits, teacher_log_probs) else "torch",
-        temperature,
-        temperature**2 if scale_by_temperature_squared else 1.0,
-        float(hard_label_weight),
-        math.nan if in_tensor or normalizer is None else float(normalizer),
-        divergence.numbers,
-        n_cols,
-        ignore_index,
-    )
-    loss, components, _ = differentiable_topk_loss(
-        student_logits, teacher_log_probs, teacher_ids, loss_mask, labels,
-        normalizer if in_tensor else None, divergence.tensors, *pack(options, tail), mode,
-        return_components,
+    options = Options.of(
+        divergence, reduction, "drop", use_triton(backend, student_logits, teacher_log_probs),
+        temperature, scale_by_temperature_squared, hard_label_weight, normalizer, n_cols, ignore_index,
     )  # fmt: skip
-    if not return_components:
-        return loss
-    if hard_label_weight > 0:
-        return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+    loss, components, _ = differentiable_topk_loss(
+        student_logits, teacher_log_probs, teacher_ids, loss_mask, labels, as_tensor(normalizer),
+        divergence.tensors, *pack(options, tail), mode, return_components,
+    )  # fmt: skip
+    return with_components(loss, components, options) if return_components else loss

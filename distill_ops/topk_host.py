@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .chunks import NEG_INF, Terms, row_sums
-from .host import CHUNK_ELEMENTS, GENERAL_ELEMENTS, row_blocks, row_groups, rows_in_chunk
+from .host import CHUNK_ELEMENTS, GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
 
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
@@ -253,40 +253,29 @@ def topk(
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
     losses = torch.zeros(n_rows, **kind)
     hard_losses = torch.zeros(n_rows, **kind) if terms.hard else None
-    first = 0
-    inplace = gradient is student
-    for block, gradient_block in row_blocks(student, gradient, size=size, copies=not inplace):
-        end = first + block.shape[0]
-        kept = range(end - first)
-        if weights is not None:
-            keep = weights[first:end] != 0
-            kept = keep.nonzero().squeeze(-1).tolist()
-        if gradient is not None:
-            gradient_block[:, n_cols:] = 0
-            if len(kept) < end - first:
-                gradient_block.index_fill_(0, (~keep).nonzero().squeeze(-1), 0)
-        for group in row_groups(kept, size):
-            if isinstance(group, slice):
-                places = slice(first + group.start, first + group.stop)
-            else:
-                places = torch.tensor(group, device=student.device) + first
-            per_row = [
-                x[places] if isinstance(x, torch.Tensor) and x.dim() else x
-                for x in (log_probs, ids, labels, scale, hard_scale, *parameters)
-            ]
-            rows = Rows(block[group, :n_cols], *per_row[:5], per_row[5:])
-            n = rows.student.shape[0]
-            chunk = Chunk(terms, tail, rows, [b[:n] for b in buffers])
-            losses[places], hard = chunk.losses()
-            if terms.hard:
-                hard_losses[places] = hard
-            if gradient is None:
-                continue
-            if isinstance(group, slice):
-                chunk.write(gradient_block[group, :n_cols])
-            else:
-                part = gradient_block.new_empty(n, n_cols)
-                chunk.write(part)
-                gradient_block[group, :n_cols] = part
-        first = end
+    groups = kept_groups(
+        None if weights is None else weights != 0,
+        student,
+        gradient=gradient,
+        size=size,
+        copies=gradient is not student,
+    )
+    for (block, gradient_block), group, places in groups:
+        of_rows = per_row([log_probs, ids, labels, scale, hard_scale], places)
+        rows = Rows(block[group, :n_cols], *of_rows, per_row(parameters, places))
+        n = rows.student.shape[0]
+        chunk = Chunk(terms, tail, rows, [b[:n] for b in buffers])
+        losses[places], hard = chunk.losses()
+        if terms.hard:
+            hard_losses[places] = hard
+        if gradient is None:
+            continue
+        if isinstance(group, slice):
+            chunk.write(gradient_block[group, :n_cols])
+        else:
+            part = gradient_block.new_empty(n, n_cols)
+            chunk.write(part)
+            gradient_block[group, :n_cols] = part
+    if gradient is not None and n_cols < gradient.shape[-1]:
+        gradient[..., n_cols:] = 0
     return losses, hard_losses

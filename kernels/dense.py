@@ -62,6 +62,47 @@ def row_parameters(parameters, row, STRIDES: tl.constexpr):
 
 
 @triton.jit
+def row_scale(
+    row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr,
+    WRITE_STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """A row's weight, and the factor of its gradient in that of the reduced loss: over the
+    denominator in a forward launch, which keeps it last of the row's statistics (all 0 for a row
+    that is not read); times the incoming gradient in a backward launch."""
+    if WRITE_LOSS:
+        weight = tl.cast(tl.load(weights_ptr + row) if HAS_WEIGHTS else 1.0, tl.float32)
+        over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
+        scale = tl.fdiv(weight, over)
+        if WRITE_STATISTICS:
+            if weight == 0.0:
+                for i in tl.static_range(STATISTICS):
+                    tl.store(kept + i, 0.0)
+            else:
+                tl.store(kept + STATISTICS - 1, scale)
+    else:
+        weight = tl.load(kept + STATISTICS - 1)
+        upstream = tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride)
+        scale = weight * upstream.to(tl.float32)
+    return weight, scale
+
+
+@triton.jit
+def store_losses(
+    row, n_rows, loss, hard_loss, hard_weight, losses_ptr, components_ptr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """A row's weighted loss, and with HARD the two parts of which it is mixed."""
+    if HARD:
+        mixed = (1.0 - hard_weight) * loss + hard_weight * hard_loss if DIVERGENCE else hard_loss
+        tl.store(losses_ptr + row, mixed)
+        tl.store(components_ptr + row, loss)
+        tl.store(components_ptr + n_rows + row, hard_loss)
+    else:
+        tl.store(losses_ptr + row, loss)
+
+
+@triton.jit
 def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
     """Where positions are counted from: ``lead`` columns before the row.
 
@@ -212,21 +253,10 @@ def dense_kernel(
         gradient = first_position(gradient_ptr, gradient_offset, lead, GRADIENT_MATCHED)
 
         kept = statistics_ptr + row * STATISTICS
-        if WRITE_LOSS:
-            weight = tl.load(weights_ptr + row) if HAS_WEIGHTS else 1.0
-            over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
-            scale = tl.fdiv(tl.cast(weight, tl.float32), over)
-            if WRITE_STATISTICS:
-                if weight == 0.0:
-                    for i in tl.static_range(STATISTICS):
-                        tl.store(kept + i, 0.0)
-                else:
-                    tl.store(kept + STATISTICS - 1, scale)
-        else:
-            weight = tl.load(kept + STATISTICS - 1)
-            scale = weight * tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride).to(
-                tl.float32
-            )
+        weight, scale = row_scale(
+            row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS,
+            HAS_WEIGHTS, DENOMINATOR_IN_MEMORY, WRITE_LOSS, WRITE_STATISTICS,
+        )  # fmt: skip
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
@@ -263,19 +293,10 @@ def dense_kernel(
                 if WRITE_LOSS and (SHORT or OPERANDS >= PAIR):
                     loss = tl.where(statistics[7], gradient_loss, loss)
         if WRITE_LOSS:
-            loss *= weight * divergence_scale
-            if HARD:
-                hard_loss *= weight
-                mixed = (
-                    (1.0 - hard_weight) * loss + hard_weight * hard_loss
-                    if DIVERGENCE
-                    else hard_loss
-                )
-                tl.store(losses_ptr + row, mixed)
-                tl.store(components_ptr + row, loss)
-                tl.store(components_ptr + n_rows + row, hard_loss)
-            else:
-                tl.store(losses_ptr + row, loss)
+            store_losses(
+                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, hard_weight,
+                losses_ptr, components_ptr, DIVERGENCE, HARD,
+            )  # fmt: skip
 
 
 MOMENTS = {

@@ -15,6 +15,7 @@ from .layout import row_layouts
 from .math import INFINITY, LN2, LOG2E, log2_of_normal
 from .sweeps import (
     NO_MOMENT,
+    NOWHERE,
     PEELED,
     normalise,
     read,
@@ -24,7 +25,6 @@ from .sweeps import (
 
 # sums of a row: forward and reverse KL, Jensen-Shannon, total variation, sum of min(p, q), entropies
 SUMS = 7
-NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit

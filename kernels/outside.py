@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .columns import columns
-from .math import INFINITY, LOG2E, from_float32
-from .sweeps import combine_lanes, read, rescale, tile, whole_tiles
+from .math import INFINITY, LOG2E
+from .sweeps import combine_lanes, finite_or_zero, read, rescale, tile, whole_tiles, write
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def sum_tile(
     if REST:
         l = l * factor + tl.sum(tl.exp2(y), axis=1)
     if OWN_HARD:
-        safe_m = tl.where(m == -INFINITY, 0.0, m)
+        safe_m = finite_or_zero(m)
         l_h = l_h * tl.exp2((old_m - safe_m) * LOG2E)
         l_h += tl.sum(tl.exp2((x - safe_m[:, None]) * LOG2E), axis=1)
     return m, l, l_h
@@ -166,11 +166,7 @@ def spread_tile(
         gradient = tl.zeros([LANES, WIDTH], tl.float32) + factor
     if OWN_HARD:
         gradient += tl.exp2((x - m_h) * LOG2E) * hard_factor
-    gradient = from_float32(gradient, gradient_row.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
-    else:
-        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+    write(gradient_row, position, gradient, inside, MASKED)
 
 
 @triton.jit

@@ -24,10 +24,9 @@ from .dense import (
     row_statistics,
 )
 from .layout import row_layouts, uniform_rows
-from .math import LOG2E, from_float32
-from .sweeps import PEELED, fill_zero, read, tile, whole_tiles
+from .math import LOG2E
+from .sweeps import NOWHERE, PEELED, fill_zero, read, tile, whole_tiles, write
 from .token import (
-    NOWHERE,
     token_coefficients,
     token_gradient,
     token_gradient_tile,
@@ -58,11 +57,7 @@ def combined_tile(
     gradient += tl.where(position == token_position, own, 0.0)
     if GUARDED:
         gradient += poison
-    gradient = from_float32(gradient, gradient_row.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
-    else:
-        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+    write(gradient_row, position, gradient, inside, MASKED)
 
 
 @triton.jit
@@ -143,7 +138,7 @@ def statistics_kernel(
                     l_t = tl.load(dense + 3)
                     of_row = (tl.load(dense), l_s, tl.load(dense + 2), l_t, over_t)
                     total_slope = tl.load(dense + 4)
-                    a, b = token_coefficients(m, l, entropy, over_t, upstream, upstream_entropy)
+                    a, b = token_coefficients(l, entropy, over_t, upstream, upstream_entropy)
                     of_token = (m, c, a, b, lead + token_id, upstream * over_t)
                     if tl.load(dense + 7) > 0.0:
                         combined_gradient(

@@ -25,6 +25,7 @@ import triton.language as tl
 from .columns import PAIR, columns, softmax
 from .math import INFINITY, LOG2E, fma, from_float32, rounded_product, to_float32
 
+NOWHERE = tl.constexpr(2147483647)  # the position of no column
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
 
 # Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T];
@@ -84,13 +85,29 @@ def read(row_ptr, position, inside, MASKED: tl.constexpr, KEEP: tl.constexpr):
 
 
 @triton.jit
+def write(gradient_row, position, gradient, inside, MASKED: tl.constexpr):
+    """A tile of the gradient, rounded to its dtype; nobody reads it soon."""
+    gradient = from_float32(gradient, gradient_row.dtype.element_ty)
+    if MASKED:
+        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
+    else:
+        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+
+
+@triton.jit
+def finite_or_zero(m):
+    """A maximum to subtract: 0 where no logit is finite."""
+    return tl.where(m == -INFINITY, 0.0, m)
+
+
+@triton.jit
 def rescale(m, l, x, c, GUARDED: tl.constexpr):
     """Move a running (maximum, sum) to cover the tile ``x``.
 
     Returns the new maximum, the old sum's factor, the base-2 shift and the tile's exponents."""
     new_m = tl.maximum(m, tl.max(x, axis=1))
     if GUARDED:
-        safe_m = tl.where(new_m == -INFINITY, 0.0, new_m)
+        safe_m = finite_or_zero(new_m)
         shift = (m - safe_m) * c
         y = (x - safe_m[:, None]) * c
     else:
@@ -105,7 +122,7 @@ def combine_lanes(m, l, c, GUARDED: tl.constexpr):
     """The lanes' (maximum, sum) as the row's, and each lane's factor and base-2 shift."""
     row_m = tl.max(m, axis=0)
     if GUARDED:
-        row_m = tl.where(row_m == -INFINITY, 0.0, row_m)
+        row_m = finite_or_zero(row_m)
         shift = (m - row_m) * c
     else:
         shift = rounded_product(m, c) - rounded_product(row_m, c)
@@ -294,11 +311,7 @@ def differentiate_tile(
         gradient += (q - tl.where(position == label_position, 1.0, 0.0)) * hard_scale
     if GUARDED:
         gradient += poison
-    gradient = from_float32(gradient, gradient_row.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
-    else:
-        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+    write(gradient_row, position, gradient, inside, MASKED)
     return loss
 
 

@@ -23,6 +23,7 @@ from .layout import row_layouts, uniform_rows
 from .math import INFINITY, LN2, LOG2E, from_float32
 from .sweeps import (
     LOWEST,
+    NOWHERE,
     PEELED,
     UNROLL,
     combine_lanes,
@@ -31,10 +32,10 @@ from .sweeps import (
     rescale,
     tile,
     whole_tiles,
+    write,
 )
 
 KEPT = tl.constexpr(launch.TOKEN_STATISTICS)
-NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def token_log_prob(x, m, l, over_t):
 
 
 @triton.jit
-def token_coefficients(m, l, entropy, over_t, upstream, upstream_entropy):
+def token_coefficients(l, entropy, over_t, upstream, upstream_entropy):
     """``a`` and ``b`` of the gradient ``exp2(y) * (a + b * y)``, for ``y`` in base 2."""
     over = tl.fdiv(over_t, l)
     surprise = entropy - tl.log(l)
@@ -115,7 +116,7 @@ def token_gradient(
 ):  # fmt: skip
     """Write a row's gradient, which may be over its logits."""
     c = over_t * LOG2E
-    a, b = token_coefficients(m, l, entropy, over_t, upstream, upstream_entropy)
+    a, b = token_coefficients(l, entropy, over_t, upstream, upstream_entropy)
     known = (token_id >= 0) & (token_id < n_cols)
     logit = tl.load(row + lead + token_id, mask=known, other=float("nan")).to(tl.float32)
     own = token_gradient_tile(logit, m, c, a, b, ENTROPY) + upstream * over_t
@@ -125,14 +126,12 @@ def token_gradient(
         position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
         x = read(row, position, inside, True, False)
         gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        gradient = from_float32(gradient, gradient_row.dtype.element_ty)
-        tl.store(gradient_row + position, gradient, mask=inside, cache_modifier=".cs")
+        write(gradient_row, position, gradient, inside, True)
     for k in tl.range(first, end, loop_unroll_factor=UNROLL):
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
         x = read(row, position, inside, False, False)
         gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        gradient = from_float32(gradient, gradient_row.dtype.element_ty)
-        tl.store(gradient_row + position, gradient, cache_modifier=".cs")
+        write(gradient_row, position, gradient, inside, False)
     tl.debug_barrier()  # the token's own entry goes over what another thread wrote there
     own = from_float32(own, gradient_row.dtype.element_ty)
     tl.store(gradient_row + lead + token_id, own, mask=known)

@@ -26,11 +26,21 @@ import triton.language as tl
 from . import launch
 from .columns import OPERANDS as OPERAND_KINDS
 from .columns import SMALLEST, columns
-from .dense import Formula, device_facts, first_position, plan, row_offset, row_parameters
+from .dense import (
+    Formula,
+    device_facts,
+    first_position,
+    parameter_strides,
+    plan,
+    row_offset,
+    row_parameters,
+    row_scale,
+    store_losses,
+)
 from .layout import row_layouts, uniform_rows
 from .math import INFINITY, LOG2E, from_float32
 from .outside import clear, mark, spread, sum_outside, terms_outside, unmark
-from .sweeps import PEELED, fill_zero
+from .sweeps import PEELED, fill_zero, finite_or_zero
 
 STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
 
@@ -47,12 +57,6 @@ TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "ignore": IGN
 def clamped(y):
     """Exponents of finite logits, finite; NaN stays."""
     return tl.where(y < SMALLEST, SMALLEST, y)
-
-
-@triton.jit
-def finite_or_zero(m):
-    """A maximum to subtract."""
-    return tl.where(m == -INFINITY, 0.0, m)
 
 
 @triton.jit
@@ -162,21 +166,10 @@ def topk_kernel(
         gradient = first_position(gradient_ptr, gradient_offset, lead, GRADIENT_MATCHED)
 
         kept = statistics_ptr + tl.cast(row, tl.int64) * STATISTICS
-        if WRITE_LOSS:
-            weight = tl.load(weights_ptr + row) if HAS_WEIGHTS else 1.0
-            over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
-            scale = tl.fdiv(tl.cast(weight, tl.float32), over)
-            if WRITE_STATISTICS:
-                if weight == 0.0:
-                    for i in tl.static_range(STATISTICS):
-                        tl.store(kept + i, 0.0)
-                else:
-                    tl.store(kept + STATISTICS - 1, scale)
-        else:
-            weight = tl.load(kept + STATISTICS - 1)
-            scale = weight * tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride).to(
-                tl.float32
-            )
+        weight, scale = row_scale(
+            row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS,
+            HAS_WEIGHTS, DENOMINATOR_IN_MEMORY, WRITE_LOSS, WRITE_STATISTICS,
+        )  # fmt: skip
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
@@ -278,14 +271,10 @@ def topk_kernel(
                 gradients = from_float32(gradients, gradient_ptr.dtype.element_ty)
                 tl.store(gradient + position, gradients, mask=used)
         if WRITE_LOSS:
-            loss *= weight * divergence_scale
-            if HARD:
-                hard_loss *= weight
-                tl.store(losses_ptr + row, (1.0 - hard_weight) * loss + hard_weight * hard_loss)
-                tl.store(components_ptr + row, loss)
-                tl.store(components_ptr + n_rows + row, hard_loss)
-            else:
-                tl.store(losses_ptr + row, loss)
+            store_losses(
+                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, hard_weight,
+                losses_ptr, components_ptr, True, HARD,
+            )  # fmt: skip
 
 
 def run(
@@ -361,10 +350,7 @@ def run(
         parameters=formula.parameters,
         VALUE_AND_SLOPE=formula.value_and_slope,
         OPERANDS=OPERAND_KINDS[formula.operands],
-        PARAMETER_STRIDES=tuple(
-            (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None
-            for p in formula.parameters
-        ),
+        PARAMETER_STRIDES=parameter_strides(formula.parameters),
         TAIL=TAILS[tail],
         DROP=formula.drop,
         RESTRICT=formula.restrict,

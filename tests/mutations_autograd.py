@@ -58,7 +58,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     ),
     Mutation(
         "a second backward scales again", "distill_ops/differentiation.py",
-        "ctx.spent = True\n    scale_(", "scale_(",
+        "ctx.spent = True\n    for gradient", "for gradient",
         f"{DENSE}backward_twice[torch]",
     ),
     Mutation(
@@ -68,7 +68,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     ),
     Mutation(
         "components require grad", "distill_ops/differentiation.py",
-        "ctx.mark_non_differentiable(components, kept)", "ctx.mark_non_differentiable(kept)",
+        "ctx.mark_non_differentiable(components, *kept)", "ctx.mark_non_differentiable(*kept)",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
@@ -93,7 +93,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{OPERATORS}float16_gradients_survive_a_loss_scale[torch]",
     ),
     Mutation(
-        "temperature instead of its square", "distill_ops/losses.py",
+        "temperature instead of its square", "distill_ops/paths.py",
         "temperature**2 if", "temperature if",
         f"{OPTIONS}[torch-ForwardKL()-temperature_squared]",
     ),

@@ -60,17 +60,17 @@ CPU_PATH = [
     ),
     Mutation(
         "host: tokens of weight 0 are read", "distill_ops/host.py",
-        "keep = weights[first:end] != 0", "keep = weights[first:end] == weights[first:end]",
+        "keep = None if weights is None else weights != 0", "keep = None",
         f"{DENSE}dropped_tokens_are_not_read[torch-forward-ForwardKL()]",
     ),
     Mutation(
         "host: gradient of dropped tokens is not 0", "distill_ops/host.py",
-        "(~keep).nonzero().squeeze(-1), 0)", "(~keep).nonzero().squeeze(-1), 1)",
+        "(~here).nonzero().squeeze(-1), 0)", "(~here).nonzero().squeeze(-1), 1)",
         f"{DENSE}dropped_tokens_are_not_read[torch-forward-ForwardKL()]",
     ),
     Mutation(
         "host: gradient beyond vocab_size is not 0", "distill_ops/host.py",
-        "block[2][:, n_cols:] = 0", "block[2][:, n_cols:] = 1",
+        "gradient[..., n_cols:] = 0", "gradient[..., n_cols:] = 1",
         f"{OPTIONS}[torch-ForwardKL()-vocab_size]",
     ),
     Mutation(

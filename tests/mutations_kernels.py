@@ -92,7 +92,7 @@ SWEEPS = [
     ),
     Mutation(
         "no guard of a tile of -inf", "kernels/sweeps.py",
-        "safe_m = tl.where(new_m == -INFINITY, 0.0, new_m)", "safe_m = new_m",
+        "safe_m = finite_or_zero(new_m)", "safe_m = new_m",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-ForwardKL()-first_tiles]",
         interpreter=True,
     ),

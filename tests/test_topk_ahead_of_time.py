@@ -1,48 +1,23 @@
 """The top-k kernel's launches, compiled for GPUs that are not here (``test_ahead_of_time.py``)."""
 
-import math
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from distill_ops import topk_ops
 from distill_ops.analysis import aot, sass
+from distill_ops.analysis.forms import topk_launches
 from distill_ops.divergences import as_divergence
-from distill_ops.paths import Options
 
 
-def launches(divergence, target, *, n_cols=128256, k=64, dtype=torch.bfloat16, tail="bucket",
-             mode="forward", hard=0.0, temperature=1.0, vocab_size=None):  # fmt: skip
-    """The kernel's launches for one forward (and, made there, one backward)."""
-    divergence = as_divergence(divergence)
-    meta = {"device": "meta"}
-    student = torch.empty(4096, n_cols, dtype=dtype, **meta)
-    log_p, ids = torch.empty(4096, k, **meta), torch.empty(4096, k, dtype=torch.int32, **meta)
-    labels = torch.empty(4096, dtype=torch.int64, **meta) if hard else None
-    options = Options(
-        divergence.name, "mean", "drop", "triton", temperature, 1.0, hard, math.nan,
-        divergence.numbers, vocab_size or n_cols, -100,
-    )  # fmt: skip
-    arguments = (
-        student, log_p, ids, None, labels, None, divergence.tensors,
-        *topk_ops.pack(options, tail),
-    )  # fmt: skip
-
-    def call():
-        kept = topk_ops.topk_loss(*arguments, mode, False)[2]
-        if mode == "backward":
-            topk_ops.topk_gradient(*arguments, kept, torch.empty((), **meta))
-
-    recorded = aot.record(call, target.facts)
-    return [launch for launch in recorded if launch.kernel.fn.__name__ == "topk_kernel"]
+def launches(divergence, target, *, n_cols=128256, k=64, dtype=torch.bfloat16, **options):
+    return topk_launches(as_divergence(divergence), n_cols, k, dtype, target, **options)
 
 
 def test_a_restricted_student_is_read_at_the_k_alone():
     """Divergences that are infinite at p = 0 see nothing outside without a bucket: no sweep."""
     for tail, hard, swept in [("ignore", 0.0, False), ("ignore", 0.5, True), ("bucket", 0.0, True)]:
-        (launch,) = launches("reverse_kl", aot.TARGETS["sm_90"], tail=tail, hard=hard)
+        (launch,) = launches("reverse_kl", aot.TARGETS["sm_90"], tail=tail, hard_label_weight=hard)
         assert launch.arguments["REST"] == (tail == "bucket")
         assert (launch.arguments["n_words"] > 0) == swept
 
@@ -59,13 +34,13 @@ def test_scratch_memory_is_a_bit_a_column():
 FORMS = {
     "bucket": ("jensen_shannon", {}),
     "odd": ("soft_cross_entropy", {"n_cols": 50257}),
-    "no gradient": ("skew_forward_kl", {"mode": "none"}),
-    "hard": ("forward_kl", {"hard": 0.5}),
-    "hard T": ("skew_reverse_kl", {"hard": 0.5, "temperature": 2.0}),
+    "no gradient": ("skew_forward_kl", {"gradient": "none"}),
+    "hard": ("forward_kl", {"hard_label_weight": 0.5}),
+    "hard T": ("skew_reverse_kl", {"hard_label_weight": 0.5, "temperature": 2.0}),
     "restricted": ("reverse_kl", {"tail": "ignore"}),
-    "restricted hard": ("symmetric_kl", {"tail": "renormalize", "hard": 0.5}),
+    "restricted hard": ("symmetric_kl", {"tail": "renormalize", "hard_label_weight": 0.5}),
     "each": ("alpha_beta", {"tail": "ignore"}),
-    "fp16": ("forward_kl", {"dtype": torch.float16, "mode": "backward"}),
+    "fp16": ("forward_kl", {"dtype": torch.float16, "gradient": "backward"}),
     "fp32": ("total_variation", {"dtype": torch.float32, "n_cols": 32000, "k": 1}),
     "vocab_size": ("soft_cross_entropy", {"n_cols": 151936, "vocab_size": 151643}),
     "many": ("jensen_shannon", {"k": 1024}),

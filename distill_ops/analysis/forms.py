@@ -4,14 +4,13 @@ A form is what changes the code: sizes, dtypes and options. The operator itself 
 on tensors without memory, so the counts are those of what users run.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from .. import ops, statistics_ops, token_ops, topk_ops
 from ..divergences import Divergence
-from ..kernels import dense
+from ..kernels import dense, topk
 from ..paths import Options
 from . import aot, sass
 
@@ -42,9 +41,8 @@ class Form:
         labels = None
         if self.hard_label_weight:
             labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
-        options = Options(
-            divergence.name, "mean", "drop", "triton", self.temperature, 1.0,
-            self.hard_label_weight, math.nan, divergence.numbers,
+        options = Options.of(
+            divergence, "mean", "drop", True, self.temperature, False, self.hard_label_weight, None,
             self.vocab_size or self.n_cols, -100,
         )  # fmt: skip
         student = logits(None, self.student_dtype)
@@ -90,10 +88,7 @@ def statistics_launches(
 ) -> list[aot.Launch]:
     """The statistics kernel's launches for one forward and one backward."""
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
-    options = Options(
-        divergence.name, "none", "drop", "triton", 1.0, 1.0, 0.0, math.nan, divergence.numbers,
-        n_cols, -100,
-    )  # fmt: skip
+    options = Options.of(divergence, "none", "drop", True, 1.0, False, 0.0, None, n_cols, -100)
     ids = _meta(n_rows, dtype=torch.int64)
     shared = (student, teacher, ids, divergence.tensors, *options.pack())
 
@@ -112,19 +107,30 @@ def topk_launches(
     target: aot.Target,
     *,
     tail: str = "bucket",
+    gradient: str = "forward",
+    hard_label_weight: float = 0.0,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
     n_rows: int = 4096,
 ) -> list[aot.Launch]:
-    """The top-k kernel's launch for one forward that makes the gradient."""
-    options = Options(
-        divergence.name, "mean", "drop", "triton", 1.0, 1.0, 0.0, math.nan, divergence.numbers,
-        n_cols, -100,
+    """The top-k kernel's launches for one forward (and, made there, one backward)."""
+    options = Options.of(
+        divergence, "mean", "drop", True, temperature, False, hard_label_weight, None,
+        vocab_size or n_cols, -100,
     )  # fmt: skip
+    labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
     arguments = (
         _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32),
-        None, None, None, divergence.tensors, *topk_ops.pack(options, tail),
+        None, labels, None, divergence.tensors, *topk_ops.pack(options, tail),
     )  # fmt: skip
-    recorded = aot.record(lambda: topk_ops.topk_loss(*arguments, "forward", False), target.facts)
-    return [x for x in recorded if x.kernel.fn.__name__ == "topk_kernel"]
+
+    def call():
+        kept = topk_ops.topk_loss(*arguments, gradient, False)[2]
+        if gradient == "backward":
+            topk_ops.topk_gradient(*arguments, kept, _meta())
+
+    recorded = aot.record(call, target.facts)
+    return [launch for launch in recorded if launch.kernel is topk.topk_kernel]
 
 
 @dataclass(frozen=True)
