@@ -12,6 +12,7 @@ With ``D = sum(slope)`` the gradient is ``slope - q D``: the backward of log_sof
 import torch
 
 from .chunks import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
+from .divergences import is_number
 
 
 def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
@@ -83,8 +84,8 @@ def symmetric_kl(chunk: Chunk):
     return loss, write
 
 
-def _paired(chunk: Chunk, weight) -> tuple[torch.Tensor, ...]:
-    """``log(p / q)``, ``(weight p + (1 - weight) q) / max(p, q)``, q and p, and a free buffer: the
+def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
+    """``log(p / q)``, ``(of_teacher p + of_student q) / max(p, q)``, q and p, and a free buffer: the
     mixture from the ratio of p and q, as ``kernels/divergences.py`` has it."""
     m, log_q, log_p, q, p = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
@@ -92,21 +93,26 @@ def _paired(chunk: Chunk, weight) -> tuple[torch.Tensor, ...]:
     torch.exp(log_q, out=q)
     torch.exp(log_p, out=p)
     log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
-    ratio = torch.abs(log_ratio, out=log_q).neg_().exp_()
-    weights = (torch.as_tensor(w, dtype=m.dtype, device=m.device) for w in (1 - weight, weight))
-    torch.where(log_ratio > 0, *weights, out=m).mul_(ratio.sub_(1)).add_(1)
-    return log_ratio, m, q, p, ratio
+    # 1 - weight (1 - ratio), where the weight is the smaller one's: of two terms, one is exactly 0
+    # (torch.where, which would choose, takes twenty times as long as a product)
+    if is_number(of_teacher, 0.5):
+        free = torch.abs(log_ratio, out=log_q).neg_().exp_().sub_(1)
+        torch.mul(free, 0.5, out=m)
+    else:
+        free = torch.clamp(log_ratio, max=0, out=log_q).exp_().sub_(1).mul_(of_teacher)
+        torch.clamp(log_ratio, min=0, out=m).neg_().exp_().sub_(1).mul_(of_student).add_(free)
+    return log_ratio, m.add_(1), q, p, free
 
 
 def jensen_shannon(chunk: Chunk):
     (beta,) = chunk.parameters
-    log_ratio, m, q, p, free = _paired(chunk, beta)
+    log_ratio, m, q, p, free = _paired(chunk, beta, 1 - beta)
     log_m = m.log_()
     of_student = torch.clamp(log_ratio, min=0, out=free).add_(log_m)  # log(m / q)
     chunk.without_student_zeros(of_student)
-    of_teacher = log_ratio.clamp_(max=0).neg_().add_(log_m)  # log(m / p)
-    of_teacher.mul_(p).mul_(beta)
-    loss = row_sums(torch.mul(q, of_student, out=m).mul_(1 - beta).add_(of_teacher)).neg_()
+    of_teacher = torch.sub(log_m, log_ratio.clamp_(max=0), out=log_ratio)  # log(m / p)
+    values = torch.lerp(of_teacher.mul_(p), torch.mul(q, of_student, out=m), 1 - beta, out=m)
+    loss = row_sums(values).neg_()
     return loss, lambda out: softmax_backward(
         of_student.mul_((beta - 1) * chunk.scale), q, -1, q.dtype, grad_input=out
     )
@@ -114,21 +120,21 @@ def jensen_shannon(chunk: Chunk):
 
 def skew_forward_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    log_ratio, m, q, p, free = _paired(chunk, alpha)
-    m.clamp_(min=1e-35)
-    log_p_over_m = log_ratio.clamp_(max=0).sub_(torch.log(m, out=free))
-    loss = row_sums(log_p_over_m.mul_(p))
+    log_ratio, m, q, p, free = _paired(chunk, alpha, 1 - alpha)
+    log_m = torch.log(m.clamp_(min=1e-35), out=free)
+    log_p_over_m = log_ratio.clamp_(max=0).sub_(log_m)
+    loss = row_sums(torch.mul(p, log_p_over_m, out=m))
 
     def write(out):
-        slope = torch.minimum(q, p, out=p).div_(m).mul_((alpha - 1) * chunk.scale)
-        _subtract_mean_slope(slope, q, out)
+        h = log_p_over_m.exp_().mul_((alpha - 1) * chunk.scale)
+        softmax_backward(h, q, -1, q.dtype, grad_input=out)
 
     return loss, write
 
 
 def skew_reverse_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    log_ratio, m, q, _, free = _paired(chunk, 1 - alpha)
+    log_ratio, m, q, _, free = _paired(chunk, 1 - alpha, alpha)
     log_q_over_m = log_ratio.clamp_(min=0).add_(m.clamp_(min=1e-35).log_()).neg_()
     chunk.without_student_zeros(log_q_over_m)
     loss = row_sums(torch.mul(q, log_q_over_m, out=m))

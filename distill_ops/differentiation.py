@@ -13,7 +13,7 @@ def save_inputs(ctx, inputs, *others) -> None:
     """Save an operator's tensors, of which the last are a list, for the backward."""
     *tensors, parameters = inputs
     ctx.n_inputs = len(inputs)
-    tensors += parameters
+    tensors = [*tensors, *parameters]  # torch.compile of 2.11 keeps a tuple here
     # the tensors made under inference mode cannot be saved, and cannot change either
     traced = torch.compiler.is_compiling()
     ctx.unsaved = [

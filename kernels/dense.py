@@ -241,8 +241,10 @@ def dense_kernel(
     A row of weight 0 is not read: loss 0, gradient 0.
     """
     OWN_HARD: tl.constexpr = HARD and (TEMPERED or not DIVERGENCE)
-    # a moment gives D before the gradient sweep, which then sums L itself
+    # a moment gives D before the gradient sweep, which then sums L itself; of the symmetric KL the
+    # moments are kept or summed again as accurately
     SHORT: tl.constexpr = MOMENT != NO_MOMENT or not DIVERGENCE
+    GRADIENT_SUMS: tl.constexpr = MOMENT != SYMMETRIC_MOMENT and (SHORT or OPERANDS >= PAIR)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
         teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
@@ -290,7 +292,7 @@ def dense_kernel(
                     label, row_values, VALUE_AND_SLOPE, OPERANDS, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
                     HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
-                if WRITE_LOSS and (SHORT or OPERANDS >= PAIR):
+                if WRITE_LOSS and GRADIENT_SUMS:
                     loss = tl.where(statistics[7], gradient_loss, loss)
         if WRITE_LOSS:
             store_losses(

@@ -20,7 +20,7 @@ in it, so near-equal rows keep their accuracy. With ``ratio`` beside it, a mixtu
 and q can neither over- nor underflow.
 """
 
-from .math import LN2, log2_of_normal, mixture, reciprocal
+from .math import LN2, log2_of_normal, mixture, reciprocal, uncancelled
 from .portable import constant, device_function, tl
 
 BELOW_ONE = constant(1 - 2**-24)  # a share of 1 could leave a mixture of 0, whose logarithm is none
@@ -44,8 +44,10 @@ def reverse_kl(log_ratio, q, p):
 
 @device_function
 def symmetric_kl(log_ratio, difference, q, weight):
+    difference = uncancelled(difference, log_ratio, q)
     mixed = (1 - weight) * difference + (1 - 2 * weight) * q  # (1 - weight) p - weight q
-    return mixed * log_ratio, -weight * q * log_ratio - mixed
+    slope = -q * (weight * log_ratio + (1 - 2 * weight)) - (1 - weight) * difference
+    return mixed * log_ratio, slope
 
 
 @device_function
@@ -86,7 +88,7 @@ def jensen_shannon(log2_ratio, ratio, q, p, beta):
 @device_function
 def skew_forward_kl(log2_ratio, ratio, q, p, alpha):
     alpha = tl.minimum(alpha, BELOW_ONE)
-    m = mixture(log2_ratio, ratio, alpha)
+    m = mixture(log2_ratio, ratio, alpha, 1 - alpha)
     log2_p_over_m = tl.where(log2_ratio > 0, 0.0, log2_ratio) - log2_of_normal(m)
     smaller = q * tl.where(log2_ratio > 0, 1.0, ratio)
     return (p * LN2) * log2_p_over_m, (alpha - 1) * smaller * reciprocal(m)
@@ -95,8 +97,8 @@ def skew_forward_kl(log2_ratio, ratio, q, p, alpha):
 @device_function
 def skew_reverse_kl(log2_ratio, ratio, q, alpha):
     alpha = tl.minimum(alpha, BELOW_ONE)
-    m = mixture(log2_ratio, ratio, 1 - alpha)
+    m = mixture(log2_ratio, ratio, 1 - alpha, alpha)
     log2_m_over_q = tl.where(log2_ratio > 0, log2_ratio, 0.0) + log2_of_normal(m)
     value = (q * -LN2) * log2_m_over_q
     q_over_m = tl.where(log2_ratio > 0, ratio, 1.0) * reciprocal(m)
-    return value, value + q - alpha * q * q_over_m
+    return value, value + q * (1 - alpha * q_over_m)

@@ -7,6 +7,7 @@ from .portable import constant, device_function, tl, triton
 LN2 = constant(0.6931471805599453)
 LOG2E = constant(1.4426950408889634)
 INFINITY = constant(float("inf"))
+SERIES_BELOW = constant(0.02)  # where the next term of the series is 3e-7 of it
 
 if triton is not None:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -117,11 +118,19 @@ def reciprocal(x):
 
 
 @device_function
-def mixture(log_ratio, ratio, weight):
-    """``(weight * p + (1 - weight) * q) / max(p, q)``, which neither over- nor underflows, from a
-    logarithm of p / q and ``ratio = min(p, q) / max(p, q)``."""
-    of_student = (1 - weight) + weight * ratio
-    return tl.where(log_ratio > 0, weight + (1 - weight) * ratio, of_student)
+def mixture(log_ratio, ratio, of_teacher, of_student):
+    """``(of_teacher * p + of_student * q) / max(p, q)``, which neither over- nor underflows, from a
+    logarithm of p / q and ``ratio = min(p, q) / max(p, q)``; the weights sum to 1."""
+    larger = of_student + of_teacher * ratio
+    return tl.where(log_ratio > 0, of_teacher + of_student * ratio, larger)
+
+
+@device_function(tensor_twin=lambda difference, log_ratio, q: difference)
+def uncancelled(difference, log_ratio, q):
+    """``difference = p - q``, by the series of ``p / q - 1`` where the two cancel, as they do in most
+    columns of a student that has learned."""
+    series = log_ratio * (1.0 + log_ratio * (0.5 + log_ratio * (1.0 / 6.0)))
+    return tl.where(tl.abs(log_ratio) < SERIES_BELOW, q * series, difference)
 
 
 @device_function(tensor_twin=_share_of_tensors)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .columns import columns
-from .math import INFINITY, LOG2E
+from .math import INFINITY, LOG2E, fma
 from .sweeps import combine_lanes, finite_or_zero, read, rescale, tile, whole_tiles, write
 
 
@@ -155,7 +155,7 @@ def spread_tile(
             x, tl.full([LANES, WIDTH], -INFINITY, tl.float32), inside, row, parameters,
             VALUE_AND_SLOPE, OPERANDS, True, MASKED, True, DROP, False, False,
         )  # fmt: skip
-        gradient = (slope - q * total_slope) * scale + factor
+        gradient = fma(q, -total_slope, slope) * scale + factor
         if HARD:
             if not OWN_HARD:
                 gradient += q * hard_scale

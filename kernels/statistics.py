@@ -24,7 +24,7 @@ from .dense import (
     row_statistics,
 )
 from .layout import row_layouts, uniform_rows
-from .math import LOG2E
+from .math import LOG2E, fma
 from .sweeps import NOWHERE, PEELED, fill_zero, read, tile, whole_tiles, write
 from .token import (
     token_coefficients,
@@ -53,7 +53,7 @@ def combined_tile(
         x_s, x_t, inside, row, parameters,
         VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, False,
     )  # fmt: skip
-    gradient = (slope - q * total_slope) * scale + token_gradient_tile(x_s, m, c, a, b, True)
+    gradient = fma(q, -total_slope, slope) * scale + token_gradient_tile(x_s, m, c, a, b, True)
     gradient += tl.where(position == token_position, own, 0.0)
     if GUARDED:
         gradient += poison

@@ -301,7 +301,7 @@ def differentiate_tile(
             VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
         loss += tl.sum(value, axis=1)
-        gradient = (slope - q * total_slope) * scale
+        gradient = fma(q, -total_slope, slope) * scale
     else:
         gradient = tl.zeros_like(x_s)
     if HARD:

@@ -38,7 +38,7 @@ from .dense import (
     store_losses,
 )
 from .layout import row_layouts, uniform_rows
-from .math import INFINITY, LOG2E, from_float32
+from .math import INFINITY, LOG2E, fma, from_float32
 from .outside import clear, mark, spread, sum_outside, terms_outside, unmark
 from .sweeps import PEELED, fill_zero, finite_or_zero
 
@@ -236,7 +236,7 @@ def topk_kernel(
             if WRITE_GRADIENT:
                 hard_scale = scale * hard_weight
                 scale *= (1.0 - hard_weight) * divergence_scale * over_t
-                gradients = (slope - q * total_slope) * scale + poison
+                gradients = fma(q, -total_slope, slope) * scale + poison
                 factor = poison
                 hard_factor = 0.0
                 if REST and not EACH:

@@ -227,6 +227,15 @@ WITHOUT_VALUES = {
 }  # fmt: skip
 
 
+def addmm_can_be_fake() -> bool:
+    half = torch.empty(2, 2, dtype=torch.half, device="meta")
+    try:
+        torch.addmm(half.float(), half, half, torch.float, out=half.float())
+    except TypeError:  # PyTorch 2.11 mistakes the dtype for beta
+        return False
+    return True
+
+
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("option", WITHOUT_VALUES)
 @pytest.mark.parametrize("bias", [False, True])
@@ -234,6 +243,8 @@ def test_nothing_is_read_on_the_host(bias, option, gradient, monkeypatch):
     """From the public function to the gradients, on tensors without values; bfloat16, so that the
     products are a GPU's."""
     options, expected = WITHOUT_VALUES[option]
+    if option == "capped" and not addmm_can_be_fake():
+        pytest.skip("this PyTorch cannot call addmm.dtype_out on tensors without values")
     if options.get("reduction") == "none":
         gradient = "backward"
     monkeypatch.setattr(losses, "INTERPRETED", True)  # the Triton path without a GPU
