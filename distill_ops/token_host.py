@@ -21,17 +21,15 @@ class _Buffers:
         return first[:n_rows], second[:n_rows]
 
 
-def log_softmax(
-    logits: torch.Tensor, temperature: float, work: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
-    """Of ``logits / temperature``, written to ``out``."""
-    if temperature != 1 or logits.dtype != work.dtype:
-        logits = work.copy_(logits)
-        if temperature < 1:  # the maximum goes first: the division could overflow
-            logits.sub_(logits.amax(-1, keepdim=True))
-        if temperature != 1:
-            logits.div_(temperature)
-    return torch.log_softmax(logits, -1, out=out)
+def tempered(logits: torch.Tensor, temperature: float, work: torch.Tensor) -> torch.Tensor:
+    """Logits with the softmax of ``logits / temperature``, in the dtype of ``work``, where they are
+    unless it was theirs."""
+    if temperature == 1 and logits.dtype == work.dtype:
+        return logits
+    logits = work.copy_(logits)
+    if temperature < 1:  # the maximum goes first: the division could overflow
+        logits.sub_(logits.amax(-1, keepdim=True))
+    return logits.div_(temperature) if temperature != 1 else logits
 
 
 def entropy_of(log_q: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
@@ -57,7 +55,7 @@ def log_probs(
     ):
         chunk = matrix[rows]
         work, log_q = buffers(len(chunk))
-        log_softmax(chunk, temperature, work, log_q)
+        torch.log_softmax(tempered(chunk, temperature, work), -1, out=log_q)
         found[places] = log_q.gather(-1, ids[places, None]).squeeze(-1)
         if with_entropy:
             entropies[places] = entropy_of(log_q, work)
@@ -65,19 +63,22 @@ def log_probs(
 
 
 def write_gradient(
-    log_q: torch.Tensor,  # [n, V], used up
+    logits: torch.Tensor,  # [n, V], tempered; they may be in ``out``
     ids: torch.Tensor,  # [n]
     upstream: torch.Tensor,  # [n]
     entropies: torch.Tensor | None,  # [n]
     upstream_entropy: torch.Tensor | None,  # [n]
     temperature: float,
+    work: torch.Tensor,  # [n, V]
     out: torch.Tensor,  # [n, V] of the same dtype
 ) -> torch.Tensor:
     """``(g (1[j = id] - q_j) - h q_j (log q_j + H)) / T`` of a chunk of rows."""
-    q = torch.exp(log_q, out=out)
     if upstream_entropy is None:
-        gradient = q.mul_((upstream / -temperature)[:, None])
+        q = torch.softmax(logits, -1, out=work)
+        gradient = torch.mul(q, (upstream / -temperature)[:, None], out=out)
     else:
+        log_q = torch.log_softmax(logits, -1, out=work)
+        q = torch.exp(log_q, out=out)
         factor = log_q.clamp_(min=LOWEST).mul_((upstream_entropy / -temperature)[:, None])
         rest = torch.addcmul(upstream, upstream_entropy, entropies).div_(-temperature)
         gradient = q.mul_(factor.add_(rest[:, None]))
@@ -104,12 +105,14 @@ def fill_gradient(
         if upstream_entropy is not None:
             of_entropy = entropies[places], upstream_entropy[places]
         chunk = matrix[rows]
-        work, log_q = buffers(len(chunk))
-        log_softmax(chunk, temperature, work, log_q)
-        target = out[rows] if isinstance(rows, slice) and out.dtype == dtype else work
-        write_gradient(log_q, ids[places], upstream[places], *of_entropy, temperature, target)
-        if target is work:
-            out[rows] = work.to(out.dtype)
+        first, second = buffers(len(chunk))
+        target = out[rows] if isinstance(rows, slice) and out.dtype == dtype else first
+        write_gradient(
+            tempered(chunk, temperature, first), ids[places], upstream[places], *of_entropy,
+            temperature, second, target,
+        )  # fmt: skip
+        if target is first:
+            out[rows] = first.to(out.dtype)
 
 
 def fill_combined_gradient(
@@ -132,11 +135,11 @@ def fill_combined_gradient(
     ):
         of_divergence, of_log_prob, of_entropy = (x[places] for x in upstreams)
         chunk = logits[rows]
-        work, log_q = buffers(len(chunk))
-        log_softmax(chunk, temperature, work, log_q)
+        first, second = buffers(len(chunk))
         total = write_gradient(
-            log_q, ids[places], of_log_prob, entropies[places], of_entropy, temperature, work
-        )
+            tempered(chunk, temperature, first), ids[places], of_log_prob, entropies[places],
+            of_entropy, temperature, second, first,
+        )  # fmt: skip
         if of_divergence.any():
             of_terms = part[: len(chunk)]
             host.dense(

@@ -108,6 +108,17 @@ CPU_PATH = [
         f"{OPTIONS}[torch-SkewReverseKL(alpha=0.2)-plain]",
     ),
     Mutation(
+        "host: skew KL's slope without 1 - alpha", "distill_ops/closed_forms.py",
+        "log_p_over_m.exp_().mul_((alpha - 1) * chunk.scale)",
+        "log_p_over_m.exp_().mul_(-chunk.scale)",
+        f"{OPTIONS}[torch-SkewForwardKL(alpha=0.1)-plain]",
+    ),
+    Mutation(
+        "host: the mixture's weights swapped", "distill_ops/closed_forms.py",
+        "exp_().sub_(1).mul_(of_student)", "exp_().sub_(1).mul_(of_teacher)",
+        f"{OPTIONS}[torch-SkewReverseKL(alpha=0.2)-plain]",
+    ),
+    Mutation(
         "host: total variation twice", "distill_ops/closed_forms.py",
         "difference.sign_().mul_(0.5 * chunk.scale)", "difference.sign_().mul_(chunk.scale)",
         f"{OPTIONS}[torch-TotalVariation()-plain]",

@@ -16,7 +16,7 @@ FORMULAS = [
     ),
     Mutation(
         "the mixture's weights swapped", "kernels/math.py",
-        "of_student = (1 - weight) + weight * ratio", "of_student = weight + (1 - weight) * ratio",
+        "larger = of_student + of_teacher * ratio", "larger = of_teacher + of_student * ratio",
         f"{SEMANTICS}closed_forms_agree_with_the_text_they_replace[{SKEW}]",
     ),
     Mutation(
@@ -138,6 +138,12 @@ DENSE_KERNEL = [
         "nearly equal rows' losses from the moments", "kernels/dense.py",
         "if loss < NEARLY_EQUAL:", "if loss < -1.0:",
         "tests/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton--30000.0-none]",
+        interpreter=True,
+    ),
+    Mutation(
+        "the series of p / q - 1 to its first term", "kernels/math.py",
+        "1.0 + log_ratio * (0.5 + log_ratio * (1.0 / 6.0))", "1.0 + log_ratio * 0.0",
+        "tests/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton-0.0-forward]",
         interpreter=True,
     ),
     Mutation(

@@ -224,5 +224,7 @@ def test_symmetric_kl_of_nearly_equal_rows(offset, gradient, backend, device):
     truth = losses_and_gradient(student.double(), teacher.double(), reference.distillation_loss)
     logits = student.to(device), teacher.to(device)
     ours = losses_and_gradient(*logits, distillation_loss, backend=backend)
-    for mine, of_eager, exact in zip(ours, eager, truth, strict=True):
-        assert (mine - exact).norm() <= 1.5 * (of_eager - exact).norm()
+    # the kernels have p - q from the ratio's logarithm there
+    limits = (1.5, 1.5) if backend == "torch" else (1.5, 0.1)
+    for mine, of_eager, exact, limit in zip(ours, eager, truth, limits, strict=False):
+        assert (mine - exact).norm() <= limit * (of_eager - exact).norm()
