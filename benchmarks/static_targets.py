@@ -6,6 +6,7 @@ Counts are of bf16 logits with the gradient made in the forward, V = 128256, on 
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 TARGETS_ON = ("sm_90", "sm_100")
 QUANTITIES = {
@@ -46,7 +47,6 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("jensen_shannon", "instructions"): 70.0,
     ("jensen_shannon", "guarded"): 88.4,
     ("skew_forward_kl", "guarded"): 87.5,
-    ("skew_reverse_kl", "instructions"): 71.3,
     ("skew_reverse_kl", "special"): 10.3,
     ("skew_reverse_kl", "guarded"): 88.5,
     ("total_variation", "guarded"): 65.5,
@@ -55,11 +55,16 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
 # an odd vocabulary's instructions over those of its even neighbour
 ODD_OVER_EVEN = 1.10
 
+COUNTED_WITH = "3.7."  # Triton's version; 3.6 takes up to 1% more of the same source
+OTHER_COMPILERS = 1.02
+
 
 def verdict(divergence: str, quantity: str, count: float) -> str | None:
     """What is wrong with a count, or None."""
     limit = getattr(LIMITS[divergence], quantity)
     known = KNOWN_MISSES.get((divergence, quantity))
+    same = version("triton").startswith(COUNTED_WITH)
+    seen = count if same else count / OTHER_COMPILERS
     if known is None:
-        return None if count <= limit else f"{count:.2f} {quantity}, at most {limit} wanted"
-    return None if count <= known else f"{count:.2f} {quantity}, {known} was the known miss"
+        return None if seen <= limit else f"{count:.2f} {quantity}, at most {limit} wanted"
+    return None if seen <= known else f"{count:.2f} {quantity}, {known} was the known miss"

@@ -126,8 +126,8 @@ def skew_forward_kl(chunk: Chunk):
     loss = row_sums(torch.mul(p, log_p_over_m, out=m))
 
     def write(out):
-        h = log_p_over_m.exp_().mul_((alpha - 1) * chunk.scale)
-        softmax_backward(h, q, -1, q.dtype, grad_input=out)
+        slope = log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)
+        _subtract_mean_slope(slope, q, out)
 
     return loss, write
 

@@ -109,8 +109,8 @@ CPU_PATH = [
     ),
     Mutation(
         "host: skew KL's slope without 1 - alpha", "distill_ops/closed_forms.py",
-        "log_p_over_m.exp_().mul_((alpha - 1) * chunk.scale)",
-        "log_p_over_m.exp_().mul_(-chunk.scale)",
+        "log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)",
+        "log_p_over_m.exp_().mul_(q).mul_(-chunk.scale)",
         f"{OPTIONS}[torch-SkewForwardKL(alpha=0.1)-plain]",
     ),
     Mutation(
