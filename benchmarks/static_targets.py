@@ -44,11 +44,11 @@ KNOWN_MISSES: dict[tuple[str, str], float] = {
     ("soft_cross_entropy", "guarded"): 50.9,
     ("forward_kl", "guarded"): 54.9,
     ("reverse_kl", "guarded"): 59.9,
-    ("jensen_shannon", "instructions"): 70.0,
-    ("jensen_shannon", "guarded"): 88.4,
-    ("skew_forward_kl", "guarded"): 87.5,
+    ("jensen_shannon", "instructions"): 69.7,
+    ("jensen_shannon", "guarded"): 88.2,
+    ("skew_forward_kl", "guarded"): 87.0,
     ("skew_reverse_kl", "special"): 10.3,
-    ("skew_reverse_kl", "guarded"): 88.5,
+    ("skew_reverse_kl", "guarded"): 88.0,
     ("total_variation", "guarded"): 65.5,
 }
 
