@@ -97,17 +97,30 @@ def liger_fused(case: FormCase, device: torch.device) -> Loss:
 
 
 def trl_chunked(case: FormCase, device: torch.device) -> Loss:
-    """Its chunked divergence from hidden states, by whatever name this version has it."""
-    module = imported("trl", "trl")
-    function = getattr(module, "chunked_divergence", None)
-    if function is None:
-        raise Skipped("this version exports no chunked divergence")
+    """Its chunked divergence from hidden states: the function under its trainer."""
     betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
     if case.loss not in betas:
         raise Skipped(f"has no {case.loss}")
-    return lambda t: function(
-        t.hidden, t.weight, t.teacher_hidden, t.teacher_weight, beta=betas[case.loss]
-    )
+    function = imported("trl.kernels.chunked_divergence", "trl").ChunkedDivergenceFunction
+
+    def loss(t: Tensors) -> torch.Tensor:
+        heads = (t.hidden, t.weight, None, t.teacher_hidden, t.teacher_weight, None)
+        return function.apply(*heads, betas[case.loss])[0].mean()
+
+    return loss
+
+
+def trl_log_probs(case: FormCase, device: torch.device) -> Loss:
+    """Its log-probabilities and entropies from hidden states, likewise."""
+    function = imported("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+    tile = imported("trl.kernels.chunked_divergence", "trl").VOCAB_CHUNK_SIZE
+
+    def loss(t: Tensors) -> torch.Tensor:
+        head = (t.hidden, t.weight, None, t.labels)
+        log_prob, entropy, *_ = function.apply(*head, 1.0, tile, None, 1.0, ("entropy",))
+        return (log_prob + entropy).mean()
+
+    return loss
 
 
 def no_peer(reason: str) -> Callable[[FormCase, torch.device], Loss]:
@@ -124,6 +137,7 @@ PROVIDERS = (
     FormProvider("liger_chunked", "liger chunked JSD", liger_chunked, ("linear",)),
     FormProvider("liger_fused", "liger fused linear JSD", liger_fused, ("linear",)),
     FormProvider("trl", "TRL chunked divergence", trl_chunked, ("linear",)),
+    FormProvider("trl_log_probs", "TRL chunked log-probs", trl_log_probs, ("linear_tokens",)),
     FormProvider(
         "peers", "liger, TRL, torchtune",
         no_peer("none has a loss against a top-k teacher with a tail of its own"),
