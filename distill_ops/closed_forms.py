@@ -85,32 +85,34 @@ def symmetric_kl(chunk: Chunk):
 
 
 def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
-    """``log(p / q)``, ``(of_teacher p + of_student q) / max(p, q)``, q and p, and a free buffer: the
-    mixture from the ratio of p and q, as ``kernels/divergences.py`` has it."""
+    """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the mixture
+    ``(of_teacher p + of_student q) / max(p, q)``, q and p: the mixture from the ratio of p and q, as
+    ``kernels/divergences.py`` has it."""
     m, log_q, log_p, q, p = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
     torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
     torch.exp(log_q, out=q)
     torch.exp(log_p, out=p)
     log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
+    if is_number(of_teacher, 0.5):
+        above, below = torch.clamp(log_ratio, min=0, out=log_q), log_ratio.clamp_(max=0)
+        torch.sub(below, above, out=m).exp_().add_(1).mul_(0.5)
+        return above, below, m, q, p
     # 1 - weight (1 - ratio), where the weight is the smaller one's: of two terms, one is exactly 0
     # (torch.where, which would choose, takes twenty times as long as a product)
-    if is_number(of_teacher, 0.5):
-        free = torch.abs(log_ratio, out=log_q).neg_().exp_().sub_(1)
-        torch.mul(free, 0.5, out=m)
-    else:
-        free = torch.clamp(log_ratio, max=0, out=log_q).exp_().sub_(1).mul_(of_teacher)
-        torch.clamp(log_ratio, min=0, out=m).neg_().exp_().sub_(1).mul_(of_student).add_(free)
-    return log_ratio, m.add_(1), q, p, free
+    teacher = torch.clamp(log_ratio, max=0, out=log_q).exp_().sub_(1).mul_(of_teacher)
+    student = torch.clamp(log_ratio, min=0, out=m).neg_().exp_().sub_(1).mul_(of_student)
+    student.add_(teacher).add_(1)
+    return torch.clamp(log_ratio, min=0, out=teacher), log_ratio.clamp_(max=0), m, q, p
 
 
 def jensen_shannon(chunk: Chunk):
     (beta,) = chunk.parameters
-    log_ratio, m, q, p, free = _paired(chunk, beta, 1 - beta)
+    above, below, m, q, p = _paired(chunk, beta, 1 - beta)
     log_m = m.log_()
-    of_student = torch.clamp(log_ratio, min=0, out=free).add_(log_m)  # log(m / q)
+    of_student = above.add_(log_m)  # log(m / q)
     chunk.without_student_zeros(of_student)
-    of_teacher = torch.sub(log_m, log_ratio.clamp_(max=0), out=log_ratio)  # log(m / p)
+    of_teacher = torch.sub(log_m, below, out=below)  # log(m / p)
     values = torch.lerp(of_teacher.mul_(p), torch.mul(q, of_student, out=m), 1 - beta, out=m)
     loss = row_sums(values).neg_()
     return loss, lambda out: softmax_backward(
@@ -120,9 +122,8 @@ def jensen_shannon(chunk: Chunk):
 
 def skew_forward_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    log_ratio, m, q, p, free = _paired(chunk, alpha, 1 - alpha)
-    log_m = torch.log(m.clamp_(min=1e-35), out=free)
-    log_p_over_m = log_ratio.clamp_(max=0).sub_(log_m)
+    free, below, m, q, p = _paired(chunk, alpha, 1 - alpha)
+    log_p_over_m = below.sub_(torch.log(m.clamp_(min=1e-35), out=free))
     loss = row_sums(torch.mul(p, log_p_over_m, out=m))
 
     def write(out):
@@ -134,8 +135,8 @@ def skew_forward_kl(chunk: Chunk):
 
 def skew_reverse_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    log_ratio, m, q, _, free = _paired(chunk, 1 - alpha, alpha)
-    log_q_over_m = log_ratio.clamp_(min=0).add_(m.clamp_(min=1e-35).log_()).neg_()
+    above, free, m, q, _ = _paired(chunk, 1 - alpha, alpha)
+    log_q_over_m = above.add_(m.clamp_(min=1e-35).log_()).neg_()
     chunk.without_student_zeros(log_q_over_m)
     loss = row_sums(torch.mul(q, log_q_over_m, out=m))
 

@@ -13,7 +13,7 @@ import torch
 from .chunks import BUFFERS, GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 from .closed_forms import CLOSED_FORMS
 
-CHUNK_ELEMENTS = 1 << 19  # of one buffer: 2 MiB in float32, about what the L2 caches hold
+CHUNK_ELEMENTS = 1 << 18  # of one buffer: 1 MiB in float32, so that a few fit the L2 caches
 GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
 BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
 
