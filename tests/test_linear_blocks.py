@@ -69,6 +69,22 @@ def test_blocks_at_real_sizes():
     assert blocks == Blocks(205, 205)
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "expected"),
+    [
+        (100, (100, 100)),
+        (255, (255, 255)),
+        (256, (256, 128)),
+        (400, (400, 134)),
+        (3000, (500, 167)),
+    ],
+)
+def test_a_cpu_block_in_pieces(n_rows, expected):
+    """No piece has fewer than 128 rows, where the block has as many."""
+    assert split(n_rows, 1, 1, 1000, gpu=False, pieces=True) == Blocks(*expected)
+    assert split(n_rows, 1, 1, 1000, gpu=False).tokens == expected[0]
+
+
 def test_blocks_are_of_about_equal_size():
     assert split(1000, 1, 1, 1400, gpu=False).tokens == 500
     tokens = split(1100, 1, 1, 1536, gpu=True).tokens
