@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 
 from .chunks import NEG_INF, Terms, row_sums
-from .host import CHUNK_ELEMENTS, GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
+from .host import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
 
+TOPK_ELEMENTS = (
+    1 << 20
+)  # of a chunk: more than of the dense loss, as much of the work is done by the row
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
@@ -248,7 +251,7 @@ def topk(
     n_rows = student.numel() // student.shape[-1]
     kind = {"dtype": terms.dtype, "device": student.device}
     additive = tail == "bucket" or terms.divergence.additive_at_teacher_zero
-    elements = CHUNK_ELEMENTS if additive else GENERAL_ELEMENTS
+    elements = TOPK_ELEMENTS if additive else GENERAL_ELEMENTS
     size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads(), elements)
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
     losses = torch.zeros(n_rows, **kind)

@@ -236,7 +236,7 @@ def test_chunks_of_the_cpu_path(elements, monkeypatch):
     """Rows a chunk, masked tokens between them, and views that no single stride reaches."""
     from distill_ops import topk_host
 
-    monkeypatch.setattr(topk_host, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(topk_host, "TOPK_ELEMENTS", elements)
     monkeypatch.setattr(topk_host, "GENERAL_ELEMENTS", elements)
     monkeypatch.setattr(host, "BUFFER_BYTES", 1 << 12)
     student, log_p, ids = make_topk((5, 9, 60), 4, dtype=torch.bfloat16)
