@@ -13,9 +13,7 @@ import torch
 from .chunks import NEG_INF, Terms, row_sums
 from .host import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
 
-TOPK_ELEMENTS = (
-    1 << 20
-)  # of a chunk: more than of the dense loss, as much of the work is done by the row
+TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
