@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import distill_ops
 
 from .form_cases import HARD_LABEL, LINEAR, FormCase, Tensors, eager_loss
-from .peers import Skipped, imported
+from .peers import Skipped, beta_of, imported
 from .records import EAGER, OURS
 
 PRODUCTS = "products"
@@ -69,12 +69,10 @@ def torch_linear_cross_entropy(case: FormCase, device: torch.device) -> Loss:
 
 def liger_chunked(case: FormCase, device: torch.device) -> Loss:
     """Its chunked loss: plain PyTorch under torch.compile."""
-    betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
-    if case.loss not in betas:
-        raise Skipped(f"has no {case.loss}")
+    beta = beta_of(case)
     chunked = imported("liger_kernel.chunked_loss", "liger_kernel")
     function = chunked.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=betas[case.loss], temperature=1.0
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=1.0
     )
 
     def loss(t: Tensors) -> torch.Tensor:
@@ -86,26 +84,22 @@ def liger_chunked(case: FormCase, device: torch.device) -> Loss:
 
 def liger_fused(case: FormCase, device: torch.device) -> Loss:
     """Its fused linear JSD, by Triton."""
-    betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
-    if case.loss not in betas:
-        raise Skipped(f"has no {case.loss}")
+    beta = beta_of(case)
     transformers = imported("liger_kernel.transformers", "liger_kernel")
     if device.type != "cuda":
         raise Skipped("its kernels need a GPU")
-    function = transformers.LigerFusedLinearJSD(jsd_beta=betas[case.loss])
+    function = transformers.LigerFusedLinearJSD(jsd_beta=beta)
     return lambda t: function(t.hidden, t.weight, t.teacher_hidden, t.teacher_weight)
 
 
 def trl_chunked(case: FormCase, device: torch.device) -> Loss:
     """Its chunked divergence from hidden states: the function under its trainer."""
-    betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
-    if case.loss not in betas:
-        raise Skipped(f"has no {case.loss}")
+    beta = beta_of(case)
     function = imported("trl.kernels.chunked_divergence", "trl").ChunkedDivergenceFunction
 
     def loss(t: Tensors) -> torch.Tensor:
         heads = (t.hidden, t.weight, None, t.teacher_hidden, t.teacher_weight, None)
-        return function.apply(*heads, betas[case.loss])[0].mean()
+        return function.apply(*heads, beta)[0].mean()
 
     return loss
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .cases import Case
+from .form_cases import FormCase
 
 
 class Skipped(Exception):
@@ -23,7 +24,7 @@ def imported(module: str, package: str) -> ModuleType:
         raise Skipped(f"cannot be imported: {error}") from error
 
 
-def _beta(case: Case) -> float:
+def beta_of(case: Case | FormCase) -> float:
     """The end points of the generalised JSD are, by convention, the two KLs."""
     betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
     if case.loss not in betas:
@@ -34,7 +35,7 @@ def _beta(case: Case) -> float:
 def liger(case: Case, device: torch.device) -> Callable:
     """LigerKLDIVLoss and LigerJSD take log-probabilities: making them is part of the price."""
     transformers = imported("liger_kernel.transformers", "liger_kernel")
-    beta = _beta(case)
+    beta = beta_of(case)
     if device.type != "cuda":
         raise Skipped("its kernels need a GPU")
     if case.loss == "forward_kl":
@@ -52,7 +53,7 @@ def liger(case: Case, device: torch.device) -> Callable:
 def trl(case: Case, device: torch.device) -> Callable:
     """GKD's loss; "batchmean" of ``[tokens, vocab]`` logits is the mean over tokens."""
     function = imported("trl.experimental.gkd", "trl").GKDTrainer.generalized_jsd_loss
-    beta = _beta(case)
+    beta = beta_of(case)
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return function(student, teacher, beta=beta)
