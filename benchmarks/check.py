@@ -13,6 +13,7 @@ from distill_ops import reference
 
 from .cases import Case, Inputs
 from .providers import LossFunction
+from .signs import undecided
 
 DISTINCT_ROWS = 8
 FEW = 2  # roundings
@@ -28,7 +29,7 @@ class Truth:
     gradient: torch.Tensor  # [distinct, V], float64: of the sum over tokens
     largest_log: float  # the largest magnitude of a log-probability
     dtype: torch.dtype
-    undecided: torch.Tensor  # [distinct], float64: what rounding may flip of a row's gradient
+    undecided: torch.Tensor  # [distinct], float64: the student's probability of undecided columns
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,6 @@ class Errors:
     value: float
     gradient: float
     worst: float
-
-
-def undecided(loss: str, log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """The student's probability, row by row, whose slope either sign is right for.
-
-    The total variation's gradient jumps where q = p. Where float32 logarithms cannot tell which of
-    the two is larger, a column's slope is q / 2 or -q / 2.
-    """
-    if loss != "total_variation":
-        return torch.zeros(len(log_q), dtype=log_q.dtype, device=log_q.device)
-    roundings = FEW * torch.finfo(torch.float32).eps * torch.maximum(-log_q, -log_p)
-    return (log_q.exp() * ((log_q - log_p).abs() <= roundings)).sum(-1)
 
 
 def make_truth(case: Case, student: torch.Tensor, teacher: torch.Tensor) -> Truth:
@@ -63,7 +52,9 @@ def make_truth(case: Case, student: torch.Tensor, teacher: torch.Tensor) -> Trut
     gradient = q.grad * case.tokens / counts[:, None]
     log_q, log_p = (x.detach().log_softmax(-1) for x in (q, p))
     largest_log = max(-log_q.min().item(), -log_p.min().item())
-    flips = undecided(case.loss, log_q, log_p)
+    flips = torch.zeros(rows, dtype=q.dtype, device=q.device)
+    if case.loss == "total_variation":  # of these columns either sign of the slope is right
+        flips = log_q.exp().where(undecided(log_q, log_p), 0.0).sum(-1)
     return Truth(loss.item(), gradient, largest_log, case.torch_dtype, flips)
 
 

@@ -11,6 +11,11 @@ for the loss and the logits' dtype for the gradient. Then, with nothing else all
 The rule: over many configurations of a divergence, dtype and path the median ratio of each quantity
 is at most MEDIAN and the worst at most WORST.
 
+The total variation's gradient jumps where q = p. Where float32 cannot tell the sign of q - p, ours
+and eager PyTorch's are each held against the gradient of the sign that they took (``signs.py``), and
+how many of these are not float64's is counted for both: ours at most WORST times eager's. A wrong
+sign in any other column is an error as large as it is.
+
 A configuration has several tokens, drawn alike, because the error of a single loss is often one
 rounding, and the ratio of two roundings has no bound, however good the kernel. The median is that
 of the first FIRST tokens. Where their ratio is above DOUBTFUL, twice as many are drawn, and twice as
@@ -42,6 +47,8 @@ from distill_ops.divergences import (
     SymmetricKL,
     TotalVariation,
 )
+
+from .signs import Signs
 
 MEDIAN, WORST = 1.0, 1.5  # the largest ratios that the rule allows
 FIRST, MOST = 8, 64  # tokens
@@ -189,9 +196,15 @@ class Squares:
     eager: float = 0.0
     unit: float = 0.0
 
-    def add(self, ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+    def add(
+        self,
+        ours: torch.Tensor,
+        eager: torch.Tensor,
+        truth: torch.Tensor,
+        eager_truth: torch.Tensor,
+    ) -> None:
         self.ours += (ours.double() - truth).square().sum().item()
-        self.eager += (eager.double() - truth).square().sum().item()
+        self.eager += (eager.double() - eager_truth).square().sum().item()
         self.unit += units(truth, ours.dtype).square().sum().item()
 
     @property
@@ -214,6 +227,7 @@ class Measurement:
     first: Quantities
     final: Quantities
     squares: Quantities  # what the final ratios are made of
+    changed_signs: tuple[int, int]  # undecided ones that are not float64's: ours, eager's
 
 
 def measure(
@@ -229,6 +243,7 @@ def measure(
     eager = partial(reference.distillation_loss, **options)
     sums = Quantities(Squares(), Squares(), Squares())
     done, tokens, first = 0, FIRST, None
+    changed = (0, 0)
     while True:
         pair = student[done:tokens], teacher[done:tokens]
         results = (
@@ -236,12 +251,18 @@ def measure(
             batched(eager, *pair),
             batched(eager, *(logits.double() for logits in pair)),
         )
-        for total, *of_each in zip(sums, *results, strict=True):
+        truth = truth_of_eager = results[2]
+        if isinstance(divergence, TotalVariation):
+            signs = Signs(*pair, case.temperature)
+            truths, counts = zip(*(signs.nearest(x.gradient) for x in results[:2]), strict=True)
+            truth, truth_of_eager = (truth._replace(gradient=x) for x in truths)
+            changed = tuple(map(sum, zip(changed, counts, strict=True)))
+        for total, *of_each in zip(sums, *results[:2], truth, truth_of_eager, strict=True):
             total.add(*of_each)
         ratios = Quantities(*(total.ratio for total in sums))
         first = first or ratios
         if tokens == MOST or max(ratios) <= DOUBTFUL:
-            return Measurement(case.seed, tokens, first, ratios, sums)
+            return Measurement(case.seed, tokens, first, ratios, sums, changed)
         done, tokens = tokens, 2 * tokens
 
 

@@ -1,0 +1,52 @@
+"""Where rounding decides the total variation's gradient.
+
+It jumps where q = p: the slope of a column is ``q / 2`` or ``-q / 2`` (any number between, in the
+point itself), which moves the gradient by q_j in that entry and by q_i q_j in the row's others. Where
+float32 cannot tell q from p, each of these is right.
+"""
+
+import torch
+
+ROUNDINGS = 2  # of float32, of each logarithm
+
+
+def undecided(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Columns whose sign of q - p is beyond float32: logarithms are rounded by their size, and all
+    of a row by its normaliser, a number between 1 and the vocabulary's size."""
+    size = torch.maximum(-log_q, -log_p).clamp(min=1.0)
+    return (log_q - log_p).abs() <= ROUNDINGS * torch.finfo(torch.float32).eps * size
+
+
+class Signs:
+    """The signs of q - p of some rows, in float64, and those that are undecided."""
+
+    def __init__(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float):
+        log_q, log_p = (x.double().div(temperature).log_softmax(-1) for x in (student, teacher))
+        self.q, self.temperature = log_q.exp(), temperature
+        self.signs = (log_q - log_p).sign()
+        self.undecided = undecided(log_q, log_p)
+
+    def nearest(self, gradient: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The true gradient that ``gradient`` is nearest to, ``[N, V]`` of N tokens' sum, and how
+        many of its signs are not float64's. Of the undecided columns the heavy ones choose first."""
+        gradient = gradient.double() * self.temperature
+        nearest, n_changed = [], 0
+        for q, truth, free, given in zip(self.q, self.signs, self.undecided, gradient, strict=True):
+            signs = truth.clone()
+            for column in q.masked_fill(~free, -1.0).argsort(descending=True)[: int(free.sum())]:
+
+                def error(sign, column=column, q=q, signs=signs, given=given):
+                    signs[column] = sign
+                    return (given - of_signs(q, signs)).square().sum().item()
+
+                # the first of equals: where it does not matter, the true one
+                signs[column] = min((truth[column].item(), -1.0, 0.0, 1.0), key=error)
+            nearest.append(of_signs(q, signs))
+            n_changed += int((signs != truth).sum())
+        return torch.stack(nearest) / self.temperature, n_changed
+
+
+def of_signs(q: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """The gradient of a row at temperature 1."""
+    slope = q * signs / 2
+    return slope - q * slope.sum()
