@@ -22,7 +22,7 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .columns import PAIR, columns, softmax
+from .columns import STUDENT, columns, softmax
 from .math import INFINITY, LOG2E, fma, from_float32, rounded_product, to_float32
 
 NOWHERE = tl.constexpr(2147483647)  # the position of no column
@@ -39,7 +39,7 @@ SYMMETRIC_MOMENT = tl.constexpr(4)
 
 # Tiles a turn of the loops: two share their addresses' arithmetic, a twentieth of the instructions,
 # and four loads are in flight. Not where it would spill: with a hard label's own softmax, in the
-# later sweeps of PAIR divergences, and in the guarded loops, which are rare.
+# later sweeps of skew reverse KL (STUDENT), and in the guarded loops, which are rare.
 UNROLL = tl.constexpr(2)
 
 # How a row ends. WHOLE_VECTORS: it begins on a boundary and holds a whole number of vectors.
@@ -276,7 +276,9 @@ def reduce(
             sums, student_row, teacher_row, position, inside, row, parameters,
             VALUE_AND_SLOPE, OPERANDS, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
-    for i in tl.range(first, end, loop_unroll_factor=1 if GUARDED or OPERANDS >= PAIR else UNROLL):
+    for i in tl.range(
+        first, end, loop_unroll_factor=1 if GUARDED or OPERANDS == STUDENT else UNROLL
+    ):
         position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
         sums = reduce_tile(
             sums, student_row, teacher_row, position, inside, row, parameters,
@@ -333,7 +335,7 @@ def differentiate(
             HARD, OWN_HARD,
         )  # fmt: skip
     for i in tl.range(
-        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or OPERANDS >= PAIR else UNROLL
+        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or OPERANDS == STUDENT else UNROLL
     ):
         k = i if FORWARD else end - 1 - i + first
         position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
