@@ -150,9 +150,14 @@ def _ids(name: str, ids: torch.Tensor, rows: torch.Tensor, of: str = "student_lo
 
 
 def _parameters(
-    divergence: Divergence, student_logits, loss_mask, of: str = "student_logits"
+    divergence: Divergence,
+    student_logits,
+    loss_mask,
+    labels,
+    ignore_index: int,
+    of: str = "student_logits",
 ) -> None:
-    """Parameters given as tensors; what a masked token's value is does not matter."""
+    """Parameters given as tensors; of a token that does not count any value will do."""
     for name, value in zip(divergence.__match_args__, divergence.parameters, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
@@ -164,8 +169,8 @@ def _parameters(
             continue
         domain = divergence.domain(name)
         outside = _outside(value, domain)
-        if loss_mask is not None and value.dim():
-            outside &= loss_mask != 0
+        if value.dim():
+            outside &= _kept(outside, loss_mask, labels, ignore_index)
         if outside.any():
             raise ValueError(
                 f"{title}, a tensor, must hold values {domain.text(domain.tensor_ends)}, "
@@ -210,12 +215,14 @@ def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | N
     Raises:
         ValueError: they are a leaf, share memory with themselves or the teacher's.
     """
-    if student_logits.is_leaf:
+    traced = torch.compiler.is_compiling()
+    base = None if traced else student_logits._base
+    if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter): "
-            "pass the output of the model, or inplace=False"
+            "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter), or "
+            "a view of one: pass the output of the model, or inplace=False"
         )
-    if torch.compiler.is_compiling() or student_logits.numel() == 0:
+    if traced or student_logits.numel() == 0:
         return
     if any(
         s == 0 and n > 1 for n, s in zip(student_logits.shape, student_logits.stride(), strict=True)
@@ -353,13 +360,13 @@ def check_options(
         if loss_mask.is_complex():
             raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
     _ignore_index(ignore_index)
-    if weight < 1:
-        _parameters(divergence, student_logits, loss_mask, of)
     if labels is not None:
         _ids("labels", labels, student_logits, of)
         _label_values(labels, loss_mask, ignore_index, n_cols)
     elif weight > 0:
         raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
+    if weight < 1:
+        _parameters(divergence, student_logits, loss_mask, labels, ignore_index, of)
     if normalizer is not None:
         check_normalizer(normalizer, reduction, student_logits, of)
     return divergence
@@ -617,7 +624,7 @@ def check_statistics(
     check_temperature(temperature)
     check_token_ids(token_ids, student_logits, n_cols, ignore_index, "student_logits")
     divergence = as_divergence(divergence)
-    _parameters(divergence, student_logits, token_ids != ignore_index)
+    _parameters(divergence, student_logits, None, token_ids, ignore_index)
     return divergence
 
 

@@ -26,7 +26,8 @@ def save_inputs(ctx, inputs, *others) -> None:
 def saved_inputs(ctx) -> tuple[tuple, list[torch.Tensor]]:
     """The operator's tensors again, and what was saved beside them."""
     n_saved, n_alone = len(ctx.unsaved), ctx.n_inputs - 1
-    saved, others = ctx.saved_tensors[:n_saved], list(ctx.saved_tensors[n_saved:])
+    kept = ctx.saved_tensors  # once: each access unpacks them, which a checkpoint allows but once
+    saved, others = kept[:n_saved], list(kept[n_saved:])
     tensors = [s if u is None else u for s, u in zip(saved, ctx.unsaved, strict=True)]
     return (*tensors[:n_alone], tensors[n_alone:]), others
 

@@ -279,10 +279,15 @@ class Projection:
             out[rows] = target
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which products of this dtype are summed over several blocks."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class WeightGradient:
     """``sum over blocks of gradient^T hidden``, in the weight's dtype in the end.
 
-    Several blocks of a half-precision weight are summed in float32 and cast once."""
+    Several blocks are summed in float32, or in the products' float64, and cast once."""
 
     def __init__(self, projection: Projection, several: bool):
         head, self.n_cols = projection.head, projection.n_cols
@@ -290,10 +295,10 @@ class WeightGradient:
         self.out = head.weight.new_empty(head.weight.shape)
         self.out[self.n_cols :] = 0
         self.sum = self.out[: self.n_cols]
+        wide = sum_dtype(projection.dtype)
+        if several and self.sum.dtype != wide:
+            self.sum = self.sum.new_empty(self.sum.shape, dtype=wide)
         self.direct = has_product(self.sum.dtype, projection.dtype, projection.device)
-        if several and self.sum.dtype in HALF:
-            self.sum = self.sum.new_empty(self.sum.shape, dtype=torch.float32)
-            self.direct = True
 
     def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         if self.direct:
@@ -360,8 +365,9 @@ class Engine:
         if not has_product(logits_dtype, dtype, projection.device):
             row_bytes += stride * torch.float32.itemsize
         spare = 0
-        if wanted.weight and head.weight.dtype in HALF:
-            spare = projection.n_cols * dim * torch.float32.itemsize
+        wide = sum_dtype(dtype)
+        if wanted.weight and head.weight.dtype != wide:
+            spare = projection.n_cols * dim * wide.itemsize
         gpu = on_gpu(projection.device)
         self.blocks = split(
             projection.selection.n_rows, token_bytes, max(row_bytes, 1),

@@ -82,7 +82,10 @@ class LinearInputs(NamedTuple):
 
     def slots(self, tail: str, index: torch.Tensor | None) -> TopKTeacher:
         """The top-k teacher of the tokens ``index``, or of all."""
-        slots = (x.reshape(self.n_rows, -1) for x in (self.teacher_log_probs, self.teacher_ids))
+        k = self.teacher_ids.shape[-1]
+        slots = (
+            x.contiguous().view(self.n_rows, k) for x in (self.teacher_log_probs, self.teacher_ids)
+        )
         return TopKTeacher(*(x if index is None else x[index] for x in slots), tail)
 
 
@@ -175,8 +178,11 @@ def select(
 def with_upstream(tokens: Tokens, upstream: torch.Tensor, n_rows: int, dtype) -> Tokens:
     """Tokens whose weights hold the incoming gradients, ``[...]`` or ``[]``."""
     upstream = upstream.to(dtype).reshape(-1).expand(n_rows)
-    weights = upstream.contiguous() if tokens.weights is None else tokens.weights * upstream
-    return tokens._replace(weights=weights)
+    if tokens.weights is None:
+        return tokens._replace(weights=upstream.contiguous())
+    weights = tokens.weights * upstream
+    # a token that does not count takes no gradient, be it infinite
+    return tokens._replace(weights=torch.where(tokens.weights == 0, 0.0, weights))
 
 
 def head_of(hidden, weight, bias, scale: float, softcap: float | None) -> Head:

@@ -73,18 +73,6 @@ def linear_topk_distillation_loss(
         >>> round(loss.item(), 4)
         0.1251
     """
-    if hard_label_weight == 1:  # the divergence has no share
-        teacher_log_probs = teacher_ids = None
-    if teacher_ids is None and teacher_log_probs is None:
-        return linear_distillation_loss(
-            student_hidden, student_weight, None, None, student_bias=student_bias,
-            student_logit_scale=student_logit_scale, student_softcap=student_softcap,
-            logits_dtype=logits_dtype, memory_budget=memory_budget, kept_tokens=kept_tokens,
-            divergence=divergence, loss_mask=loss_mask, labels=labels, ignore_index=ignore_index,
-            hard_label_weight=hard_label_weight, reduction=reduction, normalizer=normalizer,
-            vocab_size=vocab_size, gradient=gradient, return_components=return_components,
-            backend=backend,
-        )  # fmt: skip
     check_head(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,
         student_softcap,
@@ -102,6 +90,16 @@ def linear_topk_distillation_loss(
     check_linear_options(
         student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
     )
+    if hard_label_weight == 1:  # the divergence has no share
+        return linear_distillation_loss(
+            student_hidden, student_weight, None, None, student_bias=student_bias,
+            student_logit_scale=student_logit_scale, student_softcap=student_softcap,
+            logits_dtype=logits_dtype, memory_budget=memory_budget, kept_tokens=kept_tokens,
+            divergence=divergence, loss_mask=loss_mask, labels=labels, ignore_index=ignore_index,
+            hard_label_weight=hard_label_weight, reduction=reduction, normalizer=normalizer,
+            vocab_size=vocab_size, gradient=gradient, return_components=return_components,
+            backend=backend,
+        )  # fmt: skip
     students = (student_hidden, student_weight, student_bias)
     triton = use_triton(backend, *students, teacher_log_probs, of=of)
     options = Options.of(

@@ -124,13 +124,14 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
         self._mapped: dict[int, dict[str, torch.Tensor]] = {}
         if path.is_dir():
             self._header, self._size = _read_index(path / INDEX)
-            n_shards = max(1, -(-self._header.rows // self._size))
-            self._files = [path / shard_name(i) for i in range(n_shards)]
+            self._files = []
+            for i in range(max(1, -(-self._header.rows // self._size))):
+                self._files.append(path / shard_name(i))
+                self._map_shard(i)
         else:
             self._header, _ = _map_file(path)
             self._files, self._size = [path], max(1, self._header.rows)
-        for i in range(len(self._files)):
-            self._map_shard(i)
+            self._map_shard(0)
         asked = {"temperature": temperature, "vocab_size": vocab_size, "teacher": teacher}
         for name, value in asked.items():
             recorded = getattr(self._header, name)
@@ -165,8 +166,9 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> TeacherTopK:
         places = self._places(index)
         rows = places.reshape(-1)
-        log_probs = torch.empty(len(rows), self.k)
-        ids = torch.empty(len(rows), self.k, dtype=torch.int64)
+        # not of the default dtype, nor on the default device
+        log_probs = torch.empty(len(rows), self.k, dtype=torch.float32, device="cpu")
+        ids = torch.empty(len(rows), self.k, dtype=torch.int64, device="cpu")
         shard_of_row = rows // self._size
         for shard in shard_of_row.unique().tolist():
             here = (shard_of_row == shard).nonzero().squeeze(-1)
@@ -207,7 +209,7 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
         n_rows = len(self)
         if isinstance(index, slice):
             chosen = range(*index.indices(n_rows))
-            return chosen.start + chosen.step * torch.arange(len(chosen))
+            return chosen.start + chosen.step * torch.arange(len(chosen), device="cpu")
         try:
             places = torch.as_tensor(index, device="cpu")
         except (TypeError, ValueError, RuntimeError):

@@ -111,6 +111,16 @@ INPLACE_GRADIENT = [
         f"{INPLACE}autograd_notices_the_overwriting[triton-forward]", interpreter=True,
     ),
     Mutation(
+        "in place on a view of a parameter", "distill_ops/checks.py",
+        "base = None if traced else student_logits._base", "base = None",
+        f"{INPLACE}refusals[torch]",
+    ),
+    Mutation(
+        "saved tensors unpacked twice", "distill_ops/differentiation.py",
+        "list(kept[n_saved:])", "list(ctx.saved_tensors[n_saved:])",
+        f"{OPERATORS}saved_tensors_are_unpacked_once[dense, none]",
+    ),
+    Mutation(
         "no version bump in the backward", "distill_ops/ops.py",
         "student)\n    increment_version(student)", "student)",
         f"{INPLACE}autograd_notices_the_overwriting[triton-backward]", interpreter=True,

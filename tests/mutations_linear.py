@@ -4,12 +4,13 @@ from mutants import Mutation
 
 LINEAR = "tests/test_linear.py::test_"
 BLOCKS = "tests/test_linear_blocks.py::test_"
+FORMS = "tests/test_linear_forms.py::test_"
 KERNELS = "tests/test_head_kernels.py::test_"
 
 LINEAR_FORM = [
     Mutation(
         "linear: the weight gradient is summed in its own dtype", "distill_ops/heads.py",
-        "if several and self.sum.dtype in HALF:", "if False:",
+        "if several and self.sum.dtype != wide:", "if False:",
         f"{BLOCKS}the_weight_gradient_is_summed_in_float32[gpu]",
     ),
     Mutation(
@@ -51,8 +52,23 @@ LINEAR_FORM = [
     ),
     Mutation(
         "linear: the incoming gradients of masked tokens alone", "distill_ops/linear_ops.py",
-        "else tokens.weights * upstream", "else tokens.weights",
+        "weights = tokens.weights * upstream", "weights = tokens.weights",
         f"{LINEAR}options[torch-float_mask_none]",
+    ),
+    Mutation(
+        "linear: an infinite gradient of a masked token", "distill_ops/linear_ops.py",
+        "torch.where(tokens.weights == 0, 0.0, weights)", "weights",
+        f"{BLOCKS}an_infinite_upstream_of_a_masked_token[torch-inf]",
+    ),
+    Mutation(
+        "linear: blocks summed in the weight's dtype, not the products'", "distill_ops/heads.py",
+        "return torch.promote_types(dtype, torch.float32)", "return torch.float32",
+        f"{BLOCKS}blocks_of_every_dtype[torch.float32-torch.bfloat16]",
+    ),
+    Mutation(
+        "linear: strides of a stored teacher's slots ignored", "distill_ops/linear_ops.py",
+        "x.contiguous().view(self.n_rows, k)", "x.reshape(self.n_rows, k)",
+        f"{FORMS}topk_of_the_first_slots_that_are_stored[triton-views0]", interpreter=True,
     ),
     Mutation(
         "linear: the bias is not scaled", "kernels/head.py",

@@ -91,6 +91,19 @@ def test_check_with_per_token_parameters(backend, device):
     assert check_divergence(distill_ops.SymmetricKL(weight)).slope_error < 1e-10
 
 
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        distill_ops.SymmetricKL(0), distill_ops.SymmetricKL(1.0),
+        distill_ops.SymmetricKL(torch.tensor([0.0, 1.0, 0.5])), distill_ops.SkewForwardKL(1),
+        distill_ops.SkewReverseKL(1), distill_ops.AlphaBeta(0.01, 0.01),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_check_with_parameters_at_their_ends(divergence, backend):
+    assert backend in check_divergence(divergence).paths
+
+
 WRONG = {
     "swapped_sign": r"slope is not the derivative.*q = .*p = .*slope .*d value / d log_q = ",
     "forgotten_probability": "slope is not the derivative",

@@ -180,6 +180,10 @@ def test_refusals(backend, device):
     options = {"inplace": True, "backend": backend}
     with pytest.raises(ValueError, match="a leaf that requires grad"):
         distillation_loss(leaf, teacher, **options)
+    for view in (leaf.view(3, 1, 20), leaf[:, :]):
+        with pytest.raises(ValueError, match="a leaf that requires grad .* or a view of one"):
+            distillation_loss(view, teacher.view_as(view), **options)
+    assert torch.equal(leaf, student)
     with pytest.raises(ValueError, match=r"expanded.*contiguous"):
         distillation_loss((leaf[:1] * 1.0).expand(3, 20), teacher, **options)
     logits = leaf * 1.0

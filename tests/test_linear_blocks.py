@@ -131,6 +131,35 @@ def test_the_weight_gradient_is_summed_in_float32(gpu, monkeypatch):
         assert (gradient.double() - expected).norm() <= (2 if gpu else 1.05) * rounding
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_every_dtype(dtype, weight_dtype, monkeypatch):
+    """One block and several: hidden states and weight need not be of one dtype."""
+    pair = make_pair((9,), 20, dtype=dtype, weight_dtype=weight_dtype, bias=True)
+    pair = pair._replace(teacher_hidden=pair.teacher_hidden.double())
+    whole = run(linear_distillation_loss, pair)
+    blocks_of(monkeypatch, 2, 2)
+    ours = run(linear_distillation_loss, pair)
+    torch.testing.assert_close(ours.loss, whole.loss)
+    for name, gradient in ours.gradients.items():
+        torch.testing.assert_close(gradient, whole.gradients[name])
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_an_infinite_upstream_of_a_masked_token(lost, backend, device):
+    """As a mean over a sequence without tokens gives it: their gradients stay 0."""
+    pair = make_pair((2, 3), device=device).trained(("student_hidden", "student_weight"))
+    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], device=device)
+    loss = linear_distillation_loss(*pair[:4], loss_mask=mask, reduction="none", backend=backend)
+    loss.backward(torch.where(mask == 0, lost, 0.5))
+    gradients = [pair.student_hidden.grad, pair.student_weight.grad]
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    assert not gradients[0][mask == 0].any()
+
+
 # --- as on a GPU ---------------------------------------------------------------------------------
 
 

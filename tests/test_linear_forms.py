@@ -141,6 +141,29 @@ def test_topk_per_token_losses(backend, device):
     check_topk(backend, device, reduction="none", divergence="reverse_kl", head="all")
 
 
+@pytest.mark.parametrize("views", [(True, True), (True, False), (False, True)])
+def test_topk_of_the_first_slots_that_are_stored(views, backend, device):
+    """Views, whose rows do not lie one behind the other."""
+    hidden, weight, _ = make_head(6, 8, 30, device=device)
+    stored = [x[:, :4] for x in make_slots(6, 30, 9, device=device)]
+    given = [x if view else x.contiguous() for x, view in zip(stored, views, strict=True)]
+    ours, expected = (
+        linear_topk_distillation_loss(hidden, weight, *slots, reduction="none", backend=backend)
+        for slots in (given, [x.contiguous() for x in stored])
+    )
+    assert torch.equal(ours, expected)
+
+
+def test_topk_of_no_token(backend, device):
+    hidden, weight, _ = make_head(3, 8, 30, device=device)
+    hidden = hidden[:0].requires_grad_()
+    slots = (x[:0] for x in make_slots(3, 30, 4, device=device))
+    loss = linear_topk_distillation_loss(hidden, weight, *slots, backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.shape == hidden.shape
+
+
 def test_topk_without_a_teacher_is_cross_entropy(backend, device):
     hidden, weight, _ = make_head(4, 8, 30, device=device)
     labels = torch.tensor([0, 29, -100, 5], device=device)
@@ -249,6 +272,8 @@ def test_opcheck(backend, device):
 HIDDEN, WEIGHT, IDS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([1, 4])
 SLOTS = torch.full((2, 3), -2.0), torch.tensor([[0, 1, 2], [4, 2, -1]])
 
+HARD = {"hard_label_weight": 1, "labels": IDS}
+
 
 @pytest.mark.parametrize(
     ("function", "arguments", "options", "error", "message"),
@@ -259,6 +284,10 @@ SLOTS = torch.full((2, 3), -2.0), torch.tensor([[0, 1, 2], [4, 2, -1]])
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0], SLOTS[1] + 1), {}, ValueError, r"teacher_ids must lie in \[0, 5\)"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0][:1], SLOTS[1]), {}, ValueError, "teacher_log_probs must have the leading shape of student_hidden"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, *SLOTS), {"tail": "drop"}, ValueError, "tail must be one of"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), {}, ValueError, "teacher_log_probs is None"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), HARD | {"temperature": -3.0}, ValueError, "temperature must be positive"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), HARD | {"tail": "drop"}, ValueError, "tail must be one of"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0], "x"), HARD, TypeError, "teacher_ids must be a tensor"),
     ],
 )  # fmt: skip
 def test_bad_input(function, arguments, options, error, message):

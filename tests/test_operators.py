@@ -6,6 +6,7 @@ import torch._dynamo.testing
 from helpers import make_logits, moved, run
 from test_dense import FLOAT_MASK, LABELS, TOKENS
 
+import distill_ops
 from distill_ops import autograd, distillation_loss, ops
 
 OPTIONS = {
@@ -113,6 +114,51 @@ def test_activation_checkpoint(reentrant):
     checkpointed, expected = run(loss_function, student, teacher), run(plain, student, teacher)
     assert torch.equal(checkpointed.loss, expected.loss)
     assert torch.equal(checkpointed.gradient, expected.gradient)
+
+
+IDS = torch.tensor([1, 5, 32, 0])
+SAVING = {
+    "dense, backward": lambda s, t: distillation_loss(s, t, gradient="backward"),
+    "dense, none": lambda s, t: distillation_loss(s, t, reduction="none").sum(),
+    "dense, in place": lambda s, t: distillation_loss(s, t, gradient="backward", inplace=True),
+    "top-k": lambda s, t: distill_ops.topk_distillation_loss(
+        s, t.log_softmax(-1)[:, :3], (IDS[:, None] + torch.tensor([0, 11, 22])) % 33,
+        gradient="backward",
+    ),
+    "linear": lambda s, t: distill_ops.linear_distillation_loss(
+        s, t.t() @ t, t, t.t() @ t, gradient="backward"
+    ),
+    "tokens": lambda s, t: distill_ops.token_log_probs(s, IDS).sum(),
+    "tokens of hidden states": lambda s, t: distill_ops.linear_token_log_probs(
+        s, t.t() @ t, IDS
+    ).sum(),
+    "statistics": lambda s, t: distill_ops.distillation_statistics(s, t, IDS)[0].sum(),
+    "mixture": lambda s, t: distill_ops.mixture_token_log_probs(s, t, IDS, 0.3).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_saved_tensors_are_unpacked_once(name):
+    """A checkpoint without reentrance allows no more, and hooks that copy would do so twice."""
+    student, teacher = make_logits((4, 33))
+    gradients, unpacked = [], []
+
+    def unpack(saved):
+        unpacked.append(saved[0])
+        return saved[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (object(), x), unpack):
+        leaf = student.clone().requires_grad_()
+        SAVING[name](leaf * 1.0, teacher).backward()
+        gradients.append(leaf.grad)
+    assert len(unpacked) == len(set(unpacked)) > 0
+    leaf = student.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(
+        lambda x: SAVING[name](x * 1.0, teacher), leaf, use_reentrant=False
+    ).backward()
+    gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
 
 
 def test_autocast_changes_nothing():

@@ -216,3 +216,15 @@ def test_values_on_a_device_are_checked_in_debug_mode_only():
             check_arguments(*arguments)
     finally:
         set_debug(False)
+
+
+def test_any_value_will_do_where_no_token_counts():
+    student, teacher = make_logits((2, 3, 7))
+    labels = torch.tensor([[1, 2, -100], [-100, 3, 4]])
+    weight = torch.full((2, 3), 0.5).masked_fill(labels == -100, float("nan"))
+    divergence = SymmetricKL(weight)
+    expected = distillation_loss(student, teacher, divergence=divergence, loss_mask=labels != -100)
+    assert expected.isfinite()
+    assert distillation_loss(student, teacher, divergence=divergence, labels=labels) == expected
+    with pytest.raises(ValueError, match=r"weight .* got nan"):
+        distillation_loss(student, teacher, divergence=divergence, labels=labels.clamp(min=0))

@@ -225,6 +225,10 @@ def test_files_that_are_something_else(tmp_path):
         ({"rows_per_shard": None}, "index.json is not .*expected rows_per_shard.*found None"),
         ({"rows": "30"}, "shard-00002.safetensors is not .*rows=10.* in its place, .*rows=5"),
         ({"rows": "31"}, "shard-00002.safetensors is not .*rows=10.* in its place"),
+        (
+            {"rows": "99999999999"},
+            "shard-00002.safetensors is not .*rows=10.* in its place, .*rows=5",
+        ),
         ({"teacher": "b"}, "shard-00000.safetensors is not .*'b'.* in its place, .*'a teacher'"),
     ],
 )
@@ -237,6 +241,21 @@ def test_broken_index(tmp_path, change, message):
     index.write_text(change)
     with pytest.raises(ValueError, match=message):
         TeacherTopKDataset(path)
+
+
+@pytest.mark.parametrize("index", [3, slice(1, 7, 2), [6, -1], torch.tensor([[0], [5]])], ids=str)
+def test_defaults_of_the_program_do_not_matter(index, tmp_path):
+    save_teacher_topk(tmp_path / "store", make_topk(8), **FACTS)
+    dataset = TeacherTopKDataset(tmp_path / "store")
+    expected = dataset[index]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = dataset[index]
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(found, expected)
 
 
 def test_missing_and_exchanged_shards(tmp_path):
