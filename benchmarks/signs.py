@@ -1,8 +1,8 @@
 """Where rounding decides the total variation's gradient.
 
 It jumps where q = p: the slope of a column is ``q / 2`` or ``-q / 2`` (any number between, in the
-point itself), which moves the gradient by q_j in that entry and by q_i q_j in the row's others. Where
-float32 cannot tell q from p, each of these is right.
+point itself), which moves the gradient by ``q_j (1 - q_j)`` in that entry and by ``q_i q_j`` in the row's
+others. Where float32 cannot tell q from p, each of these is right.
 """
 
 import torch
@@ -14,7 +14,8 @@ def undecided(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """Columns whose sign of q - p is beyond float32: logarithms are rounded by their size, and all
     of a row by its normaliser, a number between 1 and the vocabulary's size."""
     size = torch.maximum(-log_q, -log_p).clamp(min=1.0)
-    return (log_q - log_p).abs() <= ROUNDINGS * torch.finfo(torch.float32).eps * size
+    near = (log_q - log_p).abs() <= ROUNDINGS * torch.finfo(torch.float32).eps * size
+    return near & size.isfinite()  # a probability of 0 is none that rounding makes
 
 
 class Signs:

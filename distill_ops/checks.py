@@ -33,12 +33,15 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
-def _readable(tensor: torch.Tensor) -> bool:
-    """Whether values may be checked: where that waits for no GPU, or in debug mode; not of a batch
-    under vmap, on which no branch can depend."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+def _readable(*tensors: torch.Tensor | None) -> bool:
+    """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode;
+    not of a batch under vmap, on which no branch can depend."""
+    if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or _debug
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in given):
+        return False
+    return _debug or all(tensor.device.type == "cpu" for tensor in given)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -126,7 +129,7 @@ def _vocabulary(student_logits, teacher_logits, vocab_size) -> int:
 
 def _label_values(labels, loss_mask, ignore_index: int, n_cols: int, name: str = "labels") -> None:
     """Labels of tokens that count; what a masked token is labelled does not matter."""
-    if not _readable(labels):
+    if not _readable(labels, loss_mask):
         return
     outside = ((labels < 0) | (labels >= n_cols)) & (labels != ignore_index)
     if loss_mask is not None:
@@ -165,7 +168,7 @@ def _parameters(
         if value.dim():
             _per_token(title, value, student_logits, of)
         _same_device(title, value, student_logits, of)
-        if not _readable(value):
+        if not _readable(value, loss_mask, labels):
             continue
         domain = divergence.domain(name)
         outside = _outside(value, domain)
@@ -215,14 +218,13 @@ def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | N
     Raises:
         ValueError: they are a leaf, share memory with themselves or the teacher's.
     """
-    traced = torch.compiler.is_compiling()
-    base = None if traced else student_logits._base
+    base = student_logits._base
     if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter), or "
             "a view of one: pass the output of the model, or inplace=False"
         )
-    if traced or student_logits.numel() == 0:
+    if torch.compiler.is_compiling() or student_logits.numel() == 0:
         return
     if any(
         s == 0 and n > 1 for n, s in zip(student_logits.shape, student_logits.stride(), strict=True)
@@ -445,7 +447,7 @@ def check_slots(
     _constant("teacher_log_probs", teacher_log_probs, "detach it")
     if hard_label_weight < 1:
         check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
-    if hard_label_weight < 1 and _readable(teacher_ids):
+    if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):
         kept = _kept(teacher_ids[..., 0], loss_mask, labels, ignore_index)
         _slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
 
@@ -584,7 +586,7 @@ def check_linear_options(
         return
     check_integer("kept_tokens", kept_tokens, 1)
     given = labels if loss_mask is None else loss_mask
-    if given is None or not _readable(given):
+    if given is None or not _readable(loss_mask, labels):
         return
     kept = _kept(given, loss_mask, labels, ignore_index)
     if kept.sum() > kept_tokens:
@@ -651,7 +653,7 @@ def check_mixture(
     if teacher_weight.dim():
         _per_token("teacher_weight", teacher_weight, student_logits)
     _same_device("teacher_weight", teacher_weight, student_logits)
-    if not _readable(teacher_weight):
+    if not _readable(teacher_weight, token_ids):
         return
     outside = ~((teacher_weight >= 0) & (teacher_weight <= 1))
     if teacher_weight.dim():

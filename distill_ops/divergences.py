@@ -155,7 +155,7 @@ class Divergence:
         terms = on_tensors(cls.value_and_slope)(*columns, *parameters)
         if not (isinstance(terms, tuple) and len(terms) == 2):
             raise TypeError(f"{cls.name} must return (value, slope), got {type(terms).__name__}")
-        return tuple(torch.as_tensor(x, device=q.device).to(q.dtype) for x in terms)
+        return tuple(torch.as_tensor(x, device=q.device, dtype=q.dtype) for x in terms)
 
     @classmethod
     def _operands(cls, log_q, log_p, q, p) -> tuple[torch.Tensor, ...]:

@@ -7,8 +7,8 @@ of hidden states, weight and bias, in two more matrix products.
 A block of tokens holds the gradient of its logits, in the dtype of the products; within it the
 logits themselves are formed for fewer rows at a time. Where logits and gradient have one dtype and
 no softcap's derivative needs the logits afterwards, they share their memory. All buffers together
-take at most ``memory_budget`` bytes; the float32 sum of a half-precision weight's gradient over
-several blocks is on top (:func:`split`).
+take at most ``memory_budget`` bytes; the sum of the weight's gradient over several blocks, where it has
+a wider dtype than the weight (:func:`sum_dtype`), is on top (:func:`split`).
 """
 
 from collections.abc import Callable

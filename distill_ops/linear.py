@@ -73,8 +73,8 @@ def linear_distillation_loss(
             traffic and a less exact gradient. float64 wherever an input is.
         memory_budget: bytes of logits, their gradient and what the products of a block take, by
             default 1 GiB on a GPU and 64 MiB on a CPU. On top come the gradients themselves and,
-            where a half-precision weight's gradient takes several blocks, its float32 sum; one
-            block takes all tokens where that needs no more than both.
+            where a half-precision weight's gradient takes several blocks, its float32 sum (float64
+            of float64 hidden states); one block takes all tokens where that needs no more than both.
         kept_tokens: a bound on the number of tokens of nonzero weight, so that a GPU computes no
             others (it cannot choose them by number without waiting for their count). Were there
             more, the loss is NaN. A CPU never computes others.

@@ -56,7 +56,9 @@ def _columns(divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     n = math.prod(max((t.shape for t in divergence.tensors), key=len, default=()))
     n = N_COLUMNS if n <= 1 else n
     draws = max(1, N_COLUMNS // n)
-    log_q, noise, log_p = torch.rand(3, n, draws, generator=generator, dtype=torch.float64)
+    log_q, noise, log_p = torch.rand(
+        3, n, draws, generator=generator, dtype=torch.float64, device="cpu"
+    )
     log_q, log_p = -30 * log_q.square(), -30 * log_p.square()
     return log_q, torch.where(noise < 0.3, log_q + 0.01 * (noise - 0.15), log_p).clamp(max=0)
 
@@ -135,7 +137,7 @@ def _at_an_end(divergence: Divergence) -> bool:
     values = zip(divergence.__match_args__, divergence.parameters, strict=True)
     return any(
         bool(((x == divergence.domain(name).low) | (x == divergence.domain(name).high)).any())
-        for name, x in ((name, torch.as_tensor(x)) for name, x in values)
+        for name, x in ((name, torch.as_tensor(x, device="cpu")) for name, x in values)
     )
 
 
@@ -143,7 +145,7 @@ def _check_path(divergence: Divergence, backend: str, device: str) -> None:
     """Loss and gradient of a path against the reference in float64."""
     generator = torch.Generator().manual_seed(1)
     leading = next((t.shape for t in divergence.tensors if t.dim()), (6,))
-    student, teacher = 2 * torch.randn(2, *leading, 301, generator=generator)
+    student, teacher = 2 * torch.randn(2, *leading, 301, generator=generator, device="cpu")
     masked = student.clone(), teacher.clone()
     masked[0][..., 5:40] = -math.inf
     masked[1][..., 20:60] = -math.inf

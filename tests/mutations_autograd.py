@@ -112,7 +112,7 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "in place on a view of a parameter", "distill_ops/checks.py",
-        "base = None if traced else student_logits._base", "base = None",
+        "base = student_logits._base", "base = None",
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(

@@ -172,12 +172,12 @@ CHECKS = [
     ),
     Mutation(
         "labels are checked on the GPU", "distill_ops/checks.py",
-        "not _readable(labels)", "False",
+        "not _readable(labels, loss_mask)", "False",
         f"{NO_SYNC}on_the_host[hard-none]",
     ),
     Mutation(
         "parameters are checked on the GPU", "distill_ops/checks.py",
-        "not _readable(value)", "False",
+        "not _readable(value, loss_mask, labels)", "False",
         f"{NO_SYNC}of_parameters[per token-none]",
     ),
     Mutation(

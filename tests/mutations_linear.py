@@ -63,7 +63,7 @@ LINEAR_FORM = [
     Mutation(
         "linear: blocks summed in the weight's dtype, not the products'", "distill_ops/heads.py",
         "return torch.promote_types(dtype, torch.float32)", "return torch.float32",
-        f"{BLOCKS}blocks_of_every_dtype[torch.float32-torch.bfloat16]",
+        f"{BLOCKS}blocks_of_every_dtype[torch.float32-torch.bfloat16-float64]",
     ),
     Mutation(
         "linear: strides of a stored teacher's slots ignored", "distill_ops/linear_ops.py",

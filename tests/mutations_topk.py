@@ -69,7 +69,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k: slots are looked at on the GPU", "distill_ops/checks.py",
-        "if hard_label_weight < 1 and _readable(teacher_ids):", "if hard_label_weight < 1:",
+        "if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):", "if hard_label_weight < 1:",
         "tests/test_no_sync.py::test_nothing_is_read_for_the_top_k[plain-forward]",
     ),
     Mutation(

@@ -21,7 +21,7 @@ from benchmarks.numeric_rule import (
     summarise,
     units,
 )
-from benchmarks.signs import Signs
+from benchmarks.signs import Signs, undecided
 from distill_ops import ForwardKL, SoftCrossEntropy, TotalVariation, distillation_loss
 from distill_ops.divergences import BUILT_IN
 
@@ -193,6 +193,12 @@ def test_any_sign_of_an_undecided_column_is_right(sign):
     nearest, n_changed = signs.nearest(gradient)
     torch.testing.assert_close(nearest, gradient, rtol=1e-9, atol=1e-12)
     assert n_changed == (taken != signs.signs).sum()
+
+
+def test_infinite_logits_are_decided():
+    log_q = torch.tensor([[-1.0, -1.0, -torch.inf, -torch.inf, -1.0]], dtype=torch.float64)
+    log_p = torch.tensor([[-1.0, -torch.inf, -1.0, -torch.inf, -1.1]], dtype=torch.float64)
+    assert undecided(log_q, log_p).tolist() == [[True, False, False, False, False]]
 
 
 def test_the_sign_of_a_decided_column_is_one():

@@ -197,6 +197,20 @@ def test_refusals(backend, device):
     assert leaf.grad.isfinite().all()
 
 
+def test_refusals_when_compiled():
+    student, teacher = make_logits((4, 33))
+    leaf = student.clone().requires_grad_()
+    torch.compiler.reset()
+    for view in (lambda x: x, lambda x: x.view(2, 2, 33)):
+        compiled = torch.compile(
+            lambda x, t, view=view: distillation_loss(view(x), view(t), inplace=True),
+            backend="aot_eager",
+        )
+        with pytest.raises(ValueError, match="a leaf that requires grad"):
+            compiled(leaf, teacher)
+    assert torch.equal(leaf, student)
+
+
 @pytest.mark.interpreter
 def test_strides_that_the_kernels_cannot_reach(kernel_device):
     student, teacher = make_logits((20, 3), device=kernel_device("triton"))

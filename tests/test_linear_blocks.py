@@ -134,12 +134,16 @@ def test_the_weight_gradient_is_summed_in_float32(gpu, monkeypatch):
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
+@pytest.mark.parametrize("products", ["float64", "cpu", "gpu"])
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_of_every_dtype(dtype, weight_dtype, monkeypatch):
+def test_blocks_of_every_dtype(dtype, weight_dtype, products, monkeypatch):
     """One block and several: hidden states and weight need not be of one dtype."""
     pair = make_pair((9,), 20, dtype=dtype, weight_dtype=weight_dtype, bias=True)
-    pair = pair._replace(teacher_hidden=pair.teacher_hidden.double())
+    if products == "float64":
+        pair = pair._replace(teacher_hidden=pair.teacher_hidden.double())
+    elif products == "gpu":
+        use_gpu_products(monkeypatch)
     whole = run(linear_distillation_loss, pair)
     blocks_of(monkeypatch, 2, 2)
     ours = run(linear_distillation_loss, pair)

@@ -7,7 +7,7 @@ from helpers import make_logits, moved, run
 from test_dense import FLOAT_MASK, LABELS, TOKENS
 
 import distill_ops
-from distill_ops import autograd, distillation_loss, ops
+from distill_ops import SymmetricKL, autograd, distillation_loss, ops
 
 OPTIONS = {
     "forward": {},
@@ -214,4 +214,32 @@ def test_vmap_over_independent_problems():
     student, teacher = make_logits((3, 4, 33))
     mapped = torch.func.vmap(distillation_loss)(student, teacher)
     looped = [distillation_loss(s, t) for s, t in zip(student, teacher, strict=True)]
+    assert torch.equal(mapped, torch.stack(looped))
+
+
+@pytest.mark.parametrize("batched", ["labels", "loss_mask", "weight"])
+def test_vmap_over_some_of_the_arguments(batched):
+    """Values that are checked beside a batch of others: on which no branch can depend."""
+    student, teacher = make_logits((2, 4, 33))
+    arguments = {
+        "labels": torch.tensor([[1, -100, 3, 4], [5, 6, -100, 8]]),
+        "loss_mask": torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1]]),
+        "weight": torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]),
+    }
+    arguments = {name: x if name == batched else x[0] for name, x in arguments.items()}
+
+    def loss_function(student, teacher, labels, loss_mask, weight):
+        return distillation_loss(
+            student, teacher, labels=labels, loss_mask=loss_mask, divergence=SymmetricKL(weight),
+            hard_label_weight=0.2,
+        )  # fmt: skip
+
+    dims = (0, 0, *(0 if name == batched else None for name in arguments))
+    mapped = torch.func.vmap(loss_function, dims)(student, teacher, *arguments.values())
+    looped = [
+        loss_function(
+            student[i], teacher[i], *(x[i] if n == batched else x for n, x in arguments.items())
+        )
+        for i in range(2)
+    ]
     assert torch.equal(mapped, torch.stack(looped))
