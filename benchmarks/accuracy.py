@@ -3,8 +3,8 @@
 Draws random configurations and prints, for the loss (with a gradient and alone) and the gradient,
 the median and the worst ratio of our error to that of eager PyTorch, as ``numeric_rule.py`` defines
 it, and of the total variation how many undecided signs are not float64's; the exit status is 1 where
-one is too large. Without a GPU the Triton kernels run in Triton's
-interpreter, in processes of their own.
+one is too large. Without a GPU the Triton kernels run in Triton's interpreter, in processes of their
+own.
 """
 
 import argparse

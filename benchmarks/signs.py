@@ -31,20 +31,27 @@ class Signs:
         """The true gradient that ``gradient`` is nearest to, ``[N, V]`` of N tokens' sum, and how
         many of its signs are not float64's. Of the undecided columns the heavy ones choose first."""
         gradient = gradient.double() * self.temperature
-        nearest, n_changed = [], 0
-        for q, truth, free, given in zip(self.q, self.signs, self.undecided, gradient, strict=True):
-            signs = truth.clone()
-            for column in q.masked_fill(~free, -1.0).argsort(descending=True)[: int(free.sum())]:
+        rows = zip(self.q, self.signs, self.undecided, gradient, strict=True)
+        signs = torch.stack([_nearest_signs(*row) for row in rows])
+        nearest = torch.stack([of_signs(*row) for row in zip(self.q, signs, strict=True)])
+        return nearest / self.temperature, int((signs != self.signs).sum())
 
-                def error(sign, column=column, q=q, signs=signs, given=given):
-                    signs[column] = sign
-                    return (given - of_signs(q, signs)).square().sum().item()
 
-                # the first of equals: where it does not matter, the true one
-                signs[column] = min((truth[column].item(), -1.0, 0.0, 1.0), key=error)
-            nearest.append(of_signs(q, signs))
-            n_changed += int((signs != truth).sum())
-        return torch.stack(nearest) / self.temperature, n_changed
+def _nearest_signs(
+    q: torch.Tensor, truth: torch.Tensor, free: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
+    """The signs of one row whose gradient is nearest, of those that leave decided columns alone."""
+    signs = truth.clone()
+
+    def error(column: int, sign: float) -> float:
+        signs[column] = sign
+        return (gradient - of_signs(q, signs)).square().sum().item()
+
+    for column in q.masked_fill(~free, -1.0).argsort(descending=True)[: int(free.sum())].tolist():
+        # the first of equals: where it does not matter, the true one
+        choices = (truth[column].item(), -1.0, 0.0, 1.0)
+        signs[column] = min(choices, key=lambda sign, column=column: error(column, sign))
+    return signs
 
 
 def of_signs(q: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

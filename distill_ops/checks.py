@@ -131,9 +131,8 @@ def _label_values(labels, loss_mask, ignore_index: int, n_cols: int, name: str =
     """Labels of tokens that count; what a masked token is labelled does not matter."""
     if not _readable(labels, loss_mask):
         return
-    outside = ((labels < 0) | (labels >= n_cols)) & (labels != ignore_index)
-    if loss_mask is not None:
-        outside &= loss_mask != 0
+    outside = (labels < 0) | (labels >= n_cols)
+    outside &= _kept(labels, loss_mask, labels, ignore_index)
     if outside.any():
         raise ValueError(
             f"{name} must lie in [0, {n_cols}) or equal ignore_index={ignore_index}, "

@@ -82,11 +82,8 @@ class LinearInputs(NamedTuple):
 
     def slots(self, tail: str, index: torch.Tensor | None) -> TopKTeacher:
         """The top-k teacher of the tokens ``index``, or of all."""
-        k = self.teacher_ids.shape[-1]
-        slots = (
-            x.contiguous().view(self.n_rows, k) for x in (self.teacher_log_probs, self.teacher_ids)
-        )
-        return TopKTeacher(*(x if index is None else x[index] for x in slots), tail)
+        slots = TopKTeacher.of_tokens(self.teacher_log_probs, self.teacher_ids, tail)
+        return slots if index is None else slots.rows(index)
 
 
 class LinearOptions(NamedTuple):

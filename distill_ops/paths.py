@@ -101,7 +101,13 @@ class TopKTeacher(NamedTuple):
     ids: torch.Tensor  # [n, K]
     tail: str
 
-    def rows(self, rows: slice) -> "TopKTeacher":
+    @staticmethod
+    def of_tokens(log_probs: torch.Tensor, ids: torch.Tensor, tail: str) -> "TopKTeacher":
+        """Of slots ``[..., K]``, which may be a view of more that are stored."""
+        shape = math.prod(ids.shape[:-1]), ids.shape[-1]
+        return TopKTeacher(*(x.contiguous().view(shape) for x in (log_probs, ids)), tail)
+
+    def rows(self, rows: slice | torch.Tensor) -> "TopKTeacher":
         return TopKTeacher(self.log_probs[rows], self.ids[rows], self.tail)
 
 

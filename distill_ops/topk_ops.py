@@ -36,9 +36,7 @@ class TopKInputs(NamedTuple):
 
     @property
     def teacher(self) -> TopKTeacher:
-        k = self.ids.shape[-1]
-        slots = (x.contiguous().view(self.n_rows, k) for x in (self.log_probs, self.ids))
-        return TopKTeacher(*slots, self.tail)
+        return TopKTeacher.of_tokens(self.log_probs, self.ids, self.tail)
 
 
 N_TENSORS = len(TopKInputs._fields) - 1

@@ -66,8 +66,8 @@ LINEAR_FORM = [
         f"{BLOCKS}blocks_of_every_dtype[torch.float32-torch.bfloat16-float64]",
     ),
     Mutation(
-        "linear: strides of a stored teacher's slots ignored", "distill_ops/linear_ops.py",
-        "x.contiguous().view(self.n_rows, k)", "x.reshape(self.n_rows, k)",
+        "linear: strides of a stored teacher's slots ignored", "distill_ops/paths.py",
+        "x.contiguous().view(shape)", "x.reshape(shape)",
         f"{FORMS}topk_of_the_first_slots_that_are_stored[triton-views0]", interpreter=True,
     ),
     Mutation(

@@ -74,7 +74,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k: the tail is lost on the way", "distill_ops/topk_ops.py",
-        "TopKTeacher(*slots, self.tail)", 'TopKTeacher(*slots, "bucket")',
+        "self.ids, self.tail)", 'self.ids, "bucket")',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip
