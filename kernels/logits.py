@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .dense import device_facts
 from .layout import ALIGNMENT
 from .math import from_float32, tanh, to_float32
+from .rows import device_facts
 
 VECTOR = tl.constexpr(ALIGNMENT)
 

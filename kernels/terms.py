@@ -158,7 +158,7 @@ def difference_and_softmax(exponents):
 
 
 @triton.jit
-def columns(
+def column_terms(
     x_s,
     x_t,
     inside,

@@ -11,9 +11,9 @@ that neither -inf nor the lowest float needs a guard. NaN and +inf leave sums th
 import triton
 import triton.language as tl
 
-from .columns import columns
 from .math import INFINITY, LOG2E, fma
 from .sweeps import combine_lanes, finite_or_zero, read, rescale, tile, whole_tiles, write
+from .terms import column_terms
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def terms_tile(
 ):  # fmt: skip
     loss, total_slope = sums
     x = read_outside(student_row, bitmap, k, position, inside, LANES, WIDTH, MASKED)
-    value, slope, _ = columns(
+    value, slope, _ = column_terms(
         x, tl.full([LANES, WIDTH], -INFINITY, tl.float32), inside, row, parameters,
         VALUE_AND_SLOPE, OPERANDS, False, MASKED, True, DROP, False, False,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def spread_tile(
         x = read(student_row, position, inside, MASKED, False)
     if EACH:
         scale, hard_scale, total_slope, label_position = scales
-        _, slope, q = columns(
+        _, slope, q = column_terms(
             x, tl.full([LANES, WIDTH], -INFINITY, tl.float32), inside, row, parameters,
             VALUE_AND_SLOPE, OPERANDS, True, MASKED, True, DROP, False, False,
         )  # fmt: skip

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
-from .divergences import Divergence, as_divergence
-from .kernels.portable import triton
-from .losses import INTERPRETED, distillation_loss
+from .. import reference
+from ..api.choices import INTERPRETED
+from ..api.dense import distillation_loss
+from ..divergences import Divergence, as_divergence
+from ..kernels.portable import triton
 
 N_COLUMNS = 4096
 SLOPE_TOLERANCE = 1e-8  # of float64 derivatives, relative to the terms' size

@@ -2,86 +2,11 @@
 
 import torch
 
-from .autograd import dense_loss, dense_loss_inplace
-from .checks import BACKENDS, GRADIENTS, check_arguments, check_inplace, one_of
-from .divergences import Divergence, SoftCrossEntropy
-from .kernels.portable import triton
-from .ops import BACKWARD, FORWARD, NO_GRADIENT
-from .paths import Options, working_dtype
-from .reference import LossComponents
-
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-
-
-def use_triton(
-    backend: str, student: torch.Tensor, *others: torch.Tensor | None, of: str = "student_logits"
-) -> bool:
-    """Whether the Triton kernels run; an explicit choice never falls back. ``of`` is what the user
-    calls ``student``.
-
-    Raises:
-        ValueError: ``backend="triton"`` cannot be had here.
-    """
-    one_of("backend", backend, BACKENDS)
-    wide = working_dtype(student, *others) == torch.float64
-    if backend == "auto":
-        return triton is not None and student.is_cuda and not wide
-    if backend == "triton":
-        if triton is None:
-            raise ValueError("backend='triton' needs the triton package: pip install triton")
-        if wide:
-            raise ValueError("backend='triton' takes float32, bfloat16 or float16, got float64")
-        if not (student.is_cuda or INTERPRETED):
-            raise ValueError(
-                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before "
-                f"importing distill_ops), got {of} on {student.device}"
-            )
-    return backend == "triton"
-
-
-def gradient_mode(
-    gradient: str, student: torch.Tensor, reduction: str, *others: torch.Tensor | None,
-    products: torch.dtype | None = None,
-) -> str:  # fmt: skip
-    """When the gradient of the student's tensors is made: in the forward, in the backward, or never.
-    ``products``: the dtype in which it is computed, where that is not one of theirs.
-
-    Raises:
-        ValueError: ``gradient="forward"`` where the gradient cannot be made then.
-    """
-    one_of("gradient", gradient, GRADIENTS)
-    students = [student, *(x for x in others if x is not None)]
-    float16 = torch.float16 in (products, *(x.dtype for x in students))
-    if gradient == "forward":
-        if float16:
-            raise ValueError(
-                "gradient='forward' with float16 would underflow (it is made before "
-                "GradScaler's scale): use gradient='backward' or 'auto'"
-            )
-        if reduction == "none":
-            raise ValueError(
-                "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
-                "gradients are not known before backward: use gradient='backward' or 'auto'"
-            )
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
-        return NO_GRADIENT
-    if gradient == "auto":
-        gradient = BACKWARD if reduction == "none" or float16 else FORWARD
-    return gradient
-
-
-def as_tensor(normalizer: float | torch.Tensor | None) -> torch.Tensor | None:
-    """As operators take it: a number is among the options."""
-    return normalizer if isinstance(normalizer, torch.Tensor) else None
-
-
-def with_components(
-    loss: torch.Tensor, components: torch.Tensor, options: Options
-) -> LossComponents:
-    """A loss with the components ``[2, ...]`` that its operator gives beside a hard label."""
-    if options.hard_label_weight > 0:
-        return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+from ..checks import Counted, check_dense, check_inplace
+from ..divergences import Divergence, SoftCrossEntropy
+from ..operators.dense import dense_loss
+from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
+from .choices import LossModule, as_tensor, choose_backend, gradient_mode, loss_result
 
 
 def distillation_loss(
@@ -167,26 +92,30 @@ def distillation_loss(
         >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
         (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
     """
-    divergence, n_cols = check_arguments(
-        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
+    divergence, n_cols = check_dense(
+        student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),
         hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
     )  # fmt: skip
-    mode = gradient_mode(gradient, student_logits, reduction)
+    made = gradient_mode(gradient, reduction, student_logits)
     options = Options.of(
-        divergence, reduction, infinities, use_triton(backend, student_logits, teacher_logits),
-        temperature, scale_by_temperature_squared, hard_label_weight, normalizer, n_cols, ignore_index,
+        divergence, n_cols,
+        choose_backend(backend, "student_logits", student_logits, teacher_logits),
+        reduction=reduction, infinities=infinities, temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
+        return_components=return_components,
     )  # fmt: skip
-    inplace = inplace and mode != NO_GRADIENT
+    inplace = inplace and made != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)
-    loss, components, *_ = (dense_loss_inplace if inplace else dense_loss)(
-        student_logits, teacher_logits, loss_mask, labels, as_tensor(normalizer),
-        divergence.tensors, *options.pack(), mode, return_components,
-    )  # fmt: skip
-    return with_components(loss, components, options) if return_components else loss
+    inputs = DenseInputs(
+        student_logits, teacher_logits, loss_mask, labels, as_tensor(normalizer), divergence.tensors
+    )
+    outputs = dense_loss("distillation_loss", inputs, options, made, inplace=inplace)
+    return loss_result(outputs, options, return_components)
 
 
-class DistillationLoss(torch.nn.Module):
+class DistillationLoss(LossModule):
     """:func:`distillation_loss` as a module that keeps the options.
 
     Args:
@@ -200,18 +129,10 @@ class DistillationLoss(torch.nn.Module):
         0.0
     """
 
-    def __init__(self, **options):
-        super().__init__()
-        unknown = set(options) - set(distillation_loss.__kwdefaults__)
-        if unknown:
-            raise TypeError(f"DistillationLoss got unknown options: {', '.join(sorted(unknown))}")
-        self.options = options
+    function = staticmethod(distillation_loss)
 
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, **arguments
     ) -> torch.Tensor | LossComponents:
         """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""
         return distillation_loss(student_logits, teacher_logits, **{**self.options, **arguments})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

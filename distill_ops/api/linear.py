@@ -2,24 +2,25 @@
 
 import torch
 
-from .checks import check_head, check_linear, check_linear_options, check_options
-from .differentiation import refuse_transforms
-from .divergences import Divergence, SoftCrossEntropy
-from .heads import Wanted
-from .linear_ops import LinearOptions, autocasts, linear_loss_op
-from .losses import as_tensor, gradient_mode, use_triton, with_components
-from .ops import NO_GRADIENT
-from .paths import Options
-from .reference import LossComponents
-
-NAME = "linear_distillation_loss"
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which autocast wants matrix products; on a CPU, whose products are float32, it has no say."""
-    if device.type == "cpu" or not autocasts(device):
-        return None
-    return torch.get_autocast_dtype(device.type)
+from ..checks import Counted, Rows, check_block_options, check_head, check_heads, check_options
+from ..divergences import Divergence, SoftCrossEntropy
+from ..operators.linear import linear_loss
+from ..problem import (
+    BlockOptions,
+    HeadOptions,
+    LinearInputs,
+    LinearOptions,
+    LossComponents,
+    Options,
+)
+from .choices import (
+    LossModule,
+    as_tensor,
+    autocast_dtype,
+    choose_backend,
+    gradient_mode,
+    loss_result,
+)
 
 
 def linear_distillation_loss(
@@ -116,78 +117,44 @@ def linear_distillation_loss(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,
         student_softcap,
     )  # fmt: skip
-    with_teacher = teacher_hidden is not None and teacher_weight is not None
-    if with_teacher:
-        check_head(
-            "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale,
-            teacher_softcap, constant=True,
-        )  # fmt: skip
-    n_cols = check_linear(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, hard_label_weight,
-        loss_mask, labels, vocab_size,
-    )  # fmt: skip
-    divergence = check_options(
-        student_hidden, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
-        temperature, reduction, normalizer, of="student_hidden",
-    )  # fmt: skip
-    check_linear_options(
-        student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    if teacher_hidden is None or teacher_weight is None:
+        teacher = None, None, None
+    else:
+        check_head("teacher_", *teacher, teacher_logit_scale, teacher_softcap, frozen=True)
+    rows = Rows("student_hidden", student_hidden)
+    counted = Counted(loss_mask, labels, ignore_index)
+    n_cols = check_heads(
+        rows, student_weight, teacher_hidden, teacher_weight, hard_label_weight, counted, vocab_size
     )
-    teachers = (teacher_hidden, teacher_weight, teacher_bias) if with_teacher else (None,) * 3
-    students = (student_hidden, student_weight, student_bias)
-    triton = use_triton(backend, *students, *teachers, of="student_hidden")
+    divergence = check_options(
+        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
+    )
+    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
+    student = student_hidden, student_weight, student_bias
+    autocast = autocast_dtype(student_hidden.device)
+    made = gradient_mode(gradient, reduction, *student, products=autocast)
     options = Options.of(
-        divergence, reduction, "drop", triton, temperature, scale_by_temperature_squared,
-        hard_label_weight, normalizer, n_cols, ignore_index,
+        divergence, n_cols, choose_backend(backend, "student_hidden", *student, *teacher),
+        reduction=reduction, temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
+        return_components=return_components,
     )  # fmt: skip
-    return run_linear(
-        NAME, students, (*teachers, None, None), "", divergence, loss_mask, labels, normalizer, options,
-        (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap),
-        logits_dtype, memory_budget, kept_tokens, gradient, return_components,
-    )  # fmt: skip
-
-
-def run_linear(
-    name: str,
-    students: tuple[torch.Tensor | None, ...],  # hidden, weight, bias
-    teachers: tuple[torch.Tensor | None, ...],  # the same, and log-probabilities and ids
-    tail: str,
-    divergence: Divergence,
-    loss_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    normalizer: float | torch.Tensor | None,
-    options: Options,
-    heads: tuple[float | None, ...],
-    logits_dtype: torch.dtype,
-    memory_budget: int | None,
-    kept_tokens: int | None,
-    gradient: str,
-    return_components: bool,
-) -> torch.Tensor | LossComponents:
-    """A linear loss, ``name``, of checked arguments."""
-    hidden, weight, bias = students
-    autocast = autocast_dtype(hidden.device)
-    mode = gradient_mode(gradient, hidden, options.reduction, weight, bias, products=autocast)
-    if not torch.compiler.is_compiling():
-        refuse_transforms(*students, function=name)
-    packed = LinearOptions(
+    inputs = LinearInputs(
+        *student, *teacher, None, None, loss_mask, labels, as_tensor(normalizer), divergence.tensors
+    )
+    linear = LinearOptions(
         options,
-        tail,
-        logits_dtype,
-        autocast,
-        *heads,
-        memory_budget,
-        kept_tokens,
-        Wanted(*(mode != NO_GRADIENT and x is not None and x.requires_grad for x in students)),
-    ).pack()
-    loss, components, *_ = linear_loss_op(
-        *students, *teachers, loss_mask, labels, as_tensor(normalizer), divergence.tensors, *packed,
-        mode, return_components,
-    )  # fmt: skip
-    return with_components(loss, components, options) if return_components else loss
+        HeadOptions(student_logit_scale, student_softcap),
+        HeadOptions(teacher_logit_scale, teacher_softcap),
+        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+    )
+    outputs = linear_loss("linear_distillation_loss", inputs, linear, made)
+    return loss_result(outputs, options, return_components)
 
 
-class LinearDistillationLoss(torch.nn.Module):
+class LinearDistillationLoss(LossModule):
     """:func:`linear_distillation_loss` as a module that keeps the options.
 
     Args:
@@ -202,14 +169,7 @@ class LinearDistillationLoss(torch.nn.Module):
         0.0
     """
 
-    def __init__(self, **options):
-        super().__init__()
-        unknown = set(options) - set(linear_distillation_loss.__kwdefaults__)
-        if unknown:
-            raise TypeError(
-                f"LinearDistillationLoss got unknown options: {', '.join(sorted(unknown))}"
-            )
-        self.options = options
+    function = staticmethod(linear_distillation_loss)
 
     def forward(
         self,
@@ -224,6 +184,3 @@ class LinearDistillationLoss(torch.nn.Module):
             student_hidden, student_weight, teacher_hidden, teacher_weight,
             **{**self.options, **arguments},
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -2,12 +2,16 @@
 
 import torch
 
-from .checks import check_head, check_linear_options, check_temperature, check_token_ids
-from .differentiation import refuse_transforms
-from .heads import Wanted
-from .linear import autocast_dtype
-from .linear_token_ops import TokenOptions, linear_token_log_probs_op
-from .losses import use_triton
+from ..checks import Rows, check_block_options, check_head, check_temperature, check_token_ids
+from ..operators.linear_tokens import linear_token_log_probs as operator
+from ..problem import (
+    BlockOptions,
+    HeadOptions,
+    LinearTokenInputs,
+    LinearTokenOptions,
+    TokenOptions,
+)
+from .choices import autocast_dtype, choose_backend, gradient_mode
 
 
 def linear_token_log_probs(
@@ -57,19 +61,18 @@ def linear_token_log_probs(
         >>> [round(x, 4) for x in log_probs.tolist()]
         [-0.6803, -0.3064]
     """
-    check_head("", hidden, weight, bias, logit_scale, softcap)
+    tensors = hidden, weight, bias
+    check_head("", *tensors, logit_scale, softcap)
     temperature = check_temperature(temperature)
-    check_token_ids(token_ids, hidden, weight.shape[0], ignore_index, "hidden")
-    check_linear_options(hidden, None, None, ignore_index, logits_dtype, memory_budget, None)
-    tensors = (hidden, weight, bias)
-    triton = use_triton(backend, *tensors, of="hidden")
-    if not torch.compiler.is_compiling():
-        refuse_transforms(*tensors, function="linear_token_log_probs")
-    differentiates = torch.is_grad_enabled()
-    options = TokenOptions(
-        "triton" if triton else "torch", logits_dtype, autocast_dtype(hidden.device), temperature,
-        logit_scale, softcap, ignore_index, return_entropy, memory_budget,
-        Wanted(*(differentiates and x is not None and x.requires_grad for x in tensors)),
-    )  # fmt: skip
-    log_probs, entropies, _ = linear_token_log_probs_op(*tensors, token_ids, *options.pack())
-    return (log_probs, entropies) if return_entropy else log_probs
+    check_token_ids(token_ids, Rows("hidden", hidden), weight.shape[0], ignore_index)
+    check_block_options(logits_dtype, memory_budget)
+    backend = choose_backend(backend, "hidden", *tensors)
+    options = LinearTokenOptions(
+        TokenOptions(backend, temperature, ignore_index, return_entropy),
+        HeadOptions(logit_scale, softcap),
+        BlockOptions(logits_dtype, autocast_dtype(hidden.device), memory_budget, None),
+    )
+    made = gradient_mode("backward", "none", *tensors)
+    inputs = LinearTokenInputs(*tensors, token_ids)
+    outputs = operator("linear_token_log_probs", inputs, options, made)
+    return outputs if return_entropy else outputs[0]

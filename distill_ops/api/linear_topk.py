@@ -2,12 +2,26 @@
 
 import torch
 
-from .checks import check_head, check_linear_options, check_options, check_slots, head_vocabulary
-from .divergences import Divergence, SoftCrossEntropy
-from .linear import linear_distillation_loss, run_linear
-from .losses import use_triton
-from .paths import Options
-from .reference import LossComponents
+from ..checks import (
+    Counted,
+    Rows,
+    check_block_options,
+    check_head,
+    check_options,
+    check_slots,
+    check_vocabulary,
+)
+from ..divergences import Divergence, SoftCrossEntropy
+from ..operators.linear import linear_loss
+from ..problem import (
+    BlockOptions,
+    HeadOptions,
+    LinearInputs,
+    LinearOptions,
+    LossComponents,
+    Options,
+)
+from .choices import as_tensor, autocast_dtype, choose_backend, gradient_mode, loss_result
 
 
 def linear_topk_distillation_loss(
@@ -73,42 +87,33 @@ def linear_topk_distillation_loss(
         >>> round(loss.item(), 4)
         0.1251
     """
-    check_head(
-        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
-        student_softcap,
-    )  # fmt: skip
-    of = "student_hidden"
-    n_cols = head_vocabulary(student_weight, vocab_size)
+    student = student_hidden, student_weight, student_bias
+    check_head("student_", *student, student_logit_scale, student_softcap)
+    rows = Rows("student_hidden", student_hidden)
+    counted = Counted(loss_mask, labels, ignore_index)
+    n_cols = check_vocabulary(vocab_size, student_weight.shape[0])
     divergence = check_options(
-        student_hidden, n_cols, divergence, loss_mask, labels, ignore_index, hard_label_weight,
-        temperature, reduction, normalizer, of,
-    )  # fmt: skip
-    check_slots(
-        student_hidden, of, n_cols, teacher_log_probs, teacher_ids, tail, loss_mask, labels,
-        ignore_index, hard_label_weight,
-    )  # fmt: skip
-    check_linear_options(
-        student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
+        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
     )
+    check_slots(rows, n_cols, teacher_log_probs, teacher_ids, tail, counted, hard_label_weight)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
     if hard_label_weight == 1:  # the divergence has no share
-        return linear_distillation_loss(
-            student_hidden, student_weight, None, None, student_bias=student_bias,
-            student_logit_scale=student_logit_scale, student_softcap=student_softcap,
-            logits_dtype=logits_dtype, memory_budget=memory_budget, kept_tokens=kept_tokens,
-            divergence=divergence, loss_mask=loss_mask, labels=labels, ignore_index=ignore_index,
-            hard_label_weight=hard_label_weight, reduction=reduction, normalizer=normalizer,
-            vocab_size=vocab_size, gradient=gradient, return_components=return_components,
-            backend=backend,
-        )  # fmt: skip
-    students = (student_hidden, student_weight, student_bias)
-    triton = use_triton(backend, *students, teacher_log_probs, of=of)
+        tail = teacher_log_probs = teacher_ids = None
+    autocast = autocast_dtype(student_hidden.device)
+    made = gradient_mode(gradient, reduction, *student, products=autocast)
     options = Options.of(
-        divergence, reduction, "drop", triton, temperature, scale_by_temperature_squared,
-        hard_label_weight, normalizer, n_cols, ignore_index,
+        divergence, n_cols, choose_backend(backend, "student_hidden", *student, teacher_log_probs),
+        reduction=reduction, tail=tail, temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
+        return_components=return_components,
     )  # fmt: skip
-    return run_linear(
-        "linear_topk_distillation_loss", students, (None, None, None, teacher_log_probs, teacher_ids),
-        tail, divergence, loss_mask, labels, normalizer, options,
-        (student_logit_scale, student_softcap, 1.0, None),
-        logits_dtype, memory_budget, kept_tokens, gradient, return_components,
+    inputs = LinearInputs(
+        *student, None, None, None, teacher_log_probs, teacher_ids, loss_mask, labels,
+        as_tensor(normalizer), divergence.tensors,
     )  # fmt: skip
+    head = HeadOptions(student_logit_scale, student_softcap)
+    blocks = BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens)
+    linear = LinearOptions(options, head, HeadOptions(1.0, None), blocks)
+    outputs = linear_loss("linear_topk_distillation_loss", inputs, linear, made)
+    return loss_result(outputs, options, return_components)

@@ -1,27 +1,11 @@
-"""Log-probabilities of given tokens, and what on-policy methods need beside them."""
+"""Log-probabilities of given tokens."""
 
 import torch
 
-from .checks import check_mixture, check_statistics, check_token_log_probs
-from .differentiation import refuse_transforms
-from .divergences import Divergence, ReverseKL
-from .losses import use_triton
-from .paths import Options
-from .reference import DistillationStatistics
-from .reference.dense import log_mixture
-from .statistics_ops import distillation_statistics_op
-from .token_ops import token_log_probs_op
-
-
-def _log_probs(name, logits, token_ids, temperature, ignore_index, triton, with_entropy):
-    if not torch.compiler.is_compiling():
-        refuse_transforms(logits, function=name)
-    keep = torch.is_grad_enabled() and logits.requires_grad
-    log_probs, entropies, _ = token_log_probs_op(
-        logits, token_ids, float(temperature), ignore_index, "triton" if triton else "torch",
-        with_entropy, keep,
-    )  # fmt: skip
-    return log_probs, entropies
+from ..checks import check_mixture, check_token_log_probs
+from ..operators.tokens import token_log_probs as operator
+from ..problem import TokenInputs, TokenOptions
+from .choices import choose_backend, gradient_mode
 
 
 def token_log_probs(
@@ -69,83 +53,12 @@ def token_log_probs(
         (-0.982, 1.477)
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
-    triton = use_triton(backend, logits, None)
-    log_probs, entropies = _log_probs(
-        "token_log_probs", logits, token_ids, temperature, ignore_index, triton, return_entropy
+    options = TokenOptions(
+        choose_backend(backend, "logits", logits), float(temperature), ignore_index, return_entropy
     )
-    return (log_probs, entropies) if return_entropy else log_probs
-
-
-def distillation_statistics(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    *,
-    divergence: Divergence | str = ReverseKL(),
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    backend: str = "auto",
-) -> DistillationStatistics:
-    """Divergence, log-probabilities, entropies and agreement of both models, token by token.
-
-    All that an on-policy distillation step needs of a token (MiniLLM, arXiv:2306.08543: importance
-    weights, the single-step reverse KL, rewards and entropy) in one call: one launch forward, which
-    finds the logits in cache after their first read, and one backward for the three differentiable
-    results together. With upstream gradients ``g`` of divergence, student's log-probability and
-    student's entropy, the gradient with respect to the student's logit j is::
-
-        [g_d (slope_j - q_j D) + g_lp (1[j = id] - q_j) - g_H q_j (log q_j + H)] / T
-
-    where the q of the first term is the student restricted to the teacher's support, for divergences
-    that are infinite outside it.
-
-    Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in
-            Triton); dtypes may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: results and
-            gradient are 0, and there is no agreement.
-        divergence: a :class:`Divergence` or its name; infinite terms are dropped, as
-            :func:`distill_ops.distillation_loss` does by default.
-        temperature: T above, positive, of all results.
-        backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
-
-    Returns:
-        :class:`DistillationStatistics`, each ``[...]``, nats, float32 (float64 for float64 logits).
-        A row of NaN, of +inf, or all -inf makes what depends on it NaN.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> found = distill_ops.distillation_statistics(student, teacher, torch.tensor([4]))
-        >>> [round(x.item(), 4) for x in (found.divergence, found.teacher_log_prob)]
-        [0.4723, -0.7345]
-        >>> found.top1_agreement
-        tensor([False])
-    """
-    divergence = check_statistics(
-        student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
-    )
-    triton = use_triton(backend, student_logits, teacher_logits)
-    if not torch.compiler.is_compiling():
-        refuse_transforms(student_logits, function="distillation_statistics")
-    options = Options.of(
-        divergence, "none", "drop", triton, temperature, False, 0.0, None, student_logits.shape[-1],
-        ignore_index,
-    )  # fmt: skip
-    keep = torch.is_grad_enabled() and student_logits.requires_grad
-    outputs, agreement, *_ = distillation_statistics_op(
-        student_logits, teacher_logits, token_ids, divergence.tensors, *options.pack(), keep
-    )
-    found, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy = outputs.unbind(0)
-    return DistillationStatistics(
-        found, student_log_prob, teacher_log_prob.detach(), student_entropy,
-        teacher_entropy.detach(), agreement,
-    )  # fmt: skip
+    made = gradient_mode("backward", "none", logits)
+    outputs = operator("token_log_probs", TokenInputs(logits, token_ids), options, made)
+    return outputs if return_entropy else outputs[0]
 
 
 def mixture_token_log_probs(
@@ -192,13 +105,27 @@ def mixture_token_log_probs(
     check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
     )
-    triton = use_triton(backend, student_logits, teacher_logits)
+    options = TokenOptions(
+        choose_backend(backend, "student_logits", student_logits, teacher_logits),
+        float(temperature), ignore_index, False,
+    )  # fmt: skip
     log_q, log_p = (
-        _log_probs(
-            "mixture_token_log_probs", x, token_ids, temperature, ignore_index, triton, False
+        operator(
+            "mixture_token_log_probs", TokenInputs(x, token_ids), options,
+            gradient_mode("backward", "none", x),
         )[0]
         for x in (student_logits, teacher_logits.detach())
-    )
+    )  # fmt: skip
     dtype = torch.promote_types(log_q.dtype, log_p.dtype)
-    mixture = log_mixture(teacher_weight, log_p.to(dtype), log_q.to(dtype))
+    mixture = _log_mixture(teacher_weight, log_p.to(dtype), log_q.to(dtype))
     return mixture.masked_fill(token_ids == ignore_index, 0.0)
+
+
+def _log_mixture(
+    weight: float | torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor
+) -> torch.Tensor:
+    """``log(weight p + (1 - weight) q)``, -inf without a gradient where that is 0."""
+    weight = torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)
+    both = torch.stack([log_p + weight.log(), log_q + torch.log1p(-weight)])
+    impossible = both.isneginf().all(0)
+    return both.masked_fill(impossible, 0.0).logsumexp(0).masked_fill(impossible, -torch.inf)

@@ -2,12 +2,12 @@
 
 import torch
 
-from .checks import check_topk
-from .divergences import Divergence, SoftCrossEntropy
-from .losses import as_tensor, distillation_loss, gradient_mode, use_triton, with_components
-from .paths import Options
-from .reference import LossComponents
-from .topk_ops import differentiable_topk_loss, pack
+from ..checks import Counted, check_topk
+from ..divergences import Divergence, SoftCrossEntropy
+from ..operators.dense import dense_loss
+from ..operators.topk import topk_loss
+from ..problem import DenseInputs, LossComponents, Options, TopKInputs
+from .choices import as_tensor, choose_backend, gradient_mode, loss_result
 
 
 def topk_distillation_loss(
@@ -88,23 +88,27 @@ def topk_distillation_loss(
         (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
     """
     divergence, n_cols = check_topk(
-        student_logits, teacher_log_probs, teacher_ids, tail, divergence, loss_mask, labels,
-        ignore_index, hard_label_weight, temperature, reduction, normalizer, vocab_size,
+        student_logits, teacher_log_probs, teacher_ids, tail, divergence,
+        Counted(loss_mask, labels, ignore_index), hard_label_weight, temperature, reduction,
+        normalizer, vocab_size,
     )  # fmt: skip
-    if hard_label_weight == 1:  # the divergence has no share
-        return distillation_loss(
-            student_logits, None, loss_mask=loss_mask, labels=labels, ignore_index=ignore_index,
-            hard_label_weight=1.0, reduction=reduction, normalizer=normalizer,
-            vocab_size=vocab_size, gradient=gradient, return_components=return_components,
-            backend=backend,
-        )  # fmt: skip
-    mode = gradient_mode(gradient, student_logits, reduction)
+    made = gradient_mode(gradient, reduction, student_logits)
+    hard_alone = hard_label_weight == 1  # the divergence has no share
     options = Options.of(
-        divergence, reduction, "drop", use_triton(backend, student_logits, teacher_log_probs),
-        temperature, scale_by_temperature_squared, hard_label_weight, normalizer, n_cols, ignore_index,
+        divergence, n_cols,
+        choose_backend(
+            backend, "student_logits", student_logits, None if hard_alone else teacher_log_probs
+        ),
+        reduction=reduction, tail=None if hard_alone else tail, temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
+        return_components=return_components,
     )  # fmt: skip
-    loss, components, _ = differentiable_topk_loss(
-        student_logits, teacher_log_probs, teacher_ids, loss_mask, labels, as_tensor(normalizer),
-        divergence.tensors, *pack(options, tail), mode, return_components,
-    )  # fmt: skip
-    return with_components(loss, components, options) if return_components else loss
+    tokens = loss_mask, labels, as_tensor(normalizer), divergence.tensors
+    if hard_alone:
+        operator, inputs = dense_loss, DenseInputs(student_logits, None, *tokens)
+    else:
+        operator = topk_loss
+        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *tokens)
+    outputs = operator("topk_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options, return_components)

@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import Divergence
+from ..divergences import Divergence
 
-BUFFERS = 5
 NEG_INF = float("-inf")
 
 Write = Callable[[torch.Tensor], object]
@@ -54,7 +53,7 @@ class Terms(NamedTuple):
 @dataclass(slots=True)
 class Chunk:
     """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, and the
-    divergence's parameters are numbers, ``[]`` or ``[rows, 1]``; ``buffers`` are BUFFERS matrices in
+    divergence's parameters are numbers, ``[]`` or ``[rows, 1]``; ``buffers`` are matrices in
     the working dtype."""
 
     terms: Terms

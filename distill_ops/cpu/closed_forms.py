@@ -1,6 +1,6 @@
 """The built-in divergences of a chunk of rows on the CPU, with as few passes over it as can be.
 
-Each function takes a :class:`~distill_ops.chunks.Chunk` and returns the rows' losses and a function
+Each function takes a :class:`~distill_ops.cpu.chunk.Chunk` and returns the rows' losses and a function
 that writes the gradient to a matrix ``out``, which may be the chunk's first buffer. What the second
 needs lies in the other buffers, so the chunk itself is not read again: ``out`` may be the student's
 logits, and it need not be called where a loss is not finite.
@@ -11,8 +11,8 @@ With ``D = sum(slope)`` the gradient is ``slope - q D``: the backward of log_sof
 
 import torch
 
-from .chunks import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
-from .divergences import is_number
+from ..divergences.base import is_number
+from .chunk import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
 
 
 def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:

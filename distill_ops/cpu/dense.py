@@ -1,4 +1,4 @@
-"""The CPU path: chunks of rows that stay in cache, and no temporary of the logits' size.
+"""The dense loss on the CPU: chunks of rows that stay in cache, and no temporary of the logits' size.
 
 A chunk's float32 buffers are allocated once a call and reused, and the gradient is written
 straight to its place; rows of weight 0 are skipped. The module runs on any device, so it also
@@ -6,100 +6,22 @@ serves where Triton does not (float64 on a GPU), though there it waits for the d
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 
-from .chunks import BUFFERS, GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
+from .chunk import GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 from .closed_forms import CLOSED_FORMS
-
-CHUNK_ELEMENTS = 1 << 18  # of one buffer: 1 MiB in float32, so that a few fit the L2 caches
-GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
-BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
-
-
-def rows_in_chunk(
-    n_rows: int, n_cols: int, itemsize: int, n_threads: int, elements: int = CHUNK_ELEMENTS
-) -> int:
-    """Rows a chunk: about ``elements``, a whole number a thread, within BUFFER_BYTES."""
-    rows = max(1, elements // n_cols)
-    rows = -(-rows // n_threads) * n_threads
-    return max(1, min(n_rows, rows, BUFFER_BYTES // (BUFFERS * n_cols * itemsize)))
+from .rows import (
+    CHUNK_ELEMENTS,
+    GENERAL_ELEMENTS,
+    N_BUFFERS,
+    kept_groups,
+    per_row,
+    rows_in_chunk,
+)
 
 
-def row_blocks(
-    *tensors: torch.Tensor | None, size: int, copies: bool
-) -> Iterator[list[torch.Tensor | None]]:
-    """The tensors ``[..., V]`` as matrices of rows, whatever their strides.
-
-    Where no single stride reaches the rows, as in ``logits[:, :-1]``, a block is what one does
-    reach; where ``copies`` may be made, blocks of fewer than ``size`` rows are copied into matrices
-    of about that many."""
-    if tensors[0].dim() == 2:
-        yield list(tensors)
-        return
-    try:
-        matrices = [t if t is None else t.view(-1, t.shape[-1]) for t in tensors]
-    except RuntimeError:
-        n_parts = len(tensors[0])
-        rows_a_part = tensors[0][0].numel() // tensors[0].shape[-1]
-        together = max(1, size // max(rows_a_part, 1)) if copies else 1
-        n_blocks = -(-n_parts // together)
-        parts = [[None] * n_blocks if t is None else t.split(together) for t in tensors]
-        for part in zip(*parts, strict=True):
-            if together > 1:
-                yield [t if t is None else t.reshape(-1, t.shape[-1]) for t in part]
-            else:
-                inner = [t if t is None else t[0] for t in part]
-                yield from row_blocks(*inner, size=size, copies=copies)
-    else:
-        yield matrices
-
-
-def row_groups(rows: list[int] | range, size: int) -> Iterator[slice | list[int]]:
-    """Groups of at most ``size`` rows: slices, which cost no copy, where the rows are neighbours."""
-    for start in range(0, len(rows), size):
-        group = rows[start : start + size]
-        neighbours = group[-1] - group[0] + 1 == len(group)
-        yield slice(group[0], group[-1] + 1) if neighbours else list(group)
-
-
-Rows = slice | torch.Tensor
-
-
-def kept_groups(
-    keep: torch.Tensor | None,  # [N] bool; None: every row counts
-    *tensors: torch.Tensor | None,  # each [..., V]
-    gradient: torch.Tensor | None,  # likewise
-    size: int,
-    copies: bool,
-) -> Iterator[tuple[list[torch.Tensor | None], Rows, Rows]]:
-    """Groups of at most ``size`` rows that count: the block of matrices that holds them, the gradient's
-    last, their places in it and in the call. The gradient of the others becomes 0."""
-    first = 0
-    for block in row_blocks(*tensors, gradient, size=size, copies=copies):
-        end = first + block[0].shape[0]
-        kept = range(end - first)
-        if keep is not None:
-            here = keep[first:end]
-            kept = here.nonzero().squeeze(-1).tolist()
-            if gradient is not None and len(kept) < end - first:
-                block[-1].index_fill_(0, (~here).nonzero().squeeze(-1), 0)
-        for rows in row_groups(kept, size):
-            if isinstance(rows, slice):
-                yield block, rows, slice(first + rows.start, first + rows.stop)
-            else:
-                rows = torch.tensor(rows, device=block[0].device)
-                yield block, rows, rows + first
-        first = end
-
-
-def per_row(values: list, rows: Rows) -> list:
-    """Values at these rows: those of per-row tensors; a number, 0-d tensor or None serves every row."""
-    return [v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]
-
-
-class _Run:
+class _Pass:
     """One call of :func:`dense`: what serves all its chunks, and the rows' sums so far."""
 
     def __init__(self, terms, n_rows, n_cols, device, per_row, inplace):
@@ -113,7 +35,7 @@ class _Run:
         elements = CHUNK_ELEMENTS if name is None or self.form else GENERAL_ELEMENTS
         threads = torch.get_num_threads()
         self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
-        self.buffers = tuple(torch.empty(self.size, n_cols, **self.kind) for _ in range(BUFFERS))
+        self.buffers = tuple(torch.empty(self.size, n_cols, **self.kind) for _ in range(N_BUFFERS))
         self.sums = [None, None]  # divergence and cross-entropy, as far as they are wanted
 
     def chunk(self, group, places, n, guards) -> Chunk:
@@ -189,7 +111,7 @@ def dense(
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
     of_rows = labels, scale, hard_scale, parameters
-    run = _Run(terms, n_rows, n_cols, student.device, of_rows, gradient is student)
+    run = _Pass(terms, n_rows, n_cols, student.device, of_rows, gradient is student)
     keep = None if weights is None else weights != 0
     groups = kept_groups(
         keep, student, teacher, gradient=gradient, size=run.size, copies=not run.inplace

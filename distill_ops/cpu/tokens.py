@@ -2,14 +2,13 @@
 
 import torch
 
-from . import host
-from .chunks import Terms, row_sums
-from .host import kept_groups, per_row, rows_in_chunk
+from .chunk import row_sums
+from .rows import kept_groups, rows_in_chunk
 
 LOWEST = -1e30  # a logarithm of 0: with room for a factor before it is multiplied by that 0
 
 
-class _Buffers:
+class Buffers:
     """Two matrices that every chunk uses anew: of fresh ones most of the cost is page faults."""
 
     def __init__(self, n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device):
@@ -49,7 +48,7 @@ def log_probs(
     """Log-probabilities ``[N]`` and entropies ``[N]``."""
     found = torch.zeros(ids.numel(), dtype=dtype, device=logits.device)
     entropies = torch.zeros_like(found) if with_entropy else None
-    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
+    buffers = Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
     for (matrix, _), rows, places in kept_groups(
         ids != ignore_index, logits, gradient=None, size=buffers.size, copies=True
     ):
@@ -97,7 +96,7 @@ def fill_gradient(
 ) -> None:
     """Write the gradient of all rows, 0 where the token is ignored."""
     dtype = upstream.dtype
-    buffers = _Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
+    buffers = Buffers(ids.numel(), logits.shape[-1], dtype, logits.device)
     for (matrix, out), rows, places in kept_groups(
         ids != ignore_index, logits, gradient=gradient, size=buffers.size, copies=False
     ):
@@ -113,39 +112,3 @@ def fill_gradient(
         )  # fmt: skip
         if target is first:
             out[rows] = first.to(out.dtype)
-
-
-def fill_combined_gradient(
-    terms: Terms,
-    student: torch.Tensor,  # [..., V]
-    teacher: torch.Tensor,  # [..., V]
-    ids: torch.Tensor,  # [N]
-    entropies: torch.Tensor,  # [N], the student's
-    upstreams: tuple[torch.Tensor, ...],  # of divergence, log-probability and entropy, each [N]
-    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
-    ignore_index: int,
-    gradient: torch.Tensor,  # like student: overwritten
-) -> None:
-    """Write the gradient of all three, 0 where the token is ignored."""
-    temperature, dtype, n_cols = terms.temperature, terms.dtype, student.shape[-1]
-    buffers = _Buffers(ids.numel(), n_cols, dtype, student.device)
-    part = torch.empty_like(buffers.pair[0])
-    for (logits, of_teacher, out), rows, places in kept_groups(
-        ids != ignore_index, student, teacher, gradient=gradient, size=buffers.size, copies=False
-    ):
-        of_divergence, of_log_prob, of_entropy = (x[places] for x in upstreams)
-        chunk = logits[rows]
-        first, second = buffers(len(chunk))
-        total = write_gradient(
-            tempered(chunk, temperature, first), ids[places], of_log_prob, entropies[places],
-            of_entropy, temperature, second, first,
-        )  # fmt: skip
-        if of_divergence.any():
-            of_terms = part[: len(chunk)]
-            host.dense(
-                terms, chunk, of_teacher[rows], None, of_divergence,
-                of_divergence[:, None] / temperature, 0.0, per_row(parameters, places), n_cols,
-                of_terms,
-            )  # fmt: skip
-            total += of_terms
-        out[rows] = total.to(out.dtype)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import NEG_INF, Terms, row_sums
-from .host import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
+from .chunk import NEG_INF, Terms, row_sums
+from .rows import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
-class Rows(NamedTuple):
+class TopKRows(NamedTuple):
     """Rows under work: ``[n, ...]``, per-row factors ``[n, 1]`` or numbers."""
 
     student: torch.Tensor  # [n, V]
@@ -33,7 +33,7 @@ def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
     return maximum.masked_fill(maximum == NEG_INF, 0.0)
 
 
-def _teacher(rows: Rows, tail: str, n_cols: int, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _teacher(rows: TopKRows, tail: str, n_cols: int, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
     distribution, ``[n, 1]``."""
     used = rows.ids >= 0
@@ -57,7 +57,7 @@ def _columns(ids: torch.Tensor) -> torch.Tensor:
     return torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)
 
 
-def _copy_outside(rows: Rows, out: torch.Tensor) -> torch.Tensor:
+def _copy_outside(rows: TopKRows, out: torch.Tensor) -> torch.Tensor:
     """The student's logits in the working dtype, -inf in the columns of the K."""
     out.copy_(rows.student)
     first_column = out[:, :1].clone()
@@ -74,10 +74,10 @@ def _exponentials(x: torch.Tensor, maximum: torch.Tensor, temperature: float) ->
     return x.exp_()
 
 
-class Chunk:
+class TopKChunk:
     """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
 
-    def __init__(self, terms: Terms, tail: str, rows: Rows, buffers: list[torch.Tensor]):
+    def __init__(self, terms: Terms, tail: str, rows: TopKRows, buffers: list[torch.Tensor]):
         self.terms, self.tail, self.rows, self.buffers = terms, tail, rows, buffers
         divergence = terms.divergence
         self.restrict = divergence.infinite_at_teacher_zero
@@ -263,9 +263,9 @@ def topk(
     )
     for (block, gradient_block), group, places in groups:
         of_rows = per_row([log_probs, ids, labels, scale, hard_scale], places)
-        rows = Rows(block[group, :n_cols], *of_rows, per_row(parameters, places))
+        rows = TopKRows(block[group, :n_cols], *of_rows, per_row(parameters, places))
         n = rows.student.shape[0]
-        chunk = Chunk(terms, tail, rows, [b[:n] for b in buffers])
+        chunk = TopKChunk(terms, tail, rows, [b[:n] for b in buffers])
         losses[places], hard = chunk.losses()
         if terms.hard:
             hard_losses[places] = hard

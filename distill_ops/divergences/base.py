@@ -1,9 +1,7 @@
-"""The divergences: frozen dataclasses with their parameters, device function and facts.
+"""What a divergence is: a frozen dataclass with its parameters, device function and facts.
 
 Units are nats. ``q`` is the student's distribution, ``p`` the teacher's, both at the loss's
-temperature. The formulas and their gradients are in ``kernels/divergences.py``, once, for the
-GPU and the CPU alike; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649) and Hinton et al.
-(arXiv:1503.02531) are their sources.
+temperature.
 
 A parameter is a number, or a tensor: 0-d, or one value a token, ``[...]``. Numbers and tensors
 alike are run-time values of the kernels; a tensor's values may change without a trace of it in a
@@ -17,8 +15,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .kernels import divergences as formulas
-from .kernels.portable import on_tensors
+from ..kernels.portable import on_tensors
 
 DIVERGENCES: dict[str, type["Divergence"]] = {}
 
@@ -60,7 +57,7 @@ class Divergence:
         value_and_slope: device function ``(log_q, log_p, q, p, *parameters) -> (value, slope)``.
         moment: which sum over the first sweep gives the loss ("soft", "forward", "reverse",
             "symmetric"), or "none"; semantics of closed moments in ``kernels/sweeps.py``.
-        operands: what the function takes before its parameters (``kernels/columns.py``): "logs", as
+        operands: what the function takes before its parameters (``kernels/terms.py``): "logs", as
             above, "ratio", "difference", "pair", "student" or "powers".
         infinite_at_student_zero: the value is infinite where q = 0 < p.
         infinite_at_teacher_zero: the value is infinite where p = 0 < q.
@@ -118,9 +115,9 @@ class Divergence:
         return tuple(getattr(self, name) for name in self.__match_args__)
 
     @property
-    def numbers(self) -> tuple[float, ...]:
-        """The parameters, NaN for those that are tensors."""
-        return tuple(math.nan if isinstance(p, torch.Tensor) else float(p) for p in self.parameters)
+    def numbers(self) -> tuple[float | None, ...]:
+        """The parameters, None for those that are tensors."""
+        return tuple(None if isinstance(p, torch.Tensor) else float(p) for p in self.parameters)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -135,14 +132,8 @@ class Divergence:
         )
 
     def column_parameters(self, dtype: torch.dtype) -> list[Parameter]:
-        """The parameters as they go with ``[..., vocab]`` columns: per-token ones ``[..., 1]``."""
-        parameters = []
-        for value in self.parameters:
-            if isinstance(value, torch.Tensor):
-                value = value.to(dtype)
-                value = value[..., None] if value.dim() else value
-            parameters.append(value)
-        return parameters
+        """The parameters as they go with ``[..., vocab]`` columns."""
+        return column_parameters(self.parameters, dtype)
 
     @classmethod
     def on_columns(
@@ -178,6 +169,17 @@ class Divergence:
         return self
 
 
+def column_parameters(parameters: tuple[Parameter, ...], dtype: torch.dtype) -> list[Parameter]:
+    """As they go with ``[..., vocab]`` columns: numbers, ``[]``, or those of rows ``[..., 1]``."""
+    found = []
+    for value in parameters:
+        if isinstance(value, torch.Tensor):
+            value = value.to(dtype)
+            value = value[..., None] if value.dim() else value
+        found.append(value)
+    return found
+
+
 def is_number(parameter: Parameter, value: float) -> bool:
     return not isinstance(parameter, torch.Tensor) and parameter == value
 
@@ -195,174 +197,6 @@ def _check_tensor(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad, but gets no gradient here: detach it")
-
-
-@dataclass(frozen=True)
-class SoftCrossEntropy(Divergence):
-    """``-sum(p log q)``: MiniLLM's fine-tuning loss.
-
-    Forward KL plus the teacher's entropy, which has no gradient."""
-
-    name = "soft_cross_entropy"
-    value_and_slope = staticmethod(formulas.soft_cross_entropy)
-    additive_at_teacher_zero = True
-    moment = "soft"
-    infinite_at_student_zero = True
-
-
-@dataclass(frozen=True)
-class ForwardKL(Divergence):
-    """``sum(p log(p / q))``, KL(teacher || student): covers the teacher's modes."""
-
-    name = "forward_kl"
-    value_and_slope = staticmethod(formulas.forward_kl)
-    additive_at_teacher_zero = True
-    moment = "forward"
-    operands = "ratio"
-    infinite_at_student_zero = True
-
-
-@dataclass(frozen=True)
-class ReverseKL(Divergence):
-    """``sum(q log(q / p))``, KL(student || teacher): seeks the teacher's modes."""
-
-    name = "reverse_kl"
-    value_and_slope = staticmethod(formulas.reverse_kl)
-    additive_at_teacher_zero = True
-    moment = "reverse"
-    operands = "ratio"
-    infinite_at_teacher_zero = True
-
-
-@dataclass(frozen=True)
-class JensenShannon(Divergence):
-    """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``.
-
-    GKD's generalised Jensen-Shannon divergence. By its convention ``beta=0`` is the forward and
-    ``beta=1`` the reverse KL (the formula itself goes to 0 there).
-
-    Raises:
-        ValueError: beta is not a number in [0, 1].
-    """
-
-    beta: Parameter = 0.5
-
-    name = "jensen_shannon"
-    value_and_slope = staticmethod(formulas.jensen_shannon)
-    additive_at_teacher_zero = True
-    operands = "pair"
-    domains = {"beta": SHARE}
-
-    def canonical(self) -> Divergence:
-        if is_number(self.beta, 0):
-            return ForwardKL()
-        return ReverseKL() if is_number(self.beta, 1) else self
-
-
-@dataclass(frozen=True)
-class SymmetricKL(Divergence):
-    """``(1 - weight) KL(p || q) + weight KL(q || p)``: Jeffreys' divergence, halved, at 0.5.
-
-    Raises:
-        ValueError: weight is not a number in [0, 1].
-    """
-
-    weight: Parameter = 0.5
-
-    name = "symmetric_kl"
-    value_and_slope = staticmethod(formulas.symmetric_kl)
-    additive_at_teacher_zero = True
-    moment = "symmetric"
-    operands = "difference"
-    infinite_at_student_zero = True
-    infinite_at_teacher_zero = True
-    domains = {"weight": SHARE._replace(tensor_ends=True)}
-
-
-@dataclass(frozen=True)
-class SkewForwardKL(Divergence):
-    """``KL(p || alpha p + (1 - alpha) q)``: DistiLLM's skew KL (arXiv:2402.03898).
-
-    ``alpha=0`` is the forward KL.
-
-    Raises:
-        ValueError: alpha is not a number in [0, 1].
-    """
-
-    alpha: Parameter = 0.1
-
-    name = "skew_forward_kl"
-    value_and_slope = staticmethod(formulas.skew_forward_kl)
-    additive_at_teacher_zero = True
-    operands = "pair"
-    domains = {"alpha": SHARE}
-
-    def canonical(self) -> Divergence:
-        return ForwardKL() if is_number(self.alpha, 0) else self
-
-
-@dataclass(frozen=True)
-class SkewReverseKL(Divergence):
-    """``KL(q || alpha q + (1 - alpha) p)``: DistiLLM's skew reverse KL (arXiv:2402.03898).
-
-    ``alpha=0`` is the reverse KL.
-
-    Raises:
-        ValueError: alpha is not a number in [0, 1].
-    """
-
-    alpha: Parameter = 0.1
-
-    name = "skew_reverse_kl"
-    value_and_slope = staticmethod(formulas.skew_reverse_kl)
-    additive_at_teacher_zero = True
-    operands = "student"
-    domains = {"alpha": SHARE}
-
-    def canonical(self) -> Divergence:
-        return ReverseKL() if is_number(self.alpha, 0) else self
-
-
-@dataclass(frozen=True)
-class TotalVariation(Divergence):
-    """``sum(abs(q - p)) / 2``; the subgradient is 0 where q = p."""
-
-    name = "total_variation"
-    value_and_slope = staticmethod(formulas.total_variation)
-    additive_at_teacher_zero = True
-
-
-@dataclass(frozen=True)
-class AlphaBeta(Divergence):
-    """ABKD's alpha-beta divergence (arXiv:2505.04560).
-
-    ``-sum(p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b)``. Its limits ``(1, 0)`` and
-    ``(0, 1)`` are the forward and the reverse KL.
-
-    Raises:
-        ValueError: alpha or beta is not positive and finite, and they are not one of the limits.
-    """
-
-    alpha: Parameter = 0.2
-    beta: Parameter = 0.7
-
-    name = "alpha_beta"
-    value_and_slope = staticmethod(formulas.alpha_beta)
-    operands = "powers"
-    domains = {"alpha": Domain(0), "beta": Domain(0)}
-
-    def check_number(self, name: str, value: float, domain: Domain) -> None:
-        limits = ((1, 0), (0, 1))
-        if not any(all(map(is_number, self.parameters, limit)) for limit in limits):
-            super().check_number(name, value, domain)
-
-    def canonical(self) -> Divergence:
-        if is_number(self.beta, 0):
-            return ForwardKL()
-        return ReverseKL() if is_number(self.alpha, 0) else self
-
-
-BUILT_IN = dict(DIVERGENCES)  # by name, before a user declares any
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:

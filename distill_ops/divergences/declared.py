@@ -5,8 +5,8 @@ import inspect
 import types
 from collections.abc import Callable
 
-from .divergences import Divergence, Domain
-from .kernels.portable import device_function
+from ..kernels.portable import device_function
+from .base import Divergence, Domain
 
 COLUMN = ("log_q", "log_p", "q", "p")
 

@@ -1,27 +1,12 @@
 """A token's log-probability, and what on-policy methods need beside it (semantics.md, 12)."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from ..checks import check_mixture, check_statistics, check_token_log_probs
 from ..divergences import Divergence, ReverseKL
-from ..paths import working_dtype
+from ..problem import DistillationStatistics, working_dtype
 from .dense import divergence_terms, log_mixture, no_maximum, times
-
-
-class DistillationStatistics(NamedTuple):
-    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
-
-    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable."""
-
-    divergence: torch.Tensor
-    student_log_prob: torch.Tensor  # of the token's id
-    teacher_log_prob: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
 
 
 def _read(logits: torch.Tensor, ignored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

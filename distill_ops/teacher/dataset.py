@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checks import check_integer, check_temperature
-from .teacher_store import (
+from ..checks import check_integer, check_temperature
+from .store import (
     INDEX,
     Header,
     TeacherTopK,

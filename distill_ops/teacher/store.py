@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from .checks import check_integer, check_teacher_logits, check_temperature
-from .host import row_blocks
-from .paths import working_dtype
+from ..checks import check_integer, check_teacher_logits, check_temperature
+from ..cpu.rows import row_blocks
+from ..problem import working_dtype
 
 NEG_INF = float("-inf")
 # of the float32 copy of some rows, whatever the vocabulary: 8 MiB stay near a CPU's caches, and 64
