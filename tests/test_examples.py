@@ -1,8 +1,10 @@
-"""The examples on real text: a few steps of each, and that their own checks can fail."""
+"""Recipes of the pages on small language models; the examples on real text: a few steps of each,
+and that their own checks can fail."""
 
 import importlib
 import json
 import math
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,14 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill_ops import TeacherTopKDataset
+from distill_ops import TeacherTopKDataset, distillation_loss
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 MODULES = [path.stem for path in EXAMPLES.glob("*.py")]
 STEPS, TEACHER_STEPS = 3, 2
 
@@ -48,6 +51,66 @@ def run(script, folder, monkeypatch) -> dict:
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
     return json.loads((folder / f"{script.__name__}.json").read_text())
+
+
+def recipe(page: str, **names) -> dict:
+    """What the first Python block of a page leaves, run with ``names``."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[1]
+    exec(block, names)
+    return names
+
+
+@pytest.fixture
+def language_models():
+    """A student and a teacher, both in training, and a batch: ids, and labels of the same tokens."""
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 40}
+    student, teacher = (
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(hidden_size=n, num_attention_heads=2, **sizes)
+        )
+        for n in (8, 12)
+    )
+    ids = torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return student, teacher, ids, labels
+
+
+def test_the_shift_is_that_of_hugging_face(language_models):
+    student, _, ids, labels = language_models
+    found = student(ids, labels=labels)
+    loss = distillation_loss(
+        found.logits[:, :-1], None, labels=labels[:, 1:], hard_label_weight=1.0
+    )
+    torch.testing.assert_close(loss, found.loss)
+    aligned = distillation_loss(found.logits, None, labels=labels, hard_label_weight=1.0)
+    assert abs(aligned - found.loss) > 1e-3
+
+
+def test_the_first_recipe_from_hidden_states(language_models):
+    """As the page has it, of a teacher in training; the loss of the logits, and its gradients."""
+    student, teacher, ids, labels = language_models
+    recipe("linear.md", student=student, teacher=teacher, ids=ids, labels=labels)
+    ours = student.lm_head.weight.grad.clone()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    student.zero_grad()
+    with torch.no_grad():
+        teacher_logits = teacher(ids).logits[:, :-1]
+    distillation_loss(
+        student(ids).logits[:, :-1], teacher_logits, labels=labels[:, 1:],
+        divergence="jensen_shannon", hard_label_weight=0.1,
+    ).backward()  # fmt: skip
+    torch.testing.assert_close(ours, student.lm_head.weight.grad)
+
+
+def test_the_recipe_for_sampled_tokens(language_models):
+    student, teacher, ids, _ = language_models
+    logits, of_teacher = student(ids).logits, teacher(ids).logits.detach()
+    rest = {name: torch.ones(2, 6) for name in ("advantages", "old_log_prob")}
+    names = {"student_logits": logits, "teacher_logits": of_teacher, "input_ids": ids, **rest}
+    found = recipe("tokens.md", mask=torch.ones(2, 6, dtype=torch.bool), **names)["found"]
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found.student_log_prob, expected)
 
 
 def test_distil_text(examples, tmp_path, monkeypatch):

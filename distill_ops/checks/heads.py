@@ -5,7 +5,12 @@ import math
 import torch
 
 from .logits import check_teacher_given, check_vocabulary
-from .values import LOGIT_DTYPES, Counted, Rows, check_integer, check_share, constant, number
+from .values import LOGIT_DTYPES, Counted, Rows, check_integer, check_share, number, of_teacher
+
+
+def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
+        raise TypeError(f"{name} is a DTensor, but must be whole: {advice}")
 
 
 def check_head(
@@ -19,25 +24,33 @@ def check_head(
 ) -> None:
     """Check hidden states and the head that makes logits of them; ``side`` begins their names.
 
-    A head that gets no gradient may require one only while gradients are disabled."""
+    Hidden states that get no gradient (``frozen``) may require one only while gradients are
+    disabled; a head's weight and bias may (any unfrozen model's do), and are the caller's to detach."""
     tensors = {f"{side}hidden": hidden, f"{side}weight": weight}
     if bias is not None:
         tensors[f"{side}bias"] = bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
-            raise TypeError(
-                f"{name} is a DTensor, but must be whole: pass {name}.full_tensor(), through which "
-                f"gradients flow back to the shards"
-            )
+        if frozen:
+            _whole(name, tensor, f"pass {name}.full_tensor()")
+        elif tensor is hidden:
+            _whole(name, tensor, "pass this rank's tokens as a plain tensor")
+        else:
+            _whole(
+                name, tensor,
+                f"under FSDP2, read it inside the forward of the fully_shard module that holds it, or "
+                f"after lm_head.unshard(), or pass {name}.full_tensor(grad_placements="
+                f"[Partial('avg')]); plain full_tensor() leaves its gradient unreduced over the ranks "
+                f"(docs/linear.md)",
+            )  # fmt: skip
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
         Rows(f"{side}hidden", hidden).check_device(name, tensor)
-        if frozen and torch.is_grad_enabled():
-            constant(name, tensor)
+    if frozen:
+        of_teacher(f"{side}hidden", hidden)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{side}weight must be [vocab, dim], got shape {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:

@@ -2,9 +2,7 @@
 
 import torch
 
-from .values import LOGIT_DTYPES, Rows, constant
-
-UNDER_NO_GRAD = "or run the teacher under torch.no_grad()"
+from .values import LOGIT_DTYPES, Rows, of_teacher
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
@@ -48,7 +46,7 @@ def check_pair(
     rows = Rows("student_logits", student_logits)
     check_logits("teacher_logits", teacher_logits)
     rows.check_device("teacher_logits", teacher_logits)
-    constant("teacher_logits", teacher_logits, f"detach it, {UNDER_NO_GRAD}")
+    of_teacher("teacher_logits", teacher_logits)
     rows.check_leading("teacher_logits", teacher_logits.shape[:-1])
     if vocab_size is None and teacher_logits.shape[-1] != width:
         raise ValueError(
@@ -62,7 +60,7 @@ def check_pair(
 def check_teacher_logits(logits: torch.Tensor, vocab_size: int | None) -> int:
     """Check a teacher's logits that stand alone; returns the number of columns used."""
     check_logits("logits", logits)
-    constant("logits", logits, f"detach them, {UNDER_NO_GRAD}")
+    of_teacher("logits", logits)
     return check_vocabulary(vocab_size, logits.shape[-1])
 
 

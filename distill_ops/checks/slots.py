@@ -5,7 +5,7 @@ import torch
 from ..divergences import Divergence
 from .logits import check_logits, check_teacher_given, check_vocabulary
 from .tokens import check_options
-from .values import LOGIT_DTYPES, Counted, Rows, check_integer, constant, one_of
+from .values import LOGIT_DTYPES, Counted, Rows, check_integer, of_teacher, one_of
 
 TAILS = ("bucket", "renormalize", "ignore")
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
@@ -74,7 +74,7 @@ def check_slots(
             f"teacher_ids must have the shape of teacher_log_probs, "
             f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
         )
-    constant("teacher_log_probs", teacher_log_probs)
+    of_teacher("teacher_log_probs", teacher_log_probs)
     if hard_label_weight == 1:
         return
     check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)

@@ -13,6 +13,7 @@ from .values import (
     check_temperature,
     constant,
     number,
+    of_teacher,
     one_of,
 )
 
@@ -242,4 +243,4 @@ def check_sampled_log_probs(student: torch.Tensor, teacher: torch.Tensor) -> Non
             f"got {tuple(teacher.shape)}"
         )
     Rows("student_log_prob", student).check_device("teacher_log_prob", teacher)
-    constant("teacher_log_prob", teacher)
+    of_teacher("teacher_log_prob", teacher)

@@ -80,6 +80,12 @@ def constant(name: str, tensor: torch.Tensor, advice: str = "detach it") -> None
         raise ValueError(f"{name} requires grad, but gets no gradient here: {advice}")
 
 
+def of_teacher(name: str, tensor: torch.Tensor) -> None:
+    """What a teacher's forward gave, which is a constant; where no graph is made it may require grad."""
+    if torch.is_grad_enabled():
+        constant(name, tensor, "detach it, or run the teacher under torch.no_grad()")
+
+
 class Rows(NamedTuple):
     """The tensor ``[..., n]`` whose rows are the tokens, with the user's name for it."""
 
