@@ -11,22 +11,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from benchmarks import report
 from benchmarks.__main__ import default_output, main, parse
-from benchmarks.cases import LOSSES, Case, Inputs, make_inputs, select_cases
-from benchmarks.check import Wrong, allowed, make_truth, measure_errors, require, run_once
-from benchmarks.eager import FORMULAS
-from benchmarks.harness import run_case
-from benchmarks.memory import kept_above_inputs, peak_above_inputs
-from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.records import COPY, OVERHEAD, SKIPPED, load, save
-from benchmarks.screen import mebibytes, number
-from benchmarks.timing import Budget
+from benchmarks.core.machine import RESULTS, ROOT
+from benchmarks.core.markdown import replace_marked
+from benchmarks.core.memory import kept_above_inputs, peak_above_inputs
+from benchmarks.core.records import SKIPPED, load, save
+from benchmarks.core.screen import mebibytes, number
+from benchmarks.core.timing import Budget
+from benchmarks.losses import report as dense_report
+from benchmarks.losses.cases import LOSSES, Case, Inputs, make_inputs, select_cases
+from benchmarks.losses.check import Wrong, allowed, make_truth, measure_errors, require, run_once
+from benchmarks.losses.eager import FORMULAS
+from benchmarks.losses.forms import FormRecord
+from benchmarks.losses.harness import run_case
+from benchmarks.losses.providers import PROVIDERS, Provider
+from benchmarks.losses.records import COPY, OVERHEAD, WAYS, Record
 from distill_ops import reference
 from distill_ops.divergences import BUILT_IN
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
 TINY = ["--quick", "--device", "cpu", "--shapes", "16x64", "--losses", "forward_kl"]
-WAYS = ("ours", "ours_backward", "ours_inplace")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def run(tmp_path_factory):
 
 def test_run_writes_a_record_with_every_number_for_each_measurement(run):
     status, json, plot = run
-    records, facts = load(json)
+    records, facts = load(json, Record)
     assert status == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     timed = {(r.provider, r.mode): r for r in records if r.measured and r.case != OVERHEAD}
@@ -64,7 +68,7 @@ def test_run_writes_a_record_with_every_number_for_each_measurement(run):
 
 
 def test_a_skipped_provider_is_recorded_with_its_reason(run):
-    records, _ = load(run[1])
+    records, _ = load(run[1], Record)
     (fla,) = [r for r in records if r.provider == "fla"]
     assert fla.status == SKIPPED
     assert "hidden states" in fla.reason
@@ -72,48 +76,81 @@ def test_a_skipped_provider_is_recorded_with_its_reason(run):
 
 
 def test_overhead_is_recorded_for_every_loss(run):
-    records, _ = load(run[1])
+    records, _ = load(run[1], Record)
     assert [r.loss for r in records if r.case == OVERHEAD] == ["kl_div", *LOSSES]
 
 
-def test_report_replaces_what_lies_between_the_markers(run, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(run[1]), "--readme", str(readme)])
-    printed = capsys.readouterr().out.strip()
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{printed}\n{report.END}\nafter\n"
-    records, facts = load(run[1])
+def rows_of(text, loss):
+    lines = [line for line in text.splitlines() if line.startswith(f"| {loss} ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_report_writes_the_readmes_part_and_the_page(run, tmp_path, capsys):
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    readme.write_text(f"before\n{report.BEGIN}\nof before\n{report.END}\nafter\n")
+    report.main([str(run[1]), "--readme", str(readme), "--page", str(page)])
+    printed, text = capsys.readouterr().out.strip(), readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n![")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "(docs/benchmarks.md)" in text
+    assert "of before" not in text
+    assert printed in text
+    records, facts = load(run[1], Record)
     ours = next(r for r in records if r.provider == "ours" and r.mode == "train")
-    row = next(line for line in printed.splitlines() if line.startswith("| forward_kl "))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1] == "[16, 64] float32"
-    assert cells[3] == "–"  # torch.compile did not run
-    assert float(cells[4]) == pytest.approx(ours.median_ms, rel=0.1, abs=0.01)
-    assert facts["commit"] is None or facts["commit"] in printed
+    ((_, shape, _, compiled, its_ms, *_),) = rows_of(text, "forward_kl")
+    assert shape == "[16, 64] float32"
+    assert compiled == "–"  # torch.compile did not run
+    assert float(its_ms) == pytest.approx(ours.median_ms, rel=0.1, abs=0.01)
+    assert facts["commit"] is None or facts["commit"] in text
+    assert dense_report.markdown(records, facts) in page.read_text()
+
+
+def test_the_readme_shows_few_lines_and_those_that_it_names():
+    dense, _ = load(RESULTS / "cpu.json", Record)
+    forms, _ = load(RESULTS / "forms-cpu.json", FormRecord)
+    rows = report.readme_table(dense, forms)[2:]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == [*report.DENSE, *map(" ".join, report.FORMS)]
+    assert len(rows) <= 10
+
+
+def test_the_page_and_the_readme_are_what_the_json_gives():
+    dense = load(RESULTS / "cpu.json", Record)
+    forms = load(RESULTS / "forms-cpu.json", FormRecord)
+    picture = "benchmarks/results/cpu.png"
+    text = report.page(dense, forms, f"../{picture}")
+    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == text
+    facts = dense[1], forms[1]
+    part = report.readme_part(dense[0], forms[0], *facts, picture, "docs/benchmarks.md")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{part}\n{report.END}" in readme
+
+
+def test_only_a_text_with_both_markers_is_changed():
     with pytest.raises(ValueError, match="once each"):
-        report.replace_marked("no markers", "table")
+        replace_marked("no markers", "table", report.BEGIN, report.END)
 
 
 def test_report_compares_the_ways_to_hold_the_gradient(run):
-    records, facts = load(run[1])
-    lines = report.markdown(records, facts).splitlines()
+    records, facts = load(run[1], Record)
+    lines = dense_report.markdown(records, facts).splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("| [16, 64] float32 |"))
     names, _, row = ([cell.strip() for cell in line.split("|")] for line in lines[header:][:3])
     cells = dict(zip(names, row, strict=True))
     assert row[1] == "forward_kl"
     ways = {r.provider: r for r in records if r.provider in WAYS and r.mode == "train"}
-    for provider, way in zip(WAYS, ("forward", "backward", "in place"), strict=True):
+    for provider, way in WAYS.items():
         its = next(r for r in records if r.provider == provider and r.case != OVERHEAD)
         assert cells[f"{way}, ms"] == number(its.median_ms)
         assert cells[f"peak MiB, {way}"] == mebibytes(its.peak_bytes)
         assert cells[f"kept MiB, {way}"] == mebibytes(its.kept_bytes)
     without = [r for r in records if r.provider != "ours_backward"]
     assert len(ways) == len(WAYS)
-    assert "kept MiB" not in report.markdown(without, facts)
+    assert "kept MiB" not in dense_report.markdown(without, facts)
 
 
 def test_report_shows_the_ways_at_one_shape_and_every_case_in_the_first_table(run):
-    records, facts = load(run[1])
+    records, facts = load(run[1], Record)
     measured = [r for r in records if r.case != OVERHEAD]
     more = [
         replace(r, case=f"{loss} {tokens}", loss=loss, tokens=tokens)
@@ -121,7 +158,7 @@ def test_report_shows_the_ways_at_one_shape_and_every_case_in_the_first_table(ru
         for loss in LOSSES
         for r in measured
     ]
-    first, second = report.markdown(more, facts).split("kept MiB", 1)
+    first, second = dense_report.markdown(more, facts).split("kept MiB", 1)
     assert sum(
         line.startswith(tuple(f"| {loss} |" for loss in LOSSES)) for line in first.splitlines()
     ) == 2 * len(LOSSES)
@@ -131,10 +168,10 @@ def test_report_shows_the_ways_at_one_shape_and_every_case_in_the_first_table(ru
 
 
 def test_records_survive_a_round_trip(run, tmp_path):
-    records, facts = load(run[1])
+    records, facts = load(run[1], Record)
     changed = [replace(records[0], median_ms=1.5), *records[1:]]
     save(tmp_path / "copy.json", changed, facts)
-    assert load(tmp_path / "copy.json") == (changed, facts)
+    assert load(tmp_path / "copy.json", Record) == (changed, facts)
 
 
 def test_every_built_in_divergence_has_an_eager_formula():

@@ -12,7 +12,7 @@ from distill_ops import JensenShannon, distillation_loss, ops
 from distill_ops.autograd import dense_loss_inplace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.memory import peak_above_inputs
+from benchmarks.core.memory import peak_above_inputs
 
 OPTIONS = {
     "plain": {},

@@ -234,7 +234,7 @@ def test_autocast_as_on_a_gpu(gpu_products, backend, device, monkeypatch):
 
 MEMORY = """
 import torch
-from benchmarks.memory import peak_above_inputs
+from benchmarks.core.memory import peak_above_inputs
 from distill_ops import linear_distillation_loss
 
 torch.set_num_threads(1)

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from benchmarks import static, static_page, static_peers, static_plot
-from benchmarks.cache_model import Traffic, n_walks
-from benchmarks.chips import CHIPS
-from benchmarks.records import Record
-from benchmarks.static_kernels import (
+from benchmarks.losses.records import Record
+from benchmarks.static.cache_model import Traffic, n_walks
+from benchmarks.static.chips import CHIPS
+from benchmarks.static.kernels import (
     EVEN,
     FORMS,
     ODD,
@@ -30,10 +30,7 @@ from benchmarks.static_kernels import (
     dense_row,
     token_rows,
 )
-from benchmarks.static_peers import Peer, peer_rows
-from benchmarks.static_report import BF16, Report, load
-from benchmarks.static_roofline import ISSUE, MEMORY, SPECIAL, limits, predict, predicted_ms
-from benchmarks.static_targets import (
+from benchmarks.static.limits import (
     KNOWN_MISSES,
     LIMITS,
     ODD_OVER_EVEN,
@@ -41,6 +38,9 @@ from benchmarks.static_targets import (
     TARGETS_ON,
     verdict,
 )
+from benchmarks.static.peers import Peer, peer_rows
+from benchmarks.static.results import BF16, Report, load
+from benchmarks.static.roofline import ISSUE, MEMORY, SPECIAL, limits, predict, predicted_ms
 from distill_ops.analysis import amd, aot
 
 DIVERGENCES = list(built_in())

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from .machine import describe, machine_line
+from ..core.machine import RESULTS, describe, machine_line
+from ..core.screen import make_console, make_table, number, progress_bar
 from .numeric_rule import (
     DIVERGENCES,
     DOUBTFUL,
@@ -41,12 +42,11 @@ from .numeric_rule import (
     measure,
     summarise,
 )
-from .screen import make_console, make_table, number, progress_bar
 
 PATHS = ("torch", "triton")
 CONFIGURATIONS = 200
 GROUP = 25  # configurations a task
-RESULT = Path(__file__).parent / "results" / "accuracy.json"
+RESULT = RESULTS / "accuracy.json"
 
 Key = tuple[str, str, str]  # divergence, dtype, path
 
@@ -274,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for divergence in dict.fromkeys(options.divergences)
         for dtype in dict.fromkeys(options.dtypes)
     ]
-    facts = describe(device_of("triton"), arguments)
-    facts["command"] = " ".join(["python -m benchmarks.accuracy", *arguments])
+    facts = describe(device_of("triton"), arguments, "benchmarks.accuracy")
     facts["numpy"] = version("numpy")  # the interpreter's arithmetic
     console = make_console()
     console.print(machine_line(facts))
@@ -309,7 +308,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     n_passed = sum(row["passed"] for row in rows)
     console.print(f"{n_passed} of {len(rows)} pass, {len(seeds)} configurations each")
     return int(n_passed < len(rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,8 @@ import torch
 
 import distill_ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("python", "torch", "triton")
 
 
@@ -39,7 +40,7 @@ def _git(*arguments: str) -> str | None:
 def _commit() -> str | None:
     """The commit, marked where the package's own code differs from it."""
     commit = _git("rev-parse", "--short=10", "HEAD")
-    changed = _git("status", "--porcelain", "--", "distill_ops", "kernels", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", "distill_ops", "kernels", "benchmarks/**/*.py")
     return f"{commit} with changes" if commit and changed else commit
 
 

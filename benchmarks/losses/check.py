@@ -11,9 +11,9 @@ import torch
 
 from distill_ops import reference
 
+from ..accuracy.signs import undecided
 from .cases import Case, Inputs
 from .providers import LossFunction
-from .signs import undecided
 
 DISTINCT_ROWS = 8
 FEW = 2  # roundings

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import distill_ops
 
+from ..core.records import EAGER, OURS
 from .form_cases import HARD_LABEL, LINEAR, FormCase, Tensors, eager_loss
 from .peers import Skipped, beta_of, imported
-from .records import EAGER, OURS
 
 PRODUCTS = "products"
 Loss = Callable[[Tensors], torch.Tensor]

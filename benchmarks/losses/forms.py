@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from ..core.machine import RESULTS, add_device_argument, describe, device_name, machine_line
+from ..core.memory import peak_above_inputs
+from ..core.records import EAGER, FAILED, OURS, SKIPPED, Measured, save
+from ..core.screen import left_out, make_console, make_table, mebibytes, number
+from ..core.timing import Budget, Times, interleaved
 from .form_cases import CASES_CPU, CASES_GPU, FormCase, Tensors, make_tensors
 from .form_providers import PRODUCTS, PROVIDERS, products
-from .machine import add_device_argument, describe, device_name, machine_line
-from .memory import peak_above_inputs
 from .peers import Skipped
-from .records import EAGER, FAILED, OK, OURS, SKIPPED, save
-from .screen import make_console, make_table, mebibytes, number
-from .timing import Budget, Times, interleaved
 
-RESULTS = Path(__file__).parent / "results"
 BUDGET = Budget(seconds=8.0, min_rounds=5, max_rounds=60)
 QUICK_BUDGET = Budget(seconds=1.0, min_rounds=2, max_rounds=10)
 CHECKED_TOKENS = 16
@@ -31,36 +30,23 @@ CHECKED_TOKENS = 16
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-@dataclass(frozen=True)
-class FormRecord:
-    """A provider on a case; where it was not measured, ``reason`` says why."""
+@dataclass(frozen=True, kw_only=True)
+class FormRecord(Measured):
+    """A provider on a case of any form."""
 
-    case: str
     form: str
-    loss: str
-    tokens: int
     hidden: int | None
-    vocab: int
     k: int | None
-    dtype: str
-    provider: str
-    label: str
-    status: str = OK
-    reason: str | None = None
-    median_ms: float | None = None
-    low_ms: float | None = None  # 20% and 80% quantiles
-    high_ms: float | None = None
-    rounds: int | None = None
     times_eager: float | None = None  # eager's median over this one: above 1 is faster
     times_products: float | None = None  # this one's median over that of the matrix products
     n_products: int | None = None  # as many as ours makes
-    peak_bytes: int | None = None  # above the inputs, gradients included
-    above_gradients_bytes: int | None = None  # ... and not included
+    above_gradients_bytes: int | None = None  # the peak without the gradients
     error: float | None = None  # the largest, relative, of value and gradients
 
     @property
-    def measured(self) -> bool:
-        return self.status == OK
+    def shape(self) -> str:
+        sizes = [self.tokens, *([self.hidden] if self.hidden else []), self.vocab]
+        return f"{sizes} {self.dtype}" + (f" K={self.k}" if self.k else "")
 
 
 def _run(function: Callable, tensors: Tensors) -> torch.Tensor:
@@ -185,9 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         new = run_case(case, device, QUICK_BUDGET if options.quick else BUDGET)
         console.print(table_of(new))
-        for r in new:
-            if not r.measured:
-                console.print(f"{r.status}: {r.label}, {r.reason}", markup=False)
+        for line in left_out(new):
+            console.print(line, markup=False)
         records += new
     name = device_name(options.device).lower().replace(" ", "-")
     default = RESULTS / ("forms-cpu.json" if device.type == "cpu" else f"forms-gpu-{name}.json")
@@ -197,7 +182,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(path, records, facts)
         console.print(f"records: {path}")
     return int(any(r.status == FAILED and r.provider == OURS for r in records))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.memory import kept_above_inputs, peak_above_inputs
+from ..core.records import EAGER, FAILED, SKIPPED
+from ..core.timing import Budget, Run, interleaved
 from .cases import MODES, Case, Inputs, make_inputs
 from .check import (
     DISTINCT_ROWS,
@@ -16,11 +19,9 @@ from .check import (
     require,
     run_once,
 )
-from .memory import kept_above_inputs, peak_above_inputs
 from .peers import Skipped
 from .providers import PROVIDERS, LossFunction, Provider
-from .records import COPY, EAGER, FAILED, SKIPPED, Record, case_fields, time_fields
-from .timing import Budget, Run, interleaved
+from .records import COPY, Record, case_fields, time_fields
 
 BASELINE = PROVIDERS[EAGER]  # the yardstick of errors and times
 

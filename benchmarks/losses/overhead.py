@@ -1,4 +1,4 @@
-"""The cost in Python of one forward + backward: ``python -m benchmarks.overhead``.
+"""The cost in Python of one forward + backward: ``python -m benchmarks.losses.overhead``.
 
 A [4, 128] tensor has next to no arithmetic. The baseline is what a user would write by hand,
 ``kl_div(log_softmax(student), softmax(teacher))``.
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from ..core.machine import add_device_argument
+from ..core.records import OURS
+from ..core.timing import Budget, interleaved
 from .cases import LOSSES, Case, make_inputs
 from .check import run_once
-from .machine import add_device_argument
 from .providers import PROVIDERS
-from .records import OURS, OVERHEAD, Record, case_fields, time_fields
-from .screen import overhead_table
-from .timing import Budget, interleaved
+from .records import OVERHEAD, Record, case_fields, time_fields
+from .tables import overhead_table
 
 BASELINE = "kl_div"
 BUDGET = Budget(seconds=2.0, min_rounds=200, max_rounds=2000)
@@ -61,7 +62,9 @@ def measure(device: torch.device) -> list[Record]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.losses.overhead", description=__doc__
+    )
     add_device_argument(parser)
     device = parser.parse_args().device
     Console().print(overhead_table(measure(device)))

@@ -10,19 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from .records import (
-    COMPILE,
-    COPY,
-    EAGER,
-    OURS,
-    OURS_BACKWARD,
-    OURS_INPLACE,
-    OVERHEAD,
-    Record,
-    find,
-    ours_against,
-)
-from .screen import number
+from ..core.records import EAGER, OURS, find
+from ..core.screen import number
+from .records import COMPILE, OURS_BACKWARD, OURS_INPLACE, Record, ours_against, timed_training
 
 OURS_COLOUR = "#d1495b"
 STYLES = {  # provider: marker, colour, filled
@@ -104,11 +94,7 @@ def _draw(axes: Axes, records: Sequence[Record], losses: Sequence[str], styles) 
 
 def draw(path: Path, records: Sequence[Record], caption: str) -> None:
     """Write the plot of every timed training record; its format is the path's suffix."""
-    timed = [
-        r
-        for r in records
-        if r.measured and r.mode == "train" and r.provider != COPY and r.case != OVERHEAD
-    ]
+    timed = timed_training(records)
     losses = list(dict.fromkeys(r.loss for r in timed))
     styles = _styles(timed)
     panels: dict[tuple, list[Record]] = {}

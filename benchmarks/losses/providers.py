@@ -8,10 +8,11 @@ import torch
 
 import distill_ops
 
+from ..core.records import EAGER, OURS
 from . import peers
 from .cases import MODES, Case
 from .eager import FORMULAS
-from .records import COMPILE, EAGER, OURS, OURS_BACKWARD, OURS_INPLACE
+from .records import COMPILE, OURS_BACKWARD, OURS_INPLACE
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student, teacher -> mean
 

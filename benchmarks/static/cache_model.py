@@ -25,8 +25,8 @@ from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
 from distill_ops.divergences import as_divergence
 
+from ..losses.records import Record
 from .chips import Chip
-from .records import Record
 
 PIECES = 64  # of a row
 MODELLED = 64  # programs at most; more of them share these ones' places in their rows

@@ -16,11 +16,11 @@ from distill_ops import ForwardKL, JensenShannon, ReverseKL
 from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import statistics_launches, token_launches, topk_launches
 
+from ..core.machine import describe, machine_line
+from ..core.records import save
+from ..core.screen import number
+from ..report import markdown_table
 from .chips import CHIPS
-from .machine import describe, machine_line
-from .records import save
-from .report import markdown_table
-from .screen import number
 
 RESULTS = Path(__file__).parent / "results" / "static-forms.json"
 PAGE = Path(__file__).parents[1] / "docs" / "static-forms.md"

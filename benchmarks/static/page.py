@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..core.screen import number
 from .chips import CHIPS
-from .screen import number
-from .static_kernels import BACKWARD, EVAL, EVEN, FORMS, HARD, ODD, TRAIN, Row
-from .static_peers import TARGET as PEERS_TARGET
-from .static_report import BF16, CacheRow, Report
-from .static_roofline import Prediction
-from .static_targets import KNOWN_MISSES, LIMITS, QUANTITIES, TARGETS_ON
+from .kernels import BACKWARD, EVAL, EVEN, FORMS, HARD, ODD, TRAIN, Row
+from .limits import KNOWN_MISSES, LIMITS, QUANTITIES, TARGETS_ON
+from .peers import TARGET as PEERS_TARGET
+from .results import BF16, CacheRow, Report
+from .roofline import Prediction
 
 PLOT = "static-roofline.png"
 VERSIONS = ("python", "torch", "triton", "distill_ops")

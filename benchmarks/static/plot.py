@@ -8,10 +8,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from ..core.screen import number
 from .chips import CHIPS
-from .screen import number
-from .static_report import Report
-from .static_roofline import FLOATS, ISSUE, MEMORY, SPECIAL
+from .results import Report
+from .roofline import FLOATS, ISSUE, MEMORY, SPECIAL
 
 COLOURS = {MEMORY: "#4c9f70", ISSUE: "#e0a030", SPECIAL: "#d1495b", FLOATS: "#7768ae"}
 CHIP_COLOURS = {"A100": "#8d99ae", "H100": "#1d6fa5", "H200": "#2a9d8f", "B200": "#d1495b"}

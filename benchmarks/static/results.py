@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cache_model import Traffic
-from .static_kernels import TRAIN, Row
-from .static_peers import PeerRow
-from .static_roofline import Prediction
+from .kernels import TRAIN, Row
+from .peers import PeerRow
+from .roofline import Prediction
 
 DIGITS = 3
 BF16 = "bfloat16"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from distill_ops.divergences import as_divergence
 
+from ..losses.records import Record
 from .cache_model import Traffic, form_of, launch_traffic, target_of
 from .chips import CHIPS, Chip
-from .records import Record
-from .static_kernels import Row, count, dense_row
+from .kernels import Row, count, dense_row
 
 MEMORY, ISSUE, SPECIAL, FLOATS = "memory", "issue", "exp + log", "float32"
 

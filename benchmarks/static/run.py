@@ -18,16 +18,16 @@ from rich.table import Table
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
 
+from ..core.machine import ROOT, describe
+from ..core.screen import make_console, make_table, number, progress_bar
 from . import static_page, static_plot
 from .cache_model import launch_traffic, target_of, traffic
 from .chips import CHIPS
-from .machine import ROOT, describe
-from .screen import make_console, make_table, number, progress_bar
-from .static_kernels import Row, built_in, form_rows, selected, token_rows
-from .static_peers import peer_rows
-from .static_report import CacheRow, Report, load, save
-from .static_roofline import Prediction, predict
-from .static_targets import LIMITS, QUANTITIES
+from .kernels import Row, built_in, form_rows, selected, token_rows
+from .limits import LIMITS, QUANTITIES
+from .peers import peer_rows
+from .results import CacheRow, Report, load, save
+from .roofline import Prediction, predict
 
 VOCABULARIES = (32000, 128256, 151936, 262144)
 OUTPUTS = {
