@@ -26,7 +26,7 @@ def _peak_cpu(run: Callable[[], object]) -> int | None:
     """Tensors are invisible to tracemalloc, so the kernel is asked: writing 5 to clear_refs resets
     the high-water mark of resident memory (VmHWM) to the present. Free heap is handed back first;
     pages that the run could reuse from there would not count otherwise. Reliable within a MiB on
-    tensors of a known size (``tests/test_benchmarks.py``); None where the system has no such thing.
+    tensors of a known size (``tests/tools/test_benchmarks.py``); None where the system has no such thing.
     """
     if not sys.platform.startswith("linux"):
         return None
