@@ -23,7 +23,7 @@ accuracy: setup
 	$(RUN) -m benchmarks.accuracy
 
 mutants: setup
-	$(RUN) tests/mutants.py
+	$(RUN) -m tests.support.mutants
 
 check: setup
 	$(RUN) -m ruff check .
