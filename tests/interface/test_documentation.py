@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import distill_ops.kernels
 import pytest
 
 import distill_ops
 import distill_ops.divergences
-import distill_ops.kernels
 
 PUBLIC = (
     "distill_ops",

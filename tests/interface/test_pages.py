@@ -2,15 +2,16 @@
 
 import re
 import runpy
+import tokenize
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from recipes import READERS_OWN
 
 import distill_ops.divergences
+from tests.support import ROOT
+from tests.support.recipes import READERS_OWN
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SOURCES = [
     path
@@ -84,30 +85,44 @@ def test_links(page):
     assert broken_links(page) == []
 
 
-SEMANTICS = ROOT / "docs/semantics.md"
-SECTION = re.compile(r"semantics\.md,? +(?:sections? +)?(\d+)(?:(?:,| and| to) +(\d+)\b)?")
-MENTIONED = re.compile(r"(?<![\w/.{}-])((?:docs/)?[\w-]+\.md)\b")
+SECTIONS = set(re.findall(r"^## (\d+)\.", (ROOT / "docs/semantics.md").read_text(), re.MULTILINE))
+CITED = re.compile(r"semantics\.md,? +(?:sections? +)?(\d+)(?:(?:,| and| to) +(\d+)\b)?")
+NAMED = re.compile(r"(?<![\w/.{}-])((?:docs/)?[\w-]+\.md)\b")
+
+
+def prose(path: Path) -> str:
+    """A page, or a source's comments and strings but those that are other files' names alone."""
+    if path.suffix == ".md":
+        return path.read_text()
+    with tokenize.open(path) as file:
+        kinds = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None))
+        found = [
+            token.string for token in tokenize.generate_tokens(file.readline) if token.type in kinds
+        ]
+    return "\n".join(text for text in found if " " in text or "docs/" in text)
 
 
 def broken_citations(text: str) -> list[str]:
     """Pages that a text names and the repository has not, and sections that the page has not."""
-    sections = set(re.findall(r"^## (\d+)\.", SEMANTICS.read_text(), re.MULTILINE))
     unwrapped = re.sub(r"\s*\n[\s#*]*", " ", text)
-    broken = [name for name in MENTIONED.findall(unwrapped) if not exists(name)]
-    for numbers in SECTION.findall(unwrapped):
-        broken += [f"semantics.md, {n}" for n in numbers if n and n not in sections]
-    return broken
+    places = (ROOT, ROOT / "docs")
+    broken = [
+        name for name in NAMED.findall(unwrapped) if not any((p / name).is_file() for p in places)
+    ]
+    cited = [number for numbers in CITED.findall(unwrapped) for number in numbers if number]
+    return broken + [f"semantics.md, {number}" for number in cited if number not in SECTIONS]
 
 
-def exists(name: str) -> bool:
-    return (ROOT / name).is_file() or (ROOT / "docs" / name).is_file()
+CITING = [
+    path
+    for path in [*SOURCES, *PAGES]
+    if ".md" in path.read_text() and path != Path(__file__)  # which names what is not there
+]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in [*SOURCES, *PAGES] if ".md" in path.read_text()], ids=in_page
-)
+@pytest.mark.parametrize("path", CITING, ids=in_page)
 def test_citations(path):
-    assert path == Path(__file__) or broken_citations(path.read_text()) == []
+    assert broken_citations(prose(path)) == []
 
 
 def test_the_index_lists_every_page():

@@ -3,7 +3,6 @@
 import math
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ import torch
 import distill_ops
 from distill_ops import reference
 from distill_ops.divergences import BUILT_IN
+from tests.support import ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs/semantics.md").read_text()
+PAGE = (ROOT / "docs/semantics.md").read_text()
 NAMES = {name: getattr(distill_ops, name) for name in distill_ops.__all__}
 
 
