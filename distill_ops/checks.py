@@ -73,6 +73,12 @@ def _constant(name: str, tensor: torch.Tensor, advice: str) -> None:
         raise ValueError(f"{name} requires grad, but gets no gradient here: {advice}")
 
 
+def _of_teacher(name: str, tensor: torch.Tensor) -> None:
+    """What a teacher's forward gave, which is a constant; where no graph is made it may require grad."""
+    if torch.is_grad_enabled():
+        _constant(name, tensor, "detach it, or run the teacher under torch.no_grad()")
+
+
 def _leading_shape(name: str, leading, rows: torch.Tensor, of: str = "student_logits") -> None:
     if leading != rows.shape[:-1]:
         raise ValueError(
@@ -102,9 +108,7 @@ def _same_device(
 def _pair(student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_size) -> None:
     _logits("teacher_logits", teacher_logits)
     _same_device("teacher_logits", teacher_logits, student_logits)
-    _constant(
-        "teacher_logits", teacher_logits, "detach it, or run the teacher under torch.no_grad()"
-    )
+    _of_teacher("teacher_logits", teacher_logits)
     _leading_shape("teacher_logits", teacher_logits.shape[:-1], student_logits)
     if vocab_size is None and teacher_logits.shape[-1] != student_logits.shape[-1]:
         raise ValueError(
@@ -270,7 +274,7 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> i
 def check_teacher_logits(logits: torch.Tensor, vocab_size: int | None) -> int:
     """Check a teacher's logits that stand alone; returns the number of columns used."""
     _logits("logits", logits)
-    _constant("logits", logits, "detach them, or run the teacher under torch.no_grad()")
+    _of_teacher("logits", logits)
     return _vocabulary(logits, None, vocab_size)
 
 
@@ -287,7 +291,7 @@ def check_sampled_log_probs(student: torch.Tensor, teacher: torch.Tensor) -> Non
             f"got {tuple(teacher.shape)}"
         )
     _same_device("teacher_log_prob", teacher, student, "student_log_prob")
-    _constant("teacher_log_prob", teacher, "detach it")
+    _of_teacher("teacher_log_prob", teacher)
 
 
 def check_arguments(
@@ -443,7 +447,7 @@ def check_slots(
             f"teacher_ids must have the shape of teacher_log_probs, "
             f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
         )
-    _constant("teacher_log_probs", teacher_log_probs, "detach it")
+    _of_teacher("teacher_log_probs", teacher_log_probs)
     if hard_label_weight < 1:
         check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
     if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):
@@ -484,6 +488,11 @@ def _slot_values(log_probs, ids, kept, n_cols: int) -> None:
         )
 
 
+def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
+        raise TypeError(f"{name} is a DTensor, but must be whole: {advice}")
+
+
 def check_head(
     side: str,
     hidden: torch.Tensor,
@@ -495,25 +504,33 @@ def check_head(
 ) -> None:
     """Check hidden states and the head that makes logits of them; ``side`` begins their names.
 
-    A head that gets no gradient may require one only while gradients are disabled."""
+    Hidden states that get no gradient (``constant``) may require one only while gradients are
+    disabled; a head's weight and bias may (any unfrozen model's do), and are the caller's to detach."""
     tensors = {f"{side}hidden": hidden, f"{side}weight": weight}
     if bias is not None:
         tensors[f"{side}bias"] = bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
-            raise TypeError(
-                f"{name} is a DTensor, but must be whole: pass {name}.full_tensor(), through which "
-                f"gradients flow back to the shards"
-            )
+        if constant:
+            _whole(name, tensor, f"pass {name}.full_tensor()")
+        elif tensor is hidden:
+            _whole(name, tensor, "pass this rank's tokens as a plain tensor")
+        else:
+            _whole(
+                name, tensor,
+                f"under FSDP2, read it inside the forward of the fully_shard module that holds it, or "
+                f"after lm_head.unshard(), or pass {name}.full_tensor(grad_placements="
+                f"[Partial('avg')]); plain full_tensor() leaves its gradient unreduced over the ranks "
+                f"(docs/linear.md)",
+            )  # fmt: skip
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
         _same_device(name, tensor, hidden, f"{side}hidden")
-        if constant and torch.is_grad_enabled():
-            _constant(name, tensor, "detach it")
+    if constant:
+        _of_teacher(f"{side}hidden", hidden)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{side}weight must be [vocab, dim], got shape {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:

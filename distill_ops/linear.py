@@ -62,11 +62,13 @@ def linear_distillation_loss(
 
     Args:
         student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in
-            Triton); the two dimensions d may differ. No gradient flows to the teacher's tensors,
-            which must not require one while gradients are enabled; its two may be None where
-            ``hard_label_weight`` is 1.
-        student_weight, teacher_weight: ``[V, d]``, of the heads.
-        student_bias, teacher_bias: ``[V]``.
+            Triton); the two dimensions d may differ. No gradient flows to the teacher: its hidden
+            states must not require one while gradients are enabled.
+        student_weight, teacher_weight: ``[V, d]``, of the heads; the teacher's is detached. Both
+            ``teacher_hidden`` and ``teacher_weight`` may be None where ``hard_label_weight`` is 1.
+        student_bias, teacher_bias: ``[V]``; the teacher's is detached.
+        loss_mask, labels: ``[...]``, aligned with the hidden states: no shift happens inside. With
+            Hugging Face labels pass ``hidden[:, :-1]`` of both models and ``labels[:, 1:]``.
         student_logit_scale, teacher_logit_scale: positive factors of the logits.
         student_softcap, teacher_softcap: c above, positive; None for no cap.
         logits_dtype: in which logits are kept: float32, or bfloat16 or float16 for less memory
@@ -133,7 +135,10 @@ def linear_distillation_loss(
     check_linear_options(
         student_hidden, loss_mask, labels, ignore_index, logits_dtype, memory_budget, kept_tokens
     )
-    teachers = (teacher_hidden, teacher_weight, teacher_bias) if with_teacher else (None,) * 3
+    teachers = (None,) * 3
+    if with_teacher:  # no graph is made through a head in training
+        bias = None if teacher_bias is None else teacher_bias.detach()
+        teachers = (teacher_hidden, teacher_weight.detach(), bias)
     students = (student_hidden, student_weight, student_bias)
     triton = use_triton(backend, *students, *teachers, of="student_hidden")
     options = Options.of(

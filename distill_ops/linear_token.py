@@ -35,8 +35,9 @@ def linear_token_log_probs(
     Args:
         hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton).
         weight: ``[V, d]``.
-        token_ids: ``[...]``, int64, aligned with the hidden states. Where it is ``ignore_index`` the
-            hidden state is not read: results and gradient are 0.
+        token_ids: ``[...]``, int64, aligned with the hidden states: of a model's own input pass
+            ``hidden[:, :-1]`` and ``input_ids[:, 1:]``. Where it is ``ignore_index`` the hidden
+            state is not read: results and gradient are 0.
         bias: ``[V]``.
         logit_scale, softcap: positive; no cap where None.
         temperature, return_entropy: as in :func:`token_log_probs`.

@@ -45,7 +45,9 @@ def linear_topk_distillation_loss(
     where the backward does, one without gradients.
 
     Args:
-        student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton).
+        student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton). With
+            Hugging Face labels pass ``hidden[:, :-1]``, the teacher's slots ``[:, :-1]`` and
+            ``labels[:, 1:]``: no shift happens inside.
         student_weight: ``[V, d]``.
         teacher_log_probs, teacher_ids: ``[..., K]``, as in :func:`topk_distillation_loss`.
         tail: the rest of the vocabulary: "bucket", "renormalize" or "ignore", as there.

@@ -117,13 +117,15 @@ def distillation_loss(
     Args:
         student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
             may be strided: a view such as ``logits[:, :-1]`` is not copied.
-        teacher_logits: ``[..., V]``, its dtype may differ; no gradient flows to it. None where
-            ``hard_label_weight`` is 1.
+        teacher_logits: ``[..., V]``, its dtype may differ; no gradient flows to it, and it must not
+            require one while gradients are enabled. None where ``hard_label_weight`` is 1.
         divergence: a :class:`Divergence` or its name.
-        loss_mask: ``[...]``, bool, int or float: the tokens' weights. A token of weight 0 is not
-            read: whatever it holds, its gradient is 0.
-        labels: ``[...]``, int64, aligned with the logits (no shift happens inside). Tokens whose
-            label is ``ignore_index`` have weight 0.
+        loss_mask: ``[...]``, bool, int or float: the tokens' weights, aligned with the logits. A
+            token of weight 0 is not read: whatever it holds, its gradient is 0.
+        labels: ``[...]``, int64, aligned with the logits: the token that each of them predicts. No
+            shift happens inside; with Hugging Face labels pass ``logits[:, :-1]`` of both models and
+            ``labels[:, 1:]`` (a ``loss_mask`` of the same tokens: ``[:, 1:]``). Tokens whose label is
+            ``ignore_index`` have weight 0.
         hard_label_weight: w above, in [0, 1]; above 0 it needs ``labels``.
         temperature: T above, positive. The hard-label term is always at 1.
         scale_by_temperature_squared: multiply the divergence by T**2 (arXiv:1503.02531), so that
@@ -131,7 +133,8 @@ def distillation_loss(
         reduction: "mean" (over the sum of weights), "sum", or "none" (per token, ``[...]``).
         normalizer: number or 0-d tensor that replaces the sum of weights in "mean", such as
             ``num_items_in_batch`` under gradient accumulation. Under ``torch.compile`` give a tensor:
-            each new number (of any option) compiles again.
+            each new number compiles again (as each new ``temperature`` or ``hard_label_weight``
+            does, which are numbers only; a divergence's parameters may be tensors).
         infinities: "drop" leaves out the terms that are infinite where a logit is -inf (for
             divergences that are infinite where the teacher's is, the student is restricted to the
             teacher's support); "propagate" keeps them: loss +inf.
@@ -166,6 +169,15 @@ def distillation_loss(
         >>> loss.backward()
         >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
         (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
+
+        A model's logits at one token predict the next, whose label Hugging Face keeps at its own
+        place (-100: a prompt's):
+
+        >>> logits, teacher_logits = torch.randn(2, 1, 4, 5)
+        >>> labels = torch.tensor([[-100, -100, 3, 1]])
+        >>> loss = distill_ops.distillation_loss(
+        ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
+        ... )
     """
     divergence, n_cols = check_arguments(
         student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,

@@ -46,8 +46,9 @@ def token_log_probs(
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows may be
             strided: a view such as ``logits[:, :-1]`` is not copied.
-        token_ids: ``[...]``, int64, aligned with the logits (no shift happens inside). Where it is
-            ``ignore_index`` the row is not read: results and gradient are 0.
+        token_ids: ``[...]``, int64, aligned with the logits: no shift happens inside. Of a model's
+            own input pass ``logits[:, :-1]`` and ``input_ids[:, 1:]``. Where it is ``ignore_index``
+            the row is not read: results and gradient are 0.
         temperature: T above, positive.
         return_entropy: return the pair (log-probabilities, entropies).
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
@@ -102,8 +103,9 @@ def distillation_statistics(
     Args:
         student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in
             Triton); dtypes may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: results and
-            gradient are 0, and there is no agreement.
+        token_ids: ``[...]``, int64, aligned with the logits, as in :func:`token_log_probs`. Where it
+            is ``ignore_index`` the rows are not read: results and gradient are 0, and there is no
+            agreement.
         divergence: a :class:`Divergence` or its name; infinite terms are dropped, as
             :func:`distill_ops.distillation_loss` does by default.
         temperature: T above, positive, of all results.
@@ -169,8 +171,8 @@ def mixture_token_log_probs(
     Args:
         student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in
             Triton); dtypes may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: result and
-            gradient are 0.
+        token_ids: ``[...]``, int64, aligned with the logits, as in :func:`token_log_probs`. Where it
+            is ``ignore_index`` the rows are not read: result and gradient are 0.
         teacher_weight: a in [0, 1], a number or a tensor, 0-d or ``[...]``.
         temperature: T above, positive.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.

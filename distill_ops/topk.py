@@ -53,7 +53,8 @@ def topk_distillation_loss(
 
     Args:
         student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
-            may be strided: a view such as ``logits[:, :-1]`` is not copied.
+            may be strided: a view such as ``logits[:, :-1]`` is not copied. With Hugging Face labels
+            pass that, the teacher's slots ``[:, :-1]`` and ``labels[:, 1:]``: no shift happens inside.
         teacher_log_probs: ``[..., K]``, K at most 1024, any of these dtypes: natural logarithms, at
             the loss's temperature already; they are taken as they are. -inf is a token that the
             teacher excludes. No gradient flows to them.

@@ -72,9 +72,11 @@ def linear_distillation_loss(
         student_softcap, teacher_softcap: c above, positive; None for no cap.
         vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
 
-    No gradient flows to the teacher's tensors, which must not require one while gradients are
-    enabled; both of them may be None where ``hard_label_weight`` is 1. The other arguments and the
-    result are those of :func:`distill_ops.reference.distillation_loss`.
+    No gradient flows to the teacher: its weight and bias are detached, and its hidden states must
+    not require one while gradients are enabled. Hidden states and weight may be None where
+    ``hard_label_weight`` is 1. The other arguments and the result are those of
+    :func:`distill_ops.reference.distillation_loss`; ``loss_mask`` and ``labels`` are aligned with the
+    hidden states.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.

@@ -51,7 +51,12 @@ def test_without_a_counted_token_both_are_zero(trainers):
     logits = torch.randn(2, 5, VOCAB_SIZE, requires_grad=True)
     labels = torch.full((2, 5), -100)
     for trainer in trainers:
-        assert trainer.generalized_jsd_loss(logits, logits.detach(), labels).item() == 0
+        assert (
+            trainer.generalized_jsd_loss(
+                logits, logits.detach(), labels, beta=0.5, num_items_in_batch=None
+            ).item()
+            == 0
+        )
 
 
 def rows():

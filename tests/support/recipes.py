@@ -52,4 +52,21 @@ def of_linear() -> dict:
     return {**batch(), "student": causal_model(0), "teacher": causal_model(1, hidden_size=48)}
 
 
-READERS_OWN = {"README.md": of_the_readme, "docs/linear.md": of_linear}
+def of_tokens() -> dict:
+    """Logits of a sequence of 7 tokens, and what a policy step has of the 6 that follow one."""
+    ids = batch(shape=(2, 7))["ids"]
+    return {
+        "input_ids": ids,
+        "student_logits": causal_model(0)(ids).logits,
+        "teacher_logits": causal_model(1)(ids).logits.detach(),
+        "advantages": torch.ones(2, 6),
+        "old_log_prob": torch.full((2, 6), -4.0),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+    }
+
+
+READERS_OWN = {
+    "README.md": of_the_readme,
+    "docs/linear.md": of_linear,
+    "docs/tokens.md": of_tokens,
+}
