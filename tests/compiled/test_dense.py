@@ -145,7 +145,7 @@ def test_kernels_over_tokens(target):
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("n_cols", [1, 100, 32000, 50257, 128256, 151936, 262144])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("budget", [launch.MATCHED, launch.SCATTERED], ids=str)
+@pytest.mark.parametrize("budget", [launch.MATCHED, launch.SCATTERED], ids=["matched", "scattered"])
 def test_launch_choice(target, n_cols, itemsize, budget):
     facts = aot.TARGETS[target].facts
     row_bytes = 2 * itemsize * n_cols

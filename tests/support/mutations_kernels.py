@@ -226,7 +226,7 @@ DENSE_KERNEL = [
     Mutation(
         "registers beyond the file", "kernels/launch.py",
         "MATCHED = Budget(512, 128)", "MATCHED = Budget(512, 256)",
-        f"{AHEAD_OF_TIME}launch_choice",
+        f"{AHEAD_OF_TIME}launch_choice[matched-2-128256-sm_90]",
     ),
     Mutation(
         "a budget that spills", "kernels/launch.py",
