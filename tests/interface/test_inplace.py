@@ -8,7 +8,7 @@ import torch
 from benchmarks.core.memory import peak_above_inputs
 from distill_ops import JensenShannon, distillation_loss, ops
 from distill_ops.autograd import dense_loss_inplace
-from tests.losses.test_dense import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved
 
 OPTIONS = {

@@ -7,7 +7,7 @@ import torch._dynamo.testing
 from distill_ops import SymmetricKL, linear_distillation_loss, linear_ops, losses
 from distill_ops.linear import NAME
 from tests.interface.test_no_sync import FACTS, ComputingOperations
-from tests.losses.test_dense import BOOL_MASK, FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import BOOL_MASK, FLOAT_MASK, LABELS, TOKENS
 from tests.support.linear_cases import CAPPED, make_pair, run
 
 pytest.importorskip("triton")

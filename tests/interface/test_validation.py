@@ -83,7 +83,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=lambda x: str(x)[:40])
+NAMES = [message.replace("\\", "") for *_, message in BAD]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=NAMES)
 def test_bad_input(arguments, error, message):
     arguments = {"student_logits": STUDENT, "teacher_logits": TEACHER, **arguments}
     student, teacher = arguments.pop("student_logits"), arguments.pop("teacher_logits")

@@ -7,7 +7,7 @@ import torch
 
 import distill_ops
 from distill_ops import JensenShannon, SymmetricKL, checks, heads, linear_distillation_loss
-from tests.losses.test_dense import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
+from tests.support.cases import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
 from tests.support.declared import renyi_like
 from tests.support.linear_cases import CAPPED, N_COLS, Pair, check, make_pair, run
 

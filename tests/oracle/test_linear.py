@@ -7,7 +7,7 @@ import torch
 
 from distill_ops import reference
 from distill_ops.reference import linear_distillation_loss, linear_token_log_probs
-from tests.losses.test_dense import DIVERGENCES, OPTIONS, TOKENS
+from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
 
 INF = math.inf
 N_COLS = 33  # test_dense's

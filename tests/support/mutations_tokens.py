@@ -27,7 +27,7 @@ TOKENS_AND_MOMENTS = [
         "kernels/reduction.py",
         "tl.where(tl.sum(n_kept) == 0, 1.0, tl.sum(total))",
         "tl.sum(total)",
-        "tests/kernels/test_reduction.py::test_token_weights",
+        "tests/kernels/test_reduction.py::test_token_weights[100]",
         interpreter=True,
     ),
     Mutation(
@@ -35,7 +35,7 @@ TOKENS_AND_MOMENTS = [
         "kernels/reduction.py",
         "if upstream != 1.0:",
         "if upstream > 1.0:",
-        "tests/kernels/test_reduction.py::test_scale",
+        "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
         interpreter=True,
     ),
     Mutation(
