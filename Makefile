@@ -16,6 +16,9 @@ bench: setup
 test: setup
 	$(RUN) -m pytest
 
+test-full: setup
+	$(RUN) -m pytest --full
+
 static: setup
 	$(RUN) -m benchmarks.static
 
@@ -23,7 +26,7 @@ accuracy: setup
 	$(RUN) -m benchmarks.accuracy
 
 mutants: setup
-	$(RUN) tests/mutants.py
+	$(RUN) -m tests.support.mutants
 
 check: setup
 	$(RUN) -m ruff check .
@@ -35,4 +38,4 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test static accuracy mutants check example example-offline
+.PHONY: setup bench test test-full static accuracy mutants check example example-offline

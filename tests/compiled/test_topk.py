@@ -1,0 +1,91 @@
+"""The top-k kernel's launches, compiled for GPUs that are not here (``test_dense.py``)."""
+
+import pytest
+import torch
+
+from tests.support.machine_code import some, stack_and_loops
+
+pytest.importorskip("triton")
+
+from distill_ops.analysis import aot
+from distill_ops.analysis.forms import topk_launches
+from distill_ops.divergences import as_divergence
+
+
+def launches(divergence, target, *, n_cols=128256, k=64, dtype=torch.bfloat16, **options):
+    return topk_launches(as_divergence(divergence), n_cols, k, dtype, target, **options)
+
+
+def test_a_restricted_student_is_read_at_the_k_alone():
+    """Divergences that are infinite at p = 0 see nothing outside without a bucket: no sweep."""
+    for tail, hard, swept in [("ignore", 0.0, False), ("ignore", 0.5, True), ("bucket", 0.0, True)]:
+        (launch,) = launches("reverse_kl", aot.TARGETS["sm_90"], tail=tail, hard_label_weight=hard)
+        assert launch.arguments["REST"] == (tail == "bucket")
+        assert (launch.arguments["n_words"] > 0) == swept
+
+
+def test_scratch_memory_is_a_bit_a_column():
+    target = aot.TARGETS["sm_90"]
+    (launch,) = launches("forward_kl", target, n_cols=128256)
+    words = launch.arguments["words_ptr"]
+    assert words.shape[0] == launch.grid[0] == target.facts.n_sm
+    assert 128256 / 8 <= 4 * words.shape[1] <= 128256 / 8 + 1024 * 8
+
+
+# every way a row can go, and what changes the code
+FORMS = {
+    "bucket": ("jensen_shannon", {}),
+    "odd": ("soft_cross_entropy", {"n_cols": 50257}),
+    "no gradient": ("skew_forward_kl", {"gradient": "none"}),
+    "hard": ("forward_kl", {"hard_label_weight": 0.5}),
+    "hard T": ("skew_reverse_kl", {"hard_label_weight": 0.5, "temperature": 2.0}),
+    "restricted": ("reverse_kl", {"tail": "ignore"}),
+    "restricted hard": ("symmetric_kl", {"tail": "renormalize", "hard_label_weight": 0.5}),
+    "each": ("alpha_beta", {"tail": "ignore"}),
+    "fp16": ("forward_kl", {"dtype": torch.float16, "gradient": "backward"}),
+    "fp32": ("total_variation", {"dtype": torch.float32, "n_cols": 32000, "k": 1}),
+    "vocab_size": ("soft_cross_entropy", {"n_cols": 151936, "vocab_size": 151643}),
+    "many": ("jensen_shannon", {"k": 1024}),
+}
+
+
+NVIDIA = [(form, "sm_90") for form in FORMS]
+NVIDIA += [
+    (form, chip) for form in ("bucket", "hard T", "each", "many") for chip in ("sm_80", "sm_100")
+]
+
+
+@pytest.mark.parametrize(("form", "target"), some(NVIDIA, [("bucket", "sm_90")]))
+def test_kernel_for_nvidia(form, target):
+    """No stack; loops over tiles without barriers, with 16-byte accesses beside a byte of the bitmap."""
+    divergence, options = FORMS[form]
+    target = aot.TARGETS[target]
+    for launch in launches(divergence, target, **options):
+        stack, loops = stack_and_loops(launch, target)
+        assert stack == 0
+        size = launch.arguments["student_ptr"].element_size()
+        whole = [
+            loop for loop in loops if loop.special > 3 and loop.count("LDG")
+            if any(".128" in opcode for opcode in loop.opcodes if opcode.startswith("LDG"))
+        ]  # fmt: skip
+        swept = launch.arguments["REST"] or launch.arguments["HARD"]
+        assert bool(whole) == swept
+        for loop in whole:
+            wide = sum(n for o, n in loop.opcodes.items() if o.startswith("LDG") and ".128" in o)
+            columns = wide * 16 / size
+            assert loop.barriers == 0
+            # the first sweep reads a byte of the bitmap a vector
+            assert loop.narrow_accesses == (0 if loop.stores else wide)
+            if columns == 8 * launch.arguments["UNROLL"] and form not in ("each", "hard T"):
+                assert loop.instructions / columns <= (7.25 if loop.stores else 11)
+
+
+AMD = ["bucket", "odd", "hard T", "restricted", "each", "many"]
+
+
+@pytest.mark.parametrize("form", some(AMD, ["bucket"]))
+def test_kernel_for_amd(form):
+    divergence, options = FORMS[form]
+    target = aot.TARGETS["gfx942"]
+    for launch in launches(divergence, target, **options):
+        assert stack_and_loops(launch, target, wide=form != "restricted")[0] == 0

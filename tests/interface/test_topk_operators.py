@@ -1,0 +1,170 @@
+"""The top-k loss's operators inside PyTorch's mechanisms."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
+from tests.support.helpers import make_logits, moved, run, topk_of
+
+pytest.importorskip("triton")
+
+from distill_ops import JensenShannon, SkewForwardKL, ops, topk_distillation_loss, topk_ops
+
+OPTIONS = {
+    "forward": {},
+    "backward": {"gradient": "backward", "tail": "ignore"},
+    "none": {"reduction": "none"},
+    "mask": {"loss_mask": FLOAT_MASK},
+    "hard": {"labels": LABELS, "hard_label_weight": 0.5, "return_components": True},
+    "normalizer": {"normalizer": torch.tensor(7.0)},
+    "parameters": {"divergence": JensenShannon(torch.full(TOKENS, 0.3))},
+}
+
+
+def make_topk(shape=(*TOKENS, 33), k=5, device="cpu"):
+    student, teacher = make_logits(shape, device=device)
+    return student, *topk_of(teacher, k)
+
+
+def call_and_arguments(student, *others, **options):
+    """The result, and what the public function hands to the operator."""
+    captured = []
+    original = topk_ops.differentiable_topk_loss
+
+    def capture(*arguments):
+        captured.append(arguments)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill_ops.topk.differentiable_topk_loss", capture)
+        result = topk_distillation_loss(student, *others, **options)
+    return result, captured[0]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_opcheck_of_the_loss(option, backend, device):
+    options = moved(OPTIONS[option], device)
+    if "divergence" in options:
+        options["divergence"] = options["divergence"].map_tensors(lambda x: x.to(device))
+    student, *others = make_topk(device=device)
+    _, arguments = call_and_arguments(student.requires_grad_(), *others, backend=backend, **options)
+    torch.library.opcheck(topk_ops.topk_loss_op, arguments)
+
+
+def test_opcheck_of_the_gradient(backend, device):
+    student, *others = make_topk(device=device)
+    _, arguments = call_and_arguments(
+        student.requires_grad_(), *others, gradient="backward", backend=backend
+    )
+    kept = topk_ops.topk_loss(*arguments)[2].detach()
+    shared = (student.detach(), *arguments[1 : topk_ops.N_SHARED])
+    upstream = torch.tensor(0.5, device=device)
+    torch.library.opcheck(topk_ops.topk_gradient_op, (*shared, kept, upstream))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiled_equals_eager(option):
+    """One graph, no break."""
+    options = {"divergence": "reverse_kl", **OPTIONS[option]}
+    torch.compiler.reset()
+
+    def loss_function(student, log_p, **options):
+        result = topk_distillation_loss(student * 2.0, log_p, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")
+    student, log_p, ids = make_topk()
+    eager = run(loss_function, student, log_p, teacher_ids=ids, **options)
+    graph = run(compiled, student, log_p, teacher_ids=ids, **options)
+    torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_with_dynamic_shapes():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(topk_distillation_loss, fullgraph=True, dynamic=True, backend=counter)
+    for shape, k in [((4, 33), 5), ((7, 50), 8), ((5, 41), 6)]:
+        arguments = make_topk(shape, k)
+        torch.testing.assert_close(compiled(*arguments), topk_distillation_loss(*arguments))
+    assert counter.frame_count == 1
+
+
+def test_a_changed_parameter_tensor_compiles_no_graph():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda s, p, i, a: topk_distillation_loss(s * 1.0, p, i, divergence=SkewForwardKL(a)),
+        fullgraph=True, backend=counter,
+    )  # fmt: skip
+    arguments = make_topk((4, 33))
+    for alpha in (0.1, 0.3, 0.6):
+        alpha = torch.tensor(alpha)
+        expected = topk_distillation_loss(*arguments, divergence=SkewForwardKL(alpha))
+        torch.testing.assert_close(compiled(*arguments, alpha), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoint(reentrant):
+    student, log_p, ids = make_topk()
+
+    def checkpointed(student, log_p):
+        return torch.utils.checkpoint.checkpoint(
+            lambda s: topk_distillation_loss(s * 2.0, log_p, ids), student, use_reentrant=reentrant
+        )
+
+    plain = lambda s, log_p: topk_distillation_loss(s * 2.0, log_p, ids)
+    ours, expected = run(checkpointed, student, log_p), run(plain, student, log_p)
+    assert torch.equal(ours.loss, expected.loss)
+    assert torch.equal(ours.gradient, expected.gradient)
+
+
+def test_second_backward_and_second_derivative(backend, device):
+    student, *others = make_topk(device=device)
+    student.requires_grad_()
+    loss = topk_distillation_loss(student, *others, gradient="backward", backend=backend)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    loss.backward()
+    assert torch.equal(student.grad, once + once)
+    loss = topk_distillation_loss(student, *others, gradient="forward", backend=backend) * 0.5
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"topk_distillation_loss.*gradient='backward'"):
+        loss.backward()
+    for gradient in ("forward", "backward"):
+        loss = topk_distillation_loss(student, *others, gradient=gradient, backend=backend)
+        with pytest.raises(RuntimeError, match="topk_distillation_loss has no second derivative"):
+            torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_transforms_that_cannot_work_are_refused(backend, device):
+    student, *others = make_topk(device=device)
+    loss_function = lambda s: topk_distillation_loss(s, *others, backend=backend)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        with pytest.raises(NotImplementedError, match="reference.topk_distillation_loss"):
+            transform(loss_function)(student)
+
+
+def test_vmap_over_independent_problems():
+    student, log_p, ids = make_topk((3, 4, 33))
+    mapped = torch.func.vmap(topk_distillation_loss)(student, log_p, ids)
+    looped = [topk_distillation_loss(*part) for part in zip(student, log_p, ids, strict=True)]
+    assert torch.equal(mapped, torch.stack(looped))
+
+
+@pytest.mark.parametrize("option", ["forward", "mask", "hard"])
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "reverse_kl", "alpha_beta"])
+def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, backend, device):
+    """As a linear form calls it, on blocks of logits that it made."""
+    options = {**moved(OPTIONS[option], device), "divergence": divergence, "tail": tail}
+    student, *others = make_topk(device=device)
+    options["gradient"] = "forward"
+    _, arguments = call_and_arguments(student.requires_grad_(), *others, backend=backend, **options)
+    loss, _, gradient = topk_ops.topk_loss(student.detach(), *arguments[1:])
+    inputs, parsed = topk_ops.parse((student.detach().clone(), *arguments[1:]))
+    again, _ = ops._loss(inputs, parsed, inputs.student, None, False)
+    assert torch.equal(again, loss)
+    assert torch.equal(inputs.student, gradient)

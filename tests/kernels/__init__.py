@@ -1,0 +1,1 @@
+"""Device code by itself, in Triton's interpreter."""

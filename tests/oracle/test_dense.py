@@ -1,0 +1,353 @@
+"""semantics.md, checked: worked values, infinities, and the facts that hold for every divergence."""
+
+import math
+
+import pytest
+import torch
+
+from distill_ops import (
+    AlphaBeta,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SoftCrossEntropy,
+    distillation_loss,
+    reference,
+)
+from tests.support.cases import DIVERGENCES
+from tests.support.helpers import (
+    WORKED_STUDENT,
+    WORKED_TEACHER,
+    check,
+    make_logits,
+    run,
+    run_reference,
+)
+
+INF = float("inf")
+S, Q = WORKED_STUDENT, WORKED_TEACHER
+S2, Q2 = (*S[:2], -INF, *S[3:]), (*Q[:2], -INF, *Q[3:])
+
+# divergence, options, student, teacher, loss, gradient: each number computed twice, independently
+WORKED = [
+    ("soft_cross_entropy", {}, S, Q, 1.918919848761, [.0981247568, .2667307433, -.0380801676, .0855284604, -.4123037929]),
+    ("soft_cross_entropy", {}, S2, Q, 1.656057050240, [.0900099757, .2446724814, 0, .0806065969, -.4152890540]),
+    ("soft_cross_entropy", {}, S, Q2, 1.801723301206, [.0904085454, .2457559061, .0280311766, .0826898249, -.4468854530]),
+    ("soft_cross_entropy", {}, S2, Q2, 1.773291751518, [.0963819136, .2619932043, 0, .0863128558, -.4446879737]),
+    ("soft_cross_entropy", {"temperature": 2.0}, S, Q, 1.671372596382, [.0322995862, .0532530148, -.0215201678, .0391582471, -.1031906802]),
+    ("forward_kl", {}, S, Q, 0.658391828493, [.0981247568, .2667307433, -.0380801676, .0855284604, -.4123037929]),
+    ("forward_kl", {}, S2, Q, 0.575114872001, [.0900099757, .2446724814, 0, .0806065969, -.4152890540]),
+    ("reverse_kl", {}, S, Q, 0.472252135342, [.0351540791, .0955586945, -.0372891776, .0841355356, -.1775591317]),
+    ("reverse_kl", {"temperature": 2.0}, S, Q, 0.143896881039, [.0216589880, .0357096342, -.0233717030, .0389833476, -.0729802667]),
+    ("reverse_kl", {}, S, Q2, 0.470650206963, [.0279925192, .0760915562, 0, .0816033454, -.1856874207]),
+    ("reverse_kl", {}, S2, Q, 0.539048266984, [.0279925192, .0760915562, 0, .0816033454, -.1856874207]),
+    (JensenShannon(0.5), {}, S, Q, 0.128330683350, [.0128617800, .0349619429, -.0093131345, .0169591785, -.0554697669]),
+    (JensenShannon(0.1), {}, S, Q, 0.054858518059, [.0072371431, .0196725946, -.0034585412, .0068742301, -.0303254265]),
+    (JensenShannon(0.5), {}, S2, Q, 0.149670701283, [.0111069808, .0301919040, 0, .0159711100, -.0572699948]),
+    (JensenShannon(0.5), {}, S, Q2, 0.137637999828, [.0094607879, .0257170877, .0075443674, .0153443743, -.0580666172]),
+    ("symmetric_kl", {}, S, Q, 0.565321981917, [.0666394180, .1811447189, -.0376846726, .0848319980, -.2949314623]),
+    ("skew_forward_kl", {}, S, Q, 0.461191844858, [.0542897637, .1475748781, -.0311000389, .0566624554, -.2274270583]),
+    ("skew_reverse_kl", {}, S, Q, 0.389959323433, [.0332944447, .0905036841, -.0298361224, .0590090571, -.1529710635]),
+    ("total_variation", {}, S, Q, 0.450383960486, [.0215880752, .0586824725, -.0251095483, .0130938295, -.0682548288]),
+    ("alpha_beta", {}, S, Q, 0.585650904682, [.0624217956, .1318962891, -.0488319752, .1070948158, -.2525809253]),
+    ("soft_cross_entropy", {"labels": 1, "hard_label_weight": 0.5}, S, Q, 1.246678894195, [.1526243465, -.0851240125, -.0050244955, .1055777390, -.1680535775]),
+]  # fmt: skip
+
+
+def losses(backend):
+    """The loss function of a path, and the dtype it is held in."""
+    if backend == "reference":
+        return reference.distillation_loss, torch.float64
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    return lambda s, t, **o: distillation_loss(s, t, backend=backend, **o), dtype
+
+
+PATHS = [
+    "reference",
+    "torch",
+    pytest.param("triton", marks=pytest.mark.interpreter),
+]
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("worked", WORKED, ids=lambda w: f"{w[0]}-{w[4]}")
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_worked_values(worked, backend, gradient, kernel_device):
+    divergence, options, student, teacher, expected, expected_gradient = worked
+    loss_function, dtype = losses(backend)
+    options = dict(options)
+    if backend != "reference":
+        options["gradient"] = gradient
+    # a second row of weight 0 that holds NaN changes nothing
+    student = torch.tensor([student, [math.nan] * 5], dtype=dtype, device=kernel_device(backend))
+    teacher = torch.tensor([teacher, [math.nan] * 5], dtype=dtype, device=student.device)
+    if "labels" in options:
+        options["labels"] = torch.tensor([options["labels"], -100], device=student.device)
+    else:
+        options["loss_mask"] = torch.tensor([1, 0], device=student.device)
+    student.requires_grad_()
+    loss = loss_function(student, teacher, divergence=divergence, **options)
+    loss.backward()
+    tolerance = 6e-11 if dtype == torch.float64 else 2e-7
+    if divergence == "alpha_beta":
+        tolerance *= 5  # its sum is divided by alpha * beta = 0.14
+    assert loss.item() == pytest.approx(expected, abs=tolerance)
+    assert student.grad[0].tolist() == pytest.approx(expected_gradient, abs=tolerance)
+    assert (student.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", PATHS)
+def test_worked_cross_entropy_with_weights(backend, kernel_device):
+    loss_function, dtype = losses(backend)
+    student = torch.tensor([S, Q], dtype=dtype, device=kernel_device(backend))
+    loss = loss_function(
+        student, None, hard_label_weight=1, labels=torch.tensor([1, 4], device=student.device),
+        loss_mask=torch.tensor([0.75, 0.25], device=student.device),
+    )  # fmt: skip
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-7
+    assert loss.item() == pytest.approx(0.609932186143, abs=tolerance)
+
+
+def banned(logits, *columns, value=-INF):
+    logits = logits.clone()
+    for column in columns:
+        logits[..., column] = value
+    return logits
+
+
+# (student columns, teacher columns) set to -inf
+PLACES = {
+    "student": ((3, slice(10, 14)), ()),
+    "teacher": ((), (5, slice(20, 30))),
+    "overlapping": ((3, slice(10, 14)), (3, slice(12, 20))),
+    "padding": ((slice(30, None),), (slice(30, None),)),
+    "first_tiles": ((slice(0, 3000),), (slice(0, 2500),)),
+    "one_column_left": ((slice(0, 7), slice(8, None)), ()),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_infinite_logits_are_dropped(divergence, place, gradient, backend, device):
+    n_cols = 4099 if place == "first_tiles" else 40
+    student, teacher = make_logits((3, n_cols), device=device)
+    student_columns, teacher_columns = PLACES[place]
+    # one row without infinities: only the others take the guarded way
+    student[:2], teacher[:2] = (
+        banned(student[:2], *student_columns),
+        banned(teacher[:2], *teacher_columns),
+    )
+    options = {"divergence": divergence, "temperature": 1.5, "backend": backend}
+    ours = check(distillation_loss, student, teacher, gradient=gradient, **options)
+    assert (ours.gradient[student == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_infinite_logits_without_gradient(divergence, place, backend, device):
+    """The forward alone takes one sweep where the moments are closed; it must fall back too."""
+    n_cols = 4099 if place == "first_tiles" else 40
+    student, teacher = make_logits((2, n_cols), device=device)
+    student_columns, teacher_columns = PLACES[place]
+    student, teacher = banned(student, *student_columns), banned(teacher, *teacher_columns)
+    loss = distillation_loss(student, teacher, divergence=divergence, backend=backend)
+    truth = run_reference(student, teacher, double=True, divergence=divergence)
+    assert loss.item() == pytest.approx(truth.loss.item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("place", ["student", "teacher", "overlapping", "padding"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_infinite_logits_propagate(divergence, place, backend, device):
+    student, teacher = make_logits((2, 40), device=device)
+    student_columns, teacher_columns = PLACES[place]
+    student, teacher = banned(student, *student_columns), banned(teacher, *teacher_columns)
+    options = {"divergence": divergence, "infinities": "propagate", "reduction": "sum"}
+    ours = run(distillation_loss, student, teacher, backend=backend, **options)
+    truth = run_reference(student, teacher, double=True, **options)
+    infinite = {
+        "soft_cross_entropy": place in ("student", "overlapping"),
+        "forward_kl": place in ("student", "overlapping"),
+        "reverse_kl": place in ("teacher", "overlapping"),
+        "symmetric_kl": place != "padding",
+    }.get(divergence.name, False)
+    if not infinite:
+        check(distillation_loss, student, teacher, backend=backend, **options)
+        return
+    assert ours.loss == truth.loss == INF
+    if divergence.infinite_at_teacher_zero and place != "student":
+        assert not ours.gradient.isfinite().any()
+    else:  # finite: q - p for the forward KL, as in PyTorch
+        eps = torch.finfo(torch.float32).eps
+        torch.testing.assert_close(ours.gradient.double(), truth.gradient, rtol=0, atol=4 * eps)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "all -inf"])
+def test_a_row_without_a_softmax_is_nan_and_alone(divergence, gradient, side, bad, backend, device):
+    student, teacher = make_logits((3, 40), device=device)
+    row = {"student": student, "teacher": teacher}[side][1]
+    row[{"nan": 7, "inf": 7}.get(bad, slice(None))] = {"nan": math.nan, "inf": INF}.get(bad, -INF)
+    row[9] = -INF  # and a dropped column, which must not hide it
+    options = {"divergence": divergence, "reduction": "none", "backend": backend}
+    ours = run(distillation_loss, student, teacher, **options)
+    assert ours.loss.isnan().tolist() == [False, True, False]
+    assert ours.gradient[1].isnan().all()
+    assert ours.gradient[::2].isfinite().all()
+    summed = run(
+        distillation_loss,
+        student,
+        teacher,
+        divergence=divergence,
+        gradient=gradient,
+        backend=backend,
+    )
+    assert summed.loss.isnan()
+    assert summed.gradient[1].isnan().all()
+    assert summed.gradient[::2].isfinite().all()
+
+
+def test_disjoint_supports(backend, device):
+    student, teacher = make_logits((1, 40), device=device)
+    student, teacher = banned(student, slice(0, 20)), banned(teacher, slice(20, None))
+    assert distillation_loss(student, teacher, divergence="reverse_kl", backend=backend).isnan()
+    for divergence in ("soft_cross_entropy", "forward_kl"):  # every term is dropped
+        ours = run(distillation_loss, student, teacher, divergence=divergence, backend=backend)
+        assert ours.loss == 0
+        assert (ours.gradient == 0).all()
+    loss = distillation_loss(student, teacher, divergence=JensenShannon(0.5), backend=backend)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("lowest", ["student", "teacher", "both", "whole rows"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_logits_at_the_lowest_float_are_finite(divergence, lowest, backend, device):
+    """Masks of ``finfo.min`` overflow when divided by a temperature below 1, or by ln 2."""
+    student, teacher = make_logits((2, 40), device=device)
+    low = torch.finfo(torch.float32).min
+    if lowest == "whole rows":
+        student[0], teacher[1] = low, low
+    else:
+        if lowest in ("student", "both"):
+            student = banned(student, slice(4, 9), value=low)
+        if lowest in ("teacher", "both"):
+            teacher = banned(teacher, slice(4, 9), value=low)
+    student.requires_grad_()
+    loss = distillation_loss(
+        student, teacher, divergence=divergence, reduction="none", backend=backend
+    )
+    loss.sum().backward()
+    assert not loss.isnan().any()
+    assert student.grad.isfinite().all()
+    truth = reference.distillation_loss(
+        student.detach().double(), teacher.double(), divergence=divergence, reduction="none"
+    )
+    assert loss.tolist() == pytest.approx(truth.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_hard_label_sees_the_full_student(weight, temperature, backend, device):
+    """Reverse KL restricts the student to the teacher's support; the cross-entropy does not."""
+    student, teacher = make_logits((3, 40), device=device)
+    student, teacher = banned(student, 4), banned(teacher, slice(10, 15))
+    options = {
+        "divergence": "reverse_kl", "hard_label_weight": weight, "temperature": temperature,
+        "labels": torch.tensor([12, 3, 39], device=device), "backend": backend,
+    }  # fmt: skip
+    for gradient in ("forward", "backward"):
+        check(distillation_loss, student, teacher, gradient=gradient, **options)
+
+
+def test_a_label_with_an_infinite_logit(backend, device):
+    student, teacher = make_logits((2, 40), device=device)
+    student = banned(student, 4)
+    labels = torch.tensor([4, 5], device=device)
+    ours = run(
+        distillation_loss, student, teacher, labels=labels, hard_label_weight=0.5,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    assert ours.loss[0] == INF
+    assert ours.loss[1].isfinite()
+    assert ours.gradient.isfinite().all()
+
+
+# --- facts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_facts_of_a_divergence(divergence, backend, device):
+    student, teacher = make_logits((4, 300), device=device)
+    options = {"divergence": divergence, "backend": backend}
+    eps = torch.finfo(torch.float32).eps
+    ours = run(distillation_loss, student, teacher, **options)
+    # every gradient row sums to 0
+    assert (ours.gradient.double().sum(-1).abs() <= 300 * eps * ours.gradient.abs().max()).all()
+    # a constant added to a row changes nothing (a power of two: exact in these logits' range)
+    shifted = run(distillation_loss, student + 16.0, teacher - 32.0, **options)
+    assert shifted.loss.item() == pytest.approx(ours.loss.item(), rel=1e-4)
+    if divergence != SoftCrossEntropy():
+        same = run(distillation_loss, student, student, **options)
+        assert same.loss.abs() <= 16 * eps  # alpha-beta divides by alpha * beta = 0.14
+        assert (same.gradient.abs() <= 4 * eps).all()
+
+
+def test_symmetry_of_jensen_shannon(backend, device):
+    student, teacher = make_logits((3, 50), device=device)
+    one = distillation_loss(student, teacher, divergence=JensenShannon(0.3), backend=backend)
+    other = distillation_loss(teacher, student, divergence=JensenShannon(0.7), backend=backend)
+    assert one.item() == pytest.approx(other.item(), rel=1e-5)
+
+
+def test_end_points_are_the_kls(backend, device):
+    student, teacher = make_logits((3, 50), device=device)
+    limits = [
+        (JensenShannon(0), ForwardKL()),
+        (JensenShannon(1.0), "reverse_kl"),
+        (SkewForwardKL(0.0), "forward_kl"),
+        (SkewReverseKL(0), ReverseKL()),
+        (AlphaBeta(1, 0), "forward_kl"),
+        (AlphaBeta(0, 1.0), "reverse_kl"),
+    ]
+    for limit, kl in limits:
+        ours = run(distillation_loss, student, teacher, divergence=limit, backend=backend)
+        theirs = run(distillation_loss, student, teacher, divergence=kl, backend=backend)
+        assert torch.equal(ours.loss, theirs.loss)
+        assert torch.equal(ours.gradient, theirs.gradient)
+
+
+def test_soft_cross_entropy_and_forward_kl_share_their_gradient(backend, device):
+    student, teacher = make_logits((3, 50), dtype=torch.bfloat16, device=device)
+    soft, kl = (
+        run(distillation_loss, student, teacher, divergence=d, backend=backend)
+        for d in (SoftCrossEntropy(), ForwardKL())
+    )
+    assert torch.equal(soft.gradient, kl.gradient)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_slope_is_the_derivative_of_value(divergence):
+    """The device text itself, on tensors: slope = d value / d log_q at fixed p."""
+    student, teacher = make_logits((64,), dtype=torch.float64)
+    log_q = torch.log_softmax(student, -1).requires_grad_()
+    log_p = torch.log_softmax(teacher, -1)
+    value, slope = divergence.on_columns(log_q, log_p, divergence.parameters)
+    (derivative,) = torch.autograd.grad(value.sum(), log_q)
+    # soft cross-entropy and forward KL leave nothing out; the others' q-dependence is in slope
+    torch.testing.assert_close(slope, derivative, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_closed_forms_agree_with_the_text_they_replace(divergence, monkeypatch):
+    from distill_ops import host
+
+    student, teacher = make_logits((5, 200), dtype=torch.float64)
+    closed = run(distillation_loss, student, teacher, divergence=divergence, temperature=1.3)
+    monkeypatch.setattr(host, "CLOSED_FORMS", {})
+    general = run(distillation_loss, student, teacher, divergence=divergence, temperature=1.3)
+    assert closed.loss.item() == pytest.approx(general.loss.item(), rel=1e-13)
+    torch.testing.assert_close(closed.gradient, general.gradient, rtol=1e-11, atol=1e-16)

@@ -1,0 +1,27 @@
+"""Mistakes in the sources, each with the test that must notice it; ``mutants.py`` makes them.
+
+Old texts are short, so that they outlive changes around them, and occur once in their file.
+"""
+
+from tests.support.mutations_autograd import (
+    GPU_HOST_CODE_AND_AUTOGRAD,
+    INPLACE_GRADIENT,
+    PARAMETERS_AND_DECLARED,
+)
+from tests.support.mutations_host import CHECKS, CPU_PATH
+from tests.support.mutations_kernels import KERNEL_MUTATIONS
+from tests.support.mutations_linear import LINEAR_FORM
+from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
+from tests.support.mutations_topk import TOPK_MUTATIONS
+
+MUTATIONS = [
+    *GPU_HOST_CODE_AND_AUTOGRAD,
+    *INPLACE_GRADIENT,
+    *PARAMETERS_AND_DECLARED,
+    *CPU_PATH,
+    *CHECKS,
+    *KERNEL_MUTATIONS,
+    *TOKENS_AND_MOMENTS,
+    *LINEAR_FORM,
+    *TOPK_MUTATIONS,
+]

@@ -1,0 +1,27 @@
+"""What the tests of the teacher store share."""
+
+import torch
+
+from distill_ops import teacher_topk
+from tests.support.helpers import make_logits
+
+FACTS = {"vocab_size": 50, "temperature": 2.0, "teacher": "a teacher"}
+
+
+def make_topk(n_rows, k=8, seed=0, scale=4.0):
+    logits, _ = make_logits((n_rows, 50), seed=seed, scale=scale)
+    return teacher_topk(logits, k, temperature=2.0)
+
+
+def allowed_error(log_probs):
+    """What the docstring of save_teacher_topk allows, for finite log-probabilities."""
+    difference = log_probs.max(-1, keepdim=True).values - log_probs
+    mean = (log_probs.softmax(-1) * difference).sum(-1, keepdim=True)
+    return 2**-11 * (difference + mean) + 2**-24 + 2**-23 * log_probs.abs()
+
+
+def assert_same(ours, expected):
+    """Two top-k sets, one of which has been stored."""
+    assert torch.equal(ours.ids, expected.ids)
+    error = (ours.log_probs - expected.log_probs).abs()
+    assert (error <= allowed_error(expected.log_probs)).all()

@@ -1,0 +1,1 @@
+"""A teacher's top-k: made, stored and read back."""

@@ -1,0 +1,275 @@
+"""Reading a stored teacher: indices, workers, and files that are not what they should be."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill_ops import TeacherTopK, TeacherTopKDataset, save_teacher_topk
+from tests.support.stored_teachers import FACTS, assert_same, make_topk
+
+
+@pytest.fixture(params=[None, 7], ids=["file", "shards"])
+def stored(request, tmp_path):
+    topk = make_topk(20)
+    save_teacher_topk(tmp_path / "store", topk, rows_per_shard=request.param, **FACTS)
+    return tmp_path / "store", topk
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        0, 19, -1, -20, torch.tensor(6), torch.tensor(7, dtype=torch.int32),
+        slice(None), slice(5, 9), slice(-3, None), slice(15, 2, -4), slice(8, 8), slice(9, 3),
+        [3, 18, -1, 3], [], torch.tensor([[6, 7], [13, 14]]), torch.tensor([19], dtype=torch.uint8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_indexing(stored, index):
+    path, topk = stored
+    ours = TeacherTopKDataset(path)[index]
+    rows = torch.arange(20)
+    if isinstance(index, slice):
+        rows = torch.tensor(list(range(20))[index], dtype=torch.int64)
+    else:
+        rows = rows[torch.as_tensor(index).long()]
+    assert ours.ids.shape == (*rows.shape, 8)
+    assert_same(ours, TeacherTopK(topk.log_probs[rows], topk.ids[rows]))
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (20, IndexError, "row 20 of a store of 20 rows"),
+        (-21, IndexError, "row -21 of"),
+        ([0, 25], IndexError, "row 25 of"),
+        (1.0, TypeError, "index must be ints.*got torch.float32"),
+        (True, TypeError, "index must be ints.*got torch.bool"),
+        (torch.ones(20, dtype=torch.bool), TypeError, "index must be ints"),
+        ("3", TypeError, "index must be ints.*got str"),
+        (None, TypeError, "index must be ints.*got NoneType"),
+    ],
+)
+def test_bad_index(stored, index, error, message):
+    with pytest.raises(error, match=message):
+        TeacherTopKDataset(stored[0])[index]
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_data_loader(stored, n_workers):
+    """Collated as it comes, and a batch at a time."""
+    path, topk = stored
+    dataset = TeacherTopKDataset(path)
+    assert_same(dataset[3], TeacherTopK(topk.log_probs[3], topk.ids[3]))  # mapped before the fork
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [order[i : i + 6] for i in range(0, 20, 6)]
+    options = {"num_workers": n_workers}
+    for loader in (
+        torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options),
+        torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, **options),
+    ):
+        for rows, batch in zip(batches, loader, strict=True):
+            assert isinstance(batch, TeacherTopK)
+            assert_same(batch, TeacherTopK(topk.log_probs[rows], topk.ids[rows]))
+
+
+def test_pickles_without_what_it_has_mapped(stored):
+    path, topk = stored
+    dataset = TeacherTopKDataset(path)
+    size = len(pickle.dumps(dataset))
+    assert_same(dataset[:], topk)
+    assert len(pickle.dumps(dataset)) == size
+    assert_same(pickle.loads(pickle.dumps(dataset))[:], topk)
+
+
+def test_a_relative_path_survives_a_change_of_folder(stored, monkeypatch, tmp_path):
+    path, topk = stored
+    monkeypatch.chdir(path.parent)
+    dataset = pickle.loads(pickle.dumps(TeacherTopKDataset(path.name)))
+    monkeypatch.chdir(Path(path.anchor))
+    assert_same(dataset[:], topk)
+
+
+def test_a_file_replaced_meanwhile_is_noticed(stored):
+    path, _ = stored
+    pickled = pickle.dumps(TeacherTopKDataset(path))
+    file = path if path.is_file() else path / "shard-00002.safetensors"
+    save_teacher_topk(file, make_topk(20), **FACTS | {"teacher": "another"})
+    with pytest.raises(ValueError, match=f"{file.name} .*'a teacher'.* in its place, .*'another'"):
+        pickle.loads(pickled)[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_rows_stay_on_the_disk(tmp_path):
+    log_probs = torch.full((1, 8), -3.0).expand(1_000_000, 8)
+    ids = torch.arange(8, dtype=torch.int32).expand(1_000_000, 8)
+    save_teacher_topk(tmp_path / "a", [(log_probs, ids)], **FACTS)
+    resident = lambda: (
+        int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    )
+    del log_probs, ids
+    TeacherTopKDataset(tmp_path / "a")[0]  # what the first use imports
+    before = resident()
+    dataset = TeacherTopKDataset(tmp_path / "a")
+    assert dataset[[0, 500_000, -1]].ids.shape == (3, 8)
+    assert resident() - before < 0.4 * (tmp_path / "a").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"temperature": 1}, "temperature must be 2.0, which .*store records, got 1.0"),
+        ({"vocab_size": 51}, "vocab_size must be 50, which .*store records, got 51"),
+        ({"teacher": "other"}, "teacher must be 'a teacher', which .*store records, got 'other'"),
+    ],
+)
+def test_disagreement(stored, asked, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherTopKDataset(stored[0], **asked)
+    TeacherTopKDataset(stored[0], temperature=2, vocab_size=50, teacher="a teacher")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": None}, TypeError, "path must be a str or a path, got NoneType"),
+        ({"path": "nowhere"}, FileNotFoundError, "nothing is at .*nowhere"),
+        ({"temperature": 0}, ValueError, "temperature must be positive"),
+        ({"vocab_size": 2.0}, TypeError, "vocab_size must be an int"),
+        ({"teacher": 3}, TypeError, "teacher must be a str, its name, got int"),
+    ],
+)
+def test_dataset_arguments(stored, arguments, error, message):
+    with pytest.raises(error, match=message):
+        TeacherTopKDataset(**({"path": stored[0]} | arguments))
+
+
+def test_truncated_at_any_length(stored):
+    path, _ = stored
+    file = path if path.is_file() else path / "shard-00001.safetensors"
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole), 13), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match=f"{file.name} is not .*expected a complete safetensors"
+        ):
+            TeacherTopKDataset(path)
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match=f"{file.name} is not .*expected a complete safetensors"):
+        TeacherTopKDataset(path)
+
+
+def rewrite(file, metadata=None, **tensors):
+    """Change metadata (None takes one away) or tensors of a file."""
+    with safe_open(file, framework="pt") as opened:
+        found = opened.metadata()
+        kept = {name: opened.get_tensor(name).clone() for name in opened.keys()}
+    found = {k: v for k, v in (found | (metadata or {})).items() if v is not None}
+    save_file({k: v for k, v in (kept | tensors).items() if v is not None}, file, metadata=found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metadata": {"format": None}}, "expected format 'distill_ops.teacher_topk' in its meta"),
+        ({"metadata": {"format": "x"}}, "expected format 'distill_ops.teacher_topk' .*found 'x'"),
+        ({"metadata": {"version": "2"}}, "expected version '1', found '2'"),
+        ({"metadata": {"teacher": None}}, "expected vocab_size, .*teacher.* in its metadata"),
+        ({"metadata": {"rows": "many"}}, "expected .*rows in its metadata, found .*many"),
+        ({"metadata": {"k": "9"}}, "expected tensors"),
+        ({"metadata": {"rows": "8"}}, "expected tensors .*ids.*int32, .8, 8.*found .*ids"),
+        ({"ids": torch.zeros(7, 8, dtype=torch.int64)}, "expected tensors .*found .*ids.*int64"),
+        ({"differences": torch.zeros(7, 8)}, "expected tensors .*found .*torch.float32"),
+        ({"top": torch.zeros(7, 1)}, "expected tensors .*found .*'top'.*7, 1"),
+        ({"top": None}, "expected tensors"),
+        ({"more": torch.zeros(1)}, "expected tensors .*found .*more"),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_foreign_file(tmp_path, folder, change, message):
+    path = tmp_path / "store"
+    save_teacher_topk(
+        path, make_topk(14 if folder else 7), rows_per_shard=7 if folder else None, **FACTS
+    )
+    file = path / "shard-00001.safetensors" if folder else path
+    rewrite(file, **change)
+    with pytest.raises(ValueError, match=f"{file.name} is not a teacher top-k store: {message}"):
+        TeacherTopKDataset(path)
+
+
+def test_files_that_are_something_else(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model")
+    (tmp_path / "text").write_text("not a store, but long enough to hold the length of a header")
+    (tmp_path / "folder").mkdir()
+    for name, message in [
+        ("model", "model is not .*expected format 'distill_ops.teacher_topk' .*found None"),
+        ("text", "text is not .*expected a complete safetensors file"),
+        ("folder", "folder is not .*expected a folder with index.json, which is written last"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TeacherTopKDataset(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "index.json is not .*expected JSON"),
+        ("[]", "index.json is not .*expected format"),
+        ({"version": "2"}, "index.json is not .*expected version '1', found '2'"),
+        ({"rows_per_shard": "0"}, "index.json is not .*expected rows_per_shard.*found '0'"),
+        ({"rows_per_shard": None}, "index.json is not .*expected rows_per_shard.*found None"),
+        ({"rows": "30"}, "shard-00002.safetensors is not .*rows=10.* in its place, .*rows=5"),
+        ({"rows": "31"}, "shard-00002.safetensors is not .*rows=10.* in its place"),
+        (
+            {"rows": "99999999999"},
+            "shard-00002.safetensors is not .*rows=10.* in its place, .*rows=5",
+        ),
+        ({"teacher": "b"}, "shard-00000.safetensors is not .*'b'.* in its place, .*'a teacher'"),
+    ],
+)
+def test_broken_index(tmp_path, change, message):
+    path = tmp_path / "store"
+    save_teacher_topk(path, make_topk(25), rows_per_shard=10, **FACTS)
+    index = path / "index.json"
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(index.read_text()) | change)
+    index.write_text(change)
+    with pytest.raises(ValueError, match=message):
+        TeacherTopKDataset(path)
+
+
+@pytest.mark.parametrize("index", [3, slice(1, 7, 2), [6, -1], torch.tensor([[0], [5]])], ids=str)
+def test_defaults_of_the_program_do_not_matter(index, tmp_path):
+    save_teacher_topk(tmp_path / "store", make_topk(8), **FACTS)
+    dataset = TeacherTopKDataset(tmp_path / "store")
+    expected = dataset[index]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = dataset[index]
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(found, expected)
+
+
+def test_missing_and_exchanged_shards(tmp_path):
+    path = tmp_path / "store"
+    save_teacher_topk(path, make_topk(25), rows_per_shard=10, **FACTS)
+    last, first = path / "shard-00002.safetensors", path / "shard-00000.safetensors"
+    kept = last.read_bytes()
+    last.unlink()
+    with pytest.raises(ValueError, match="shard-00002.safetensors is not .*found 'no file'"):
+        TeacherTopKDataset(path)
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match="shard-00002.safetensors is not .*rows=5.* in its place"):
+        TeacherTopKDataset(path)
+    last.write_bytes(kept)
+    (path / "index.json").unlink()
+    with pytest.raises(ValueError, match="expected a folder with index.json"):
+        TeacherTopKDataset(path)

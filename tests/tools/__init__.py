@@ -1,0 +1,1 @@
+"""The benchmarks, the examples, the numeric rule and the suite itself."""
