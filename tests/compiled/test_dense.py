@@ -13,15 +13,15 @@ from tests.support.machine_code import CHIPS, some, stack_and_loops
 
 pytest.importorskip("triton")
 
+from benchmarks.static_kernels import TRAIN
+from benchmarks.static_report import BF16
+from benchmarks.static_targets import QUANTITIES, verdict
 from distill_ops.kernels import launch, metrics, reduction
 from distill_ops.kernels.layout import row_layouts
 
 from benchmarks import static_kernels
-from benchmarks.static_kernels import TRAIN
-from benchmarks.static_report import BF16
-from benchmarks.static_targets import QUANTITIES, verdict
 from distill_ops import JensenShannon, SoftCrossEntropy
-from distill_ops.analysis import aot
+from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count
 
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
