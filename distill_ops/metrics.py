@@ -15,7 +15,15 @@ from .paths import device_of, working_dtype
 class DistillationMetrics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
-    A divergence that is infinite (one model excludes a token that the other does not) is +inf."""
+    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.zeros(3, 4)
+        >>> metrics = distill_ops.distillation_metrics(logits, logits)
+        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
+        ([1.0, 1.0, 1.0], 1.3863)
+    """
 
     forward_kl: torch.Tensor  # KL(teacher || student)
     reverse_kl: torch.Tensor  # KL(student || teacher)
@@ -109,6 +117,19 @@ def distillation_metrics(
 ) -> DistillationMetrics:
     """Divergences, entropies and agreement of student and teacher, per token, without a gradient.
 
+    ``KL(p || q)``, ``KL(q || p)``, ``sum(min(p, q))`` and others, q and p the softmax at T; in nats.
+    Logits ``[..., V]`` of both go in; a :class:`DistillationMetrics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> metrics = distill_ops.distillation_metrics(student, teacher)
+        >>> round(metrics.forward_kl.item(), 4), round(metrics.expected_acceptance.item(), 4)
+        (0.6584, 0.5496)
+        >>> metrics.top1_agreement
+        tensor([False])
+
     One launch on a GPU: the logits are read once from memory and once more from cache, and no
     probability tensor exists.
 
@@ -125,16 +146,6 @@ def distillation_metrics(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> metrics = distill_ops.distillation_metrics(student, teacher)
-        >>> round(metrics.forward_kl.item(), 4), round(metrics.expected_acceptance.item(), 4)
-        (0.6584, 0.5496)
-        >>> metrics.top1_agreement
-        tensor([False])
     """
     student_logits = (
         student_logits.detach() if isinstance(student_logits, torch.Tensor) else student_logits

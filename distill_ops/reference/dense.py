@@ -14,7 +14,19 @@ NEG_INF = float("-inf")
 
 
 class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
+    """A loss and its two parts, detached and reduced like it, for logging (nats).
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
+        >>> losses = distill_ops.distillation_loss(
+        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
+        ...     hard_label_weight=0.5, return_components=True,
+        ... )
+        >>> losses.loss.backward()
+        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
+        (0.0, 1.3863)
+    """
 
     loss: torch.Tensor
     divergence: torch.Tensor
@@ -217,8 +229,8 @@ def distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
-    float64.
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    Logits ``[..., V]`` go in, their mean over the tokens comes out; differentiable twice.
 
     Example:
         >>> import torch
@@ -227,6 +239,9 @@ def distillation_loss(
         >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
         >>> round(reference.distillation_loss(student, teacher).item(), 6)
         1.91892
+
+    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
+    float64.
     """
     divergence, n_cols = check_arguments(
         student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
