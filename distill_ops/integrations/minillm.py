@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..losses import distillation_loss
-from ..reference import LossComponents
+from ..api.dense import distillation_loss
+from ..problem import LossComponents
 
 IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
 

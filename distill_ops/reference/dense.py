@@ -1,36 +1,15 @@
 """The dense loss, and what every form of it shares: terms, tokens' weights, reduction."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..checks import check_arguments
+from ..checks import Counted, check_dense
 from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
+from ..problem import LossComponents, working_dtype
 
 NEG_INF = float("-inf")
-
-
-class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats).
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
-        >>> losses = distill_ops.distillation_loss(
-        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
-        ...     hard_label_weight=0.5, return_components=True,
-        ... )
-        >>> losses.loss.backward()
-        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
-        (0.0, 1.3863)
-    """
-
-    loss: torch.Tensor
-    divergence: torch.Tensor
-    hard_label: torch.Tensor
 
 
 def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
@@ -243,8 +222,8 @@ def distillation_loss(
     Same arguments, result and errors; half-precision logits are computed in float32, float64 in
     float64.
     """
-    divergence, n_cols = check_arguments(
-        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
+    divergence, n_cols = check_dense(
+        student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),
         hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
     )  # fmt: skip
     dtype = working_dtype(student_logits, teacher_logits)

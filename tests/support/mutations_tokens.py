@@ -39,6 +39,22 @@ TOKENS_AND_MOMENTS = [
         interpreter=True,
     ),
     Mutation(
+        "kernels: what lies behind the gradient's whole vectors is not scaled",
+        "kernels/reduction.py",
+        "upstream, position < n_elements)",
+        "upstream, position < n_vectors * WIDTH)",
+        "tests/test_token_kernels.py::test_scale",
+        interpreter=True,
+    ),
+    Mutation(
+        "kernels: a program scales its first block only",
+        "kernels/reduction.py",
+        "range(tl.program_id(0), tl.cdiv(n_vectors, VECTORS), tl.num_programs(0))",
+        "range(tl.program_id(0), tl.num_programs(0))",
+        "tests/test_token_kernels.py::test_scale_with_several_blocks_a_program",
+        interpreter=True,
+    ),
+    Mutation(
         "kd_ratio for 1 - kd_ratio",
         "distill_ops/integrations/minillm.py",
         "hard_label_weight=1 - args.kd_ratio",
