@@ -131,8 +131,7 @@ class LossOperator:
             inplace: the gradient overwrites the first input, which requires grad.
         """
         students = [getattr(inputs, name) for name in self.students]
-        wanted = tuple(made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
-        plan = Plan(function, made, wanted)
+        plan = self.plan(function, students, made)
         if inplace:
             if not torch.compiler.is_compiling() and self._refuse(plan, students):
                 raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
@@ -143,6 +142,10 @@ class LossOperator:
         if made == NO_GRADIENT:
             return self.forward(inputs, options, plan)[0]
         return _Direct.apply(self, inputs, options, plan, *students)
+
+    def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
+        wanted = (made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
+        return Plan(function, made, tuple(wanted))
 
     def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
         """Whether a transform is active that does not differentiate; the others are refused."""

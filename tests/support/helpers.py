@@ -7,7 +7,7 @@ import torch
 
 from distill_ops import reference, topk_distillation_loss
 from distill_ops.divergences import as_divergence
-from distill_ops.paths import working_dtype
+from distill_ops.problem import working_dtype
 
 WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
 WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)
