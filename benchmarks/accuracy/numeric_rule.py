@@ -35,7 +35,14 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import distillation_loss, reference
-from distill_ops.divergences import BUILT_IN, AlphaBeta, Divergence, JensenShannon, SymmetricKL
+from distill_ops.divergences import (
+    BUILT_IN,
+    AlphaBeta,
+    Divergence,
+    JensenShannon,
+    SymmetricKL,
+    TotalVariation,
+)
 
 from .signs import Signs
 
