@@ -8,6 +8,10 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,examples,dev]"
 	touch $@
 
+$(VENV)/ready-full: $(VENV)/ready
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[trl]"
+	touch $@
+
 setup: $(VENV)/ready
 
 bench: setup
@@ -16,7 +20,7 @@ bench: setup
 test: setup
 	$(RUN) -m pytest
 
-test-full: setup
+test-full: $(VENV)/ready-full
 	$(RUN) -m pytest --full
 
 static: setup

@@ -329,7 +329,19 @@ def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
 
 
 class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
+    """A loss and its two parts, detached and reduced like it, for logging (nats).
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
+        >>> losses = distill_ops.distillation_loss(
+        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
+        ...     hard_label_weight=0.5, return_components=True,
+        ... )
+        >>> losses.loss.backward()
+        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
+        (0.0, 1.3863)
+    """
 
     loss: torch.Tensor
     divergence: torch.Tensor
@@ -339,7 +351,15 @@ class LossComponents(NamedTuple):
 class DistillationStatistics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
-    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable."""
+    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, -100])
+        >>> found = distill_ops.distillation_statistics(logits, logits, ids)
+        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.top1_agreement.tolist()
+        ([-1.3863, 0.0], [True, False])
+    """
 
     divergence: torch.Tensor
     student_log_prob: torch.Tensor  # of the token's id
@@ -352,7 +372,15 @@ class DistillationStatistics(NamedTuple):
 class DistillationMetrics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
-    A divergence that is infinite (one model excludes a token that the other does not) is +inf."""
+    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.zeros(3, 4)
+        >>> metrics = distill_ops.distillation_metrics(logits, logits)
+        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
+        ([1.0, 1.0, 1.0], 1.3863)
+    """
 
     forward_kl: torch.Tensor  # KL(teacher || student)
     reverse_kl: torch.Tensor  # KL(student || teacher)

@@ -31,6 +31,27 @@ def distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """Distillation loss of student logits against teacher logits, in nats.
 
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    Logits ``[..., V]`` go in, their mean over the tokens comes out; the student's get a gradient.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> loss = distill_ops.distillation_loss(student, teacher, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
+
+        A model's logits at one token predict the next, whose label Hugging Face keeps at its own
+        place (-100: a prompt's):
+
+        >>> logits, teacher_logits = torch.randn(2, 1, 4, 5)
+        >>> labels = torch.tensor([[-100, -100, 3, 1]])
+        >>> loss = distill_ops.distillation_loss(
+        ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
+        ... )
+
     With ``q = softmax(student_logits / T)`` and ``p = softmax(teacher_logits / T)``, per token::
 
         loss = (1 - w) * divergence(q, p) + w * cross_entropy(student_logits, label)
@@ -85,24 +106,6 @@ def distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward or in place.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> loss = distill_ops.distillation_loss(student, teacher, divergence="forward_kl")
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
-        (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
-
-        A model's logits at one token predict the next, whose label Hugging Face keeps at its own
-        place (-100: a prompt's):
-
-        >>> logits, teacher_logits = torch.randn(2, 1, 4, 5)
-        >>> labels = torch.tensor([[-100, -100, 3, 1]])
-        >>> loss = distill_ops.distillation_loss(
-        ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
-        ... )
     """
     divergence, n_cols = check_dense(
         student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),

@@ -54,12 +54,25 @@ def linear_distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`distillation_loss` of two language-model heads, without their logits in memory.
 
-    Each model's logits are ``softcap((hidden weight^T + bias) * logit_scale)`` with
-    ``softcap(x) = c tanh(x / c)``. They are formed a block of tokens at a time and turned into the
-    loss and the gradients of the student's hidden states, weight and bias: four matrix products in
-    all where the forward makes the gradients, six where the backward does, two without gradients.
-    No ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run
-    after run.
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, a block at a time.
+    Hidden states ``[..., d]`` and heads ``[V, d]`` go in, the loss comes out; the student's get gradients.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> loss = distill_ops.linear_distillation_loss(
+        ...     hidden, weight, torch.eye(2), weight.flip(0), divergence="forward_kl"
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in hidden.grad[0].tolist()]
+        (0.066, [0.0498, -0.0498])
+
+    With ``softcap(x) = c tanh(x / c)``. The logits of a block of tokens are turned into the loss and
+    the gradients of the student's hidden states, weight and bias: four matrix products in all where
+    the forward makes the gradients, six where the backward does, two without gradients. No
+    ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run after
+    run.
 
     Args:
         student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in
@@ -103,17 +116,6 @@ def linear_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> hidden = torch.eye(2, requires_grad=True)
-        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> loss = distill_ops.linear_distillation_loss(
-        ...     hidden, weight, torch.eye(2), weight.flip(0), divergence="forward_kl"
-        ... )
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in hidden.grad[0].tolist()]
-        (0.2932, [0.0501, -0.1229])
     """
     check_head(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,

@@ -53,10 +53,22 @@ def linear_topk_distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
 
-    The student's logits, ``softcap((hidden weight^T + bias) * logit_scale)``, are formed a block of
-    tokens at a time, as :func:`linear_distillation_loss` forms them, and compared with the teacher's
-    K log-probabilities a token: three matrix products where the forward makes the gradients, four
-    where the backward does, one without gradients.
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are the student's logits, a block at a time.
+    Hidden states ``[..., d]``, a head and a teacher ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
+        >>> loss = distill_ops.linear_topk_distillation_loss(
+        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
+        ... )
+        >>> round(loss.item(), 4)
+        0.1909
+
+    The logits are formed as :func:`linear_distillation_loss` forms them and compared with the
+    teacher's K log-probabilities a token: three matrix products where the forward makes the
+    gradients, four where the backward does, one without gradients.
 
     Args:
         student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton). With
@@ -78,16 +90,6 @@ def linear_topk_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
-        >>> loss = distill_ops.linear_topk_distillation_loss(
-        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
-        ... )
-        >>> round(loss.item(), 4)
-        0.1251
     """
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student, student_logit_scale, student_softcap)

@@ -21,6 +21,19 @@ def distillation_statistics(
 ) -> DistillationStatistics:
     """Divergence, log-probabilities, entropies and agreement of both models, token by token.
 
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in; :class:`DistillationStatistics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> found = distill_ops.distillation_statistics(student, teacher, torch.tensor([4]))
+        >>> [round(x.item(), 4) for x in (found.divergence, found.teacher_log_prob)]
+        [0.4723, -0.7164]
+        >>> found.top1_agreement
+        tensor([False])
+
     All that an on-policy distillation step needs of a token (MiniLLM, arXiv:2306.08543: importance
     weights, the single-step reverse KL, rewards and entropy) in one call: one launch forward, which
     finds the logits in cache after their first read, and one backward for the three differentiable
@@ -50,16 +63,6 @@ def distillation_statistics(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> found = distill_ops.distillation_statistics(student, teacher, torch.tensor([4]))
-        >>> [round(x.item(), 4) for x in (found.divergence, found.teacher_log_prob)]
-        [0.4723, -0.7345]
-        >>> found.top1_agreement
-        tensor([False])
     """
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index

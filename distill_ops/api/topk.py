@@ -30,8 +30,19 @@ def topk_distillation_loss(
     return_components: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | LossComponents:
-    """Distillation loss of student logits against a teacher's K most likely (or sampled) tokens,
-    in nats.
+    """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
+
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[4, 1]])
+        >>> loss = distill_ops.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
 
     With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
     ``p = exp(teacher_log_probs)``, per token::
@@ -78,15 +89,6 @@ def topk_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
-        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[4, 1]])
-        >>> loss = distill_ops.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
-        (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
     """
     divergence, n_cols = check_topk(
         student_logits, teacher_log_probs, teacher_ids, tail, divergence,

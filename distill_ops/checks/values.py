@@ -17,7 +17,10 @@ _debug = False
 
 
 def set_debug(enabled: bool) -> None:
-    """Switch the checks that wait for the GPU on or off (off by default).
+    """Switch the checks that wait for the GPU on or off.
+
+    ``True``: calls read ids, labels and parameters on the GPU and refuse those out of range.
+    A bool goes in; without it (the default) no call waits for a GPU to look at values.
 
     Example:
         >>> import distill_ops

@@ -208,8 +208,8 @@ def distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
-    float64.
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    Logits ``[..., V]`` go in, their mean over the tokens comes out; differentiable twice.
 
     Example:
         >>> import torch
@@ -218,6 +218,9 @@ def distillation_loss(
         >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
         >>> round(reference.distillation_loss(student, teacher).item(), 6)
         1.91892
+
+    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
+    float64.
     """
     divergence, n_cols = check_dense(
         student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),

@@ -56,11 +56,22 @@ def linear_distillation_loss(
     vocab_size: int | None = None,
     return_components: bool = False,
 ) -> torch.Tensor | LossComponents:
-    """:func:`distill_ops.reference.distillation_loss` of the logits of two language-model heads.
+    """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    Each model's logits are ``softcap((hidden weight^T + bias) * logit_scale)`` with
-    ``softcap(x) = c tanh(x / c)``, whose derivative is ``1 - (softcap(x) / c)**2``. They are formed
-    in float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, formed in full.
+    Hidden states ``[..., d]`` and heads ``[V, d]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> reference.linear_distillation_loss(
+        ...     hidden, weight, hidden, weight, divergence="forward_kl"
+        ... ).item()
+        0.0
+
+    With ``softcap(x) = c tanh(x / c)``, whose derivative is ``1 - (softcap(x) / c)**2``. Logits are
+    formed in float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden
     states, weight and bias.
 
     Args:
@@ -80,15 +91,6 @@ def linear_distillation_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch
-        >>> from distill_ops import reference
-        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> reference.linear_distillation_loss(
-        ...     hidden, weight, hidden, weight, divergence="forward_kl"
-        ... ).item()
-        0.0
     """
     check_head(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,
@@ -135,7 +137,18 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`distill_ops.reference.token_log_probs` of a language-model head's logits.
+    """:func:`distill_ops.linear_token_log_probs` in eager PyTorch, differentiable by autograd.
+
+    ``log_softmax(softcap((hidden weight^T + bias) * logit_scale) / T)`` at the tokens' ids, in nats.
+    Hidden states ``[..., d]``, a head and ids ``[...]`` go in, ``[...]`` or a pair comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs = reference.linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
+        >>> [round(x, 4) for x in log_probs.tolist()]
+        [-0.6803, -0.3064]
 
     The logits are those of :func:`linear_distillation_loss`; autograd gives the gradients of hidden
     states, weight and bias.

@@ -31,12 +31,22 @@ def token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``log_softmax(logits / temperature)`` at the tokens' ids, in nats, differentiable by autograd.
+    """:func:`distill_ops.token_log_probs` in eager PyTorch, differentiable by autograd.
 
-    With ``q = softmax(logits / T)`` and the entropy ``H = -sum(q log q)``, the gradients with
-    respect to logit j are ``(1[j = id] - q_j) / T`` and ``-q_j (log q_j + H) / T``. A logit of
-    -inf has no part in the entropy; an id whose logit is -inf gives -inf, with that same finite
-    gradient. A row of NaN, of +inf, or all -inf gives NaN.
+    ``log_softmax(logits / T)`` at the ids; with ``return_entropy``, ``H = -sum(q log q)`` too; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` or a pair comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> log_prob = reference.token_log_probs(logits, torch.tensor([1]), temperature=2.0)
+        >>> round(log_prob.item(), 9)
+        -0.982043571
+
+    With ``q = softmax(logits / T)`` the gradients with respect to logit j are ``(1[j = id] - q_j) / T``
+    and ``-q_j (log q_j + H) / T``. A logit of -inf has no part in the entropy; an id whose logit is
+    -inf gives -inf, with that same finite gradient. A row of NaN, of +inf, or all -inf gives NaN.
 
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64.
@@ -50,14 +60,6 @@ def token_log_probs(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch
-        >>> from distill_ops import reference
-        >>> logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
-        >>> log_prob = reference.token_log_probs(logits, torch.tensor([1]), temperature=2.0)
-        >>> round(log_prob.item(), 9)
-        -0.982043571
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
     ignored = token_ids == ignore_index
@@ -75,7 +77,19 @@ def distillation_statistics(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> DistillationStatistics:
-    """Divergence, log-probabilities, entropies and agreement of both models, token by token.
+    """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.
+
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in; :class:`DistillationStatistics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
+        >>> found = reference.distillation_statistics(student, teacher, torch.tensor([4]))
+        >>> round(found.divergence.item(), 6), round(found.student_entropy.item(), 6)
+        (0.472252, 1.206489)
 
     The divergence is that of :func:`distill_ops.reference.distillation_loss` with
     ``infinities="drop"`` (a student restricted to the teacher's support where it must be), the
@@ -128,11 +142,20 @@ def mixture_token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """``log((1 - a) q + a p)`` at the tokens' ids, in nats: MiniLLM's teacher-mixed sampling.
+    """:func:`distill_ops.mixture_token_log_probs` in eager PyTorch, differentiable by autograd.
 
-    q and p are the softmax of student and teacher logits at the temperature T, a is
-    ``teacher_weight`` (arXiv:2306.08543, section 2.2). The gradient with respect to the student's
-    logit j is ``r (1[j = id] - q_j) / T`` with the student's share
+    ``log((1 - a) q + a p)`` at the ids, q and p the softmax at T, a ``teacher_weight``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
+        >>> reference.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
+        tensor([0.1250])
+
+    It is what MiniLLM samples from (arXiv:2306.08543, section 2.2). The gradient with respect to the
+    student's logit j is ``r (1[j = id] - q_j) / T`` with the student's share
     ``r = (1 - a) q_id / ((1 - a) q_id + a p_id)``. An id that is impossible under the mixture
     (``(1 - a) q_id = a p_id = 0``) gives -inf and a share of 0.
 

@@ -94,7 +94,19 @@ def topk_distillation_loss(
     vocab_size: int | None = None,
     return_components: bool = False,
 ) -> torch.Tensor | LossComponents:
-    """Distillation loss of student logits against a teacher's K most likely (or sampled) tokens.
+    """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
+
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).double().log(), torch.tensor([[4, 1]])
+        >>> loss = reference.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
+        >>> round(loss.item(), 6)
+        0.633794
 
     With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
     ``p = exp(teacher_log_probs)``, whose logarithms are at the loss's temperature already and are
@@ -112,9 +124,9 @@ def topk_distillation_loss(
       value at p = 0 (0 for the soft cross-entropy and the forward KL); "renormalize" NaN.
     - A used slot of log-probability -inf is a token that the teacher excludes. It is an outcome of
       its own, not part of the rest, and p = 0 there.
-    - Infinite terms are dropped (semantics.md, 3): reverse and symmetric KL restrict the student to
-      the outcomes where p > 0, which with "bucket" include the rest, and otherwise are among the K.
-      No such column left to the student: NaN.
+    - Infinite terms are dropped (semantics.md, section 3): reverse and symmetric KL restrict the
+      student to the outcomes where p > 0, which with "bucket" include the rest, and otherwise are
+      among the K. No such column left to the student: NaN.
     - Where q = 0 < p, soft cross-entropy and forward KL drop the term, be it a token's or the
       rest's (all its columns -inf in the student's logits). p of a dropped token does not move to the rest.
     - A sum of p above 1 by rounding leaves the rest its least, and p sums to a little more than 1.
@@ -134,15 +146,6 @@ def topk_distillation_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch
-        >>> from distill_ops import reference
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
-        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).double().log(), torch.tensor([[4, 1]])
-        >>> loss = reference.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
-        >>> round(loss.item(), 6)
-        0.633794
     """
     divergence, n_cols = check_topk(
         student_logits, teacher_log_probs, teacher_ids, tail, divergence,
