@@ -19,6 +19,9 @@ test: setup
 static: setup
 	$(RUN) -m benchmarks.static
 
+report: setup
+	$(RUN) -m benchmarks.report --readme README.md --page docs/benchmarks.md
+
 accuracy: setup
 	$(RUN) -m benchmarks.accuracy
 
@@ -35,4 +38,4 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test static accuracy mutants check example example-offline
+.PHONY: setup bench test static report accuracy mutants check example example-offline

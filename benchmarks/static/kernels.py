@@ -62,6 +62,11 @@ class Row:
     barriers: int | None = None
     moved: float | None = None
 
+    @property
+    def entry(self) -> Entry:
+        """The line of the matrix that it is counted for."""
+        return Entry(self.kernel, self.form, self.dtype, self.divergence)
+
 
 def _floats(loop: sass.Loop) -> int:
     """float32 additions, multiplications and multiply-adds; a packed one is two."""
