@@ -16,6 +16,9 @@ bench: setup
 test: setup
 	$(RUN) -m pytest
 
+test-full: setup
+	$(RUN) -m pytest --full
+
 static: setup
 	$(RUN) -m benchmarks.static
 
@@ -38,4 +41,4 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test static report accuracy mutants check example example-offline
+.PHONY: setup bench test test-full static report accuracy mutants check example example-offline

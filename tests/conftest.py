@@ -1,58 +1,92 @@
-"""Which process runs what.
+"""Which process runs what, and which cases wait for ``make test-full``.
 
 Triton's interpreter is switched on when triton is imported, so the tests of the Triton kernels on
-CPU tensors (marker ``interpreter``) need a process of their own: the suite starts it beside itself
-and ``test_interpreter.py`` reports its outcome. With a GPU the same tests run on it, here.
+CPU tensors (marker ``interpreter``) need processes of their own: the suite starts one for each of
+``SHARES`` beside itself and ``test_interpreter.py`` reports what they found. With a GPU the same
+tests run on it, here.
+
+The marker ``full``, and what ``covering`` leaves out of a matrix, runs with ``--full``, with ``-m
+full``, with ``DISTILL_OPS_FULL=1`` (which the first two set), and where a test is asked for by its id.
 """
 
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
+
+from tests.support import FULL_VARIABLE, full
+from tests.support.covering import mark_the_rest
+from tests.support.mutations import MUTATIONS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 REPORTER = "test_kernels_under_the_interpreter"
 
+# what each process under the interpreter collects: about as long each
+SHARES = {
+    "losses": ["losses"],
+    "others": ["oracle", "kernels", "interface", "tools"],
+}
+
 if INTERPRETING:
-    torch.set_num_threads(1)  # the suite's other process has the other cores
+    torch.set_num_threads(1)  # the suite's other processes have the other cores
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the cases marked full as well")
+
+
+def pytest_configure(config):
+    if config.getoption("full") or "full" in config.getoption("markexpr").split():
+        os.environ[FULL_VARIABLE] = "1"
 
 
 def pytest_collection_modifyitems(config, items):
+    mark_the_rest(items, pytest.mark.full, {mutation.test for mutation in MUTATIONS})
     selected, others = [], []
     for item in items:
         on_kernels = item.get_closest_marker("interpreter") is not None
+        if on_kernels and item.path.parent.name not in chain.from_iterable(SHARES.values()):
+            raise pytest.UsageError(f"no process of SHARES would run {item.nodeid}")
         if item.get_closest_marker("gpu"):
             wanted = HAS_GPU
         else:
             wanted = (INTERPRETING or HAS_GPU) if on_kernels else not INTERPRETING
+        if item.get_closest_marker("full"):
+            wanted = wanted and (full() or item.nodeid in config.args)
         (selected if wanted else others).append(item)
     selected.sort(
         key=lambda item: item.originalname == REPORTER
-    )  # last: its process runs meanwhile
+    )  # last: its processes run meanwhile
     config.hook.pytest_deselected(items=others)
     items[:] = selected
 
 
 def pytest_collection_finish(session):
-    if any(item.originalname == REPORTER for item in session.items):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-        session.config.interpreter_process = subprocess.Popen(
-            command,
+    """Start the processes whose reports were collected."""
+    shares = [x.callspec.params["share"] for x in session.items if x.originalname == REPORTER]
+    session.config.interpreter_processes = {
+        share: subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            + [f"tests/{folder}" for folder in SHARES[share]],
             cwd=session.config.rootpath,
             env=os.environ | {"TRITON_INTERPRET": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        for share in shares
+        if not (session.config.option.collectonly or INTERPRETING or HAS_GPU)
+    }
 
 
 def pytest_unconfigure(config):
-    process = getattr(config, "interpreter_process", None)
-    if process is not None and process.poll() is None:
-        process.kill()
+    for process in getattr(config, "interpreter_processes", {}).values():
+        if process.poll() is None:
+            process.kill()
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreter)])

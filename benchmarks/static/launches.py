@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from distill_ops.kernels import head, metrics, reduction
+from distill_ops.kernels import logits as head_kernels
+from distill_ops.kernels import metrics, reduction
 
 from distill_ops.analysis import aot, forms
 from distill_ops.analysis.forms import Form
@@ -157,12 +158,12 @@ def _finish(entry: Entry) -> None:
     *dtypes, bias_dtype, has_softcap = HEAD[entry.form]
     product, logits = (_meta(N_ROWS, LARGE, dtype=DTYPES[dtype]) for dtype in dtypes)
     bias = None if bias_dtype is None else _meta(LARGE, dtype=DTYPES[bias_dtype])
-    head.finish(product, logits, bias, 1.0, 30.0 if has_softcap else None)
+    head_kernels.finish(product, logits, bias, 1.0, 30.0 if has_softcap else None)
 
 
 def _softcap_gradient(entry: Entry) -> None:
     gradient, logits = (_meta(N_ROWS, LARGE, dtype=DTYPES[entry.dtype]) for _ in range(2))
-    head.softcap_gradient_(gradient, logits, 30.0)
+    head_kernels.softcap_gradient_(gradient, logits, 30.0)
 
 
 # the launchers that are called as the operators call them

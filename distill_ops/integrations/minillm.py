@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..losses import distillation_loss
-from ..reference import LossComponents
+from ..api.dense import distillation_loss
+from ..problem import LossComponents
 
 IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
 
@@ -40,15 +40,17 @@ def get_distil_loss(
 ) -> torch.Tensor:
     """MiniLLM's loss, ``-sum(softmax(t) * log_softmax(s))`` averaged over the tokens with a label.
 
-    Terms where the student's logit is infinite are dropped; no shift happens here, as there
-    (``no_model_batch["label"]`` is aligned with the logits).
+    Terms where the student's logit is infinite are dropped. No shift happens here, nor there:
+    MiniLLM's data set has shifted ``no_model_batch["label"]`` already. With Hugging Face labels call
+    :func:`distill_ops.distillation_loss` of ``logits[:, :-1]`` and ``labels[:, 1:]``.
 
     Args:
         args: MiniLLM's arguments; only ``model_parallel`` is read, and must be false or absent.
         tokenizer, model: not used, as in the original.
         teacher_model: returns an object with ``.logits`` ``[batch, seq, vocab]``.
         model_batch: keyword arguments of the models.
-        no_model_batch: ``"label"`` ``[batch, seq]`` int64; tokens of label -100 do not count.
+        no_model_batch: ``"label"`` ``[batch, seq]`` int64, aligned with the logits; tokens of label
+            -100 do not count.
         logits: the student's, ``[batch, seq, vocab]``.
 
     Returns:

@@ -1,24 +1,15 @@
 """The dense loss, and what every form of it shares: terms, tokens' weights, reduction."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..checks import check_arguments
+from ..checks import Counted, check_dense
 from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
+from ..problem import LossComponents, working_dtype
 
 NEG_INF = float("-inf")
-
-
-class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
-
-    loss: torch.Tensor
-    divergence: torch.Tensor
-    hard_label: torch.Tensor
 
 
 def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
@@ -228,8 +219,8 @@ def distillation_loss(
         >>> round(reference.distillation_loss(student, teacher).item(), 6)
         1.91892
     """
-    divergence, n_cols = check_arguments(
-        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
+    divergence, n_cols = check_dense(
+        student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),
         hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
     )  # fmt: skip
     dtype = working_dtype(student_logits, teacher_logits)

@@ -2,11 +2,11 @@
 
 import torch
 
-from ..checks import check_head, check_linear, check_temperature, check_token_ids
+from ..checks import Counted, Rows, check_head, check_heads, check_temperature, check_token_ids
 from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
-from .dense import LossComponents, distillation_loss, token_weights
-from .token import token_log_probs
+from ..problem import LossComponents, working_dtype
+from .dense import distillation_loss, token_weights
+from .tokens import token_log_probs
 
 
 def head_logits(
@@ -72,9 +72,11 @@ def linear_distillation_loss(
         student_softcap, teacher_softcap: c above, positive; None for no cap.
         vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
 
-    No gradient flows to the teacher's tensors, which must not require one while gradients are
-    enabled; both of them may be None where ``hard_label_weight`` is 1. The other arguments and the
-    result are those of :func:`distill_ops.reference.distillation_loss`.
+    No gradient flows to the teacher: its weight and bias are detached, and its hidden states must
+    not require one while gradients are enabled. Hidden states and weight may be None where
+    ``hard_label_weight`` is 1. The other arguments and the result are those of
+    :func:`distill_ops.reference.distillation_loss`; ``loss_mask`` and ``labels`` are aligned with the
+    hidden states.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -95,11 +97,11 @@ def linear_distillation_loss(
     if teacher_hidden is not None and teacher_weight is not None:
         check_head(
             "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale,
-            teacher_softcap, constant=True,
+            teacher_softcap, frozen=True,
         )  # fmt: skip
-    n_cols = check_linear(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, hard_label_weight,
-        loss_mask, labels, vocab_size,
+    n_cols = check_heads(
+        Rows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
+        hard_label_weight, Counted(loss_mask, labels, ignore_index), vocab_size,
     )  # fmt: skip
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     unread = token_weights(student_hidden, dtype, loss_mask, labels, ignore_index) == 0
@@ -108,7 +110,7 @@ def linear_distillation_loss(
         unread, n_cols, dtype,
     )  # fmt: skip
     teacher = None
-    if teacher_hidden is not None:
+    if teacher_hidden is not None and teacher_weight is not None:
         teacher = head_logits(
             teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
             unread, n_cols, dtype,
@@ -156,7 +158,7 @@ def linear_token_log_probs(
     check_head("", hidden, weight, bias, logit_scale, softcap)
     check_temperature(temperature)
     n_cols = weight.shape[0]
-    check_token_ids(token_ids, hidden, n_cols, ignore_index, "hidden")
+    check_token_ids(token_ids, Rows("hidden", hidden), n_cols, ignore_index)
     dtype = working_dtype(hidden, weight)
     logits = head_logits(
         hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype

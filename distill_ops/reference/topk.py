@@ -4,12 +4,11 @@ import math
 
 import torch
 
-from ..checks import check_topk
+from ..checks import Counted, check_topk
 from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
+from ..problem import LossComponents, working_dtype
 from .dense import (
     NEG_INF,
-    LossComponents,
     outcome_terms,
     student_log_probs,
     token_weights,
@@ -146,8 +145,9 @@ def topk_distillation_loss(
         0.633794
     """
     divergence, n_cols = check_topk(
-        student_logits, teacher_log_probs, teacher_ids, tail, divergence, loss_mask, labels,
-        ignore_index, hard_label_weight, temperature, reduction, normalizer, vocab_size,
+        student_logits, teacher_log_probs, teacher_ids, tail, divergence,
+        Counted(loss_mask, labels, ignore_index), hard_label_weight, temperature, reduction,
+        normalizer, vocab_size,
     )  # fmt: skip
     dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)

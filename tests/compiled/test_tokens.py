@@ -5,9 +5,11 @@ a sweep of the token kernel."""
 import pytest
 import torch
 
+from tests.support.machine_code import CHIPS, some, stack_and_loops
+
 pytest.importorskip("triton")
 
-from distill_ops.analysis import aot, forms, sass
+from distill_ops.analysis import aot, forms
 from distill_ops.divergences import BUILT_IN
 
 HALF, WIDE = torch.bfloat16, torch.float32
@@ -16,19 +18,22 @@ MOST_INSTRUCTIONS = 12  # an element a sweep (the limit set for the token kernel
 
 def loops_over_tiles(launch, target):
     """Stack bytes of a launch, and its loops that take exponentials of logits."""
-    compiled = aot.compile_launch(launch, target)
-    if target.backend == "hip":
-        assert "global_load_dwordx4" in compiled.asm["amdgcn"]
-        return sass.amd_usage(compiled).stack, []
-    code, usage = sass.disassemble(compiled)
-    loops = [x for x in sass.innermost_loops(code) if x.special and x.bytes_loaded]
-    return usage.stack, loops
+    stack, loops = stack_and_loops(launch, target)
+    return stack, [x for x in loops if x.special and x.bytes_loaded]
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("n_cols", [128256, 50257])
-@pytest.mark.parametrize("dtype", [HALF, WIDE], ids=str)
-@pytest.mark.parametrize("entropy", [True, False], ids=["entropy", "alone"])
+TOKEN = [
+    (entropy, dtype, n_cols, chip)
+    for entropy in (True, False) for dtype in (HALF, WIDE) for n_cols in (128256, 50257)
+    for chip in aot.TARGETS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entropy", "dtype", "n_cols", "target"),
+    some(TOKEN, [(True, HALF, 128256, chip) for chip in CHIPS]),
+    ids=str,
+)
 def test_token_kernel(entropy, dtype, n_cols, target):
     target = aot.TARGETS[target]
     launches = forms.token_launches(n_cols, dtype, entropy, target)
@@ -48,9 +53,11 @@ def test_token_kernel(entropy, dtype, n_cols, target):
 ON_EVERY_TARGET = ("reverse_kl", "jensen_shannon")  # with a moment and without one
 
 
+STATISTICS = [(d, t) for d in BUILT_IN for t in aot.TARGETS if d in ON_EVERY_TARGET or t == "sm_90"]
+
+
 @pytest.mark.parametrize(
-    ("divergence", "target"),
-    [(d, t) for d in BUILT_IN for t in aot.TARGETS if d in ON_EVERY_TARGET or t == "sm_90"],
+    ("divergence", "target"), some(STATISTICS, [("jensen_shannon", chip) for chip in CHIPS])
 )
 def test_statistics_kernel(divergence, target):
     target = aot.TARGETS[target]

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
+from distill_ops.autograd import dense_loss_inplace
 
 from benchmarks.core.memory import peak_above_inputs
 from distill_ops import JensenShannon, distillation_loss, ops
-from distill_ops.autograd import dense_loss_inplace
-from tests.losses.test_dense import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved
 
 OPTIONS = {

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from distill_ops.linear import NAME
 
 from distill_ops import SymmetricKL, linear_distillation_loss, linear_ops, losses
-from distill_ops.linear import NAME
 from tests.interface.test_no_sync import FACTS, ComputingOperations
-from tests.losses.test_dense import BOOL_MASK, FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import BOOL_MASK, FLOAT_MASK, LABELS, TOKENS
 from tests.support.linear_cases import CAPPED, make_pair, run
 
 pytest.importorskip("triton")
@@ -199,12 +199,43 @@ def test_a_teacher_from_inference_mode():
         assert leaves.student_weight.grad is not None
 
 
-def test_a_teacher_may_require_grad_where_gradients_are_off():
-    leaves = make_pair().trained(("teacher_weight",))
-    with pytest.raises(ValueError, match="teacher_weight requires grad"):
-        linear_distillation_loss(*leaves[:4])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_a_teacher_s_head_in_training_is_a_constant(gradient, compiled, backend, device):
+    pair = make_pair(bias=True, device=device)
+    of_teacher = ("teacher_weight", "teacher_bias")
+    options = {"gradient": gradient, "backend": backend}
+    expected = run(linear_distillation_loss, pair, **options)
+    function = linear_distillation_loss
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    heads = []
+
+    def keeping(*tensors, teacher_bias, **others):
+        heads.extend((tensors[3], teacher_bias))
+        return function(*tensors, teacher_bias=teacher_bias, **others)
+
+    ours = run(keeping, pair, (*pair.student, *of_teacher), **options)
+    assert torch.equal(ours.loss, expected.loss)
+    assert all(torch.equal(ours.gradients[name], expected.gradients[name]) for name in pair.student)
+    assert [(head.requires_grad, head.grad) for head in heads] == [(True, None)] * 2
+    frozen = pair.trained(of_teacher)
+    assert not keeping(*frozen[:4], teacher_bias=frozen.teacher_bias, **options).requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_teacher_s_hidden_states_may_require_grad_where_gradients_are_off(compiled):
+    leaves = make_pair().trained(("teacher_hidden", "student_weight"))
+    function = linear_distillation_loss
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    else:  # under fullgraph the error is the compiler's, around ours
+        with pytest.raises(ValueError, match="teacher_hidden requires grad"):
+            function(*leaves[:4])
     with torch.no_grad():
-        linear_distillation_loss(*leaves[:4])
+        assert function(*leaves[:4]) == linear_distillation_loss(*leaves[:4])
 
 
 # --- no wait for the GPU -------------------------------------------------------------------------

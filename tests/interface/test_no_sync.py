@@ -33,7 +33,7 @@ from distill_ops import (
     topk_distillation_loss,
     topk_ops,
 )
-from tests.losses.test_dense import DIVERGENCES, OPTIONS, TOKENS
+from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
 from tests.support.helpers import make_logits
 
 pytest.importorskip("triton")

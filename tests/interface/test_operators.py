@@ -6,7 +6,7 @@ import torch._dynamo.testing
 
 import distill_ops
 from distill_ops import SymmetricKL, autograd, distillation_loss, ops
-from tests.losses.test_dense import FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved, run
 
 OPTIONS = {

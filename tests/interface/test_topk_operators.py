@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from tests.losses.test_dense import FLOAT_MASK, LABELS, TOKENS
+from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved, run, topk_of
 
 pytest.importorskip("triton")

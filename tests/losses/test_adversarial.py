@@ -16,7 +16,7 @@ from distill_ops import (
     distillation_loss,
     reference,
 )
-from tests.losses.test_dense import DIVERGENCES
+from tests.support.cases import DIVERGENCES
 from tests.support.helpers import Result, make_logits, run, run_reference
 
 N_COLS = 1203  # float32: two whole tiles of 512 columns and a partial one

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill_ops import distillation_loss, host
-from tests.losses.test_dense import DIVERGENCES
+from tests.support.cases import DIVERGENCES
 from tests.support.helpers import make_logits, run
 
 RUNS = 10

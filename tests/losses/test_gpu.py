@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill_ops import distillation_loss
-from tests.losses.test_dense import DIVERGENCES
+from tests.support.cases import DIVERGENCES
 from tests.support.helpers import assert_close_to_reference, condition, run_reference
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 
 import distill_ops
 from distill_ops import JensenShannon, SymmetricKL, checks, heads, linear_distillation_loss
-from tests.losses.test_dense import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
+from tests.support.cases import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
 from tests.support.declared import renyi_like
 from tests.support.linear_cases import CAPPED, N_COLS, Pair, check, make_pair, run
 
@@ -408,10 +408,13 @@ BAD_INPUT = [
     (lambda: bad(student_weight=torch.zeros(N_COLS, 0)), ValueError, "student_weight must be"),
     (lambda: bad(teacher_bias=torch.zeros(3)), ValueError, "teacher_bias must be"),
     (lambda: bad(teacher_weight=torch.zeros(40, 24), teacher_bias=None), ValueError, "pass vocab_size"),
-    (lambda: bad(teacher_weight=torch.zeros(N_COLS, 24, requires_grad=True)), ValueError, "detach it"),
+    (lambda: bad(teacher_hidden=torch.zeros(*TOKENS, 24, requires_grad=True)), ValueError, "teacher_hidden requires grad.* detach it"),
     (lambda: bad(teacher_hidden=None), ValueError, "needs hard_label_weight=1"),
     (lambda: bad(teacher_hidden=torch.zeros(3, 2, 24)), ValueError, "leading shape of student_hidden"),
-    (lambda: bad(student_weight=torch.zeros(N_COLS, 16).as_subclass(Sharded)), TypeError, r"student_weight.full_tensor\(\)"),
+    (lambda: bad(student_weight=torch.zeros(N_COLS, 16).as_subclass(Sharded)), TypeError, r"forward of the .*lm_head.unshard\(\), or pass student_weight.full_tensor\(grad_placements=\[Partial\('avg'\)\]\)"),
+    (lambda: bad(student_bias=torch.zeros(N_COLS).as_subclass(Sharded)), TypeError, r"pass student_bias.full_tensor\(grad_placements="),
+    (lambda: bad(student_hidden=torch.zeros(*TOKENS, 16).as_subclass(Sharded)), TypeError, "pass this rank's tokens"),
+    (lambda: bad(teacher_weight=torch.zeros(N_COLS, 24).as_subclass(Sharded)), TypeError, r"pass teacher_weight.full_tensor\(\)"),
     (lambda: bad(loss_mask=torch.zeros(2)), ValueError, "loss_mask .* of student_hidden"),
     (lambda: bad(labels=LABELS.int()), TypeError, "labels must be int64"),
     (lambda: bad(labels=LABELS + 40), ValueError, r"labels must lie in \[0, 33\)"),

@@ -8,8 +8,8 @@ import torch
 
 from distill_ops import SymmetricKL, heads, linear_distillation_loss, linear_ops
 from distill_ops.heads import Blocks, split
-from tests.losses.test_dense import BOOL_MASK, FLOAT_MASK
 from tests.support import ROOT
+from tests.support.cases import BOOL_MASK, FLOAT_MASK
 from tests.support.helpers import assert_close
 from tests.support.linear_cases import (
     CAPPED,

@@ -263,7 +263,7 @@ FUNCTIONS = {
         s, t, ids, 0.3, **options
     ),
 }
-each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+each_function = pytest.mark.parametrize("function", list(FUNCTIONS.values()), ids=FUNCTIONS)
 
 
 @each_function

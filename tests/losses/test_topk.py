@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.losses.test_dense import DIVERGENCES, OPTIONS, TOKENS, VIEWS
 from tests.support import ROOT, declared
+from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS, VIEWS
 from tests.support.helpers import (
     assert_close,
     check_topk,

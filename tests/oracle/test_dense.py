@@ -16,7 +16,7 @@ from distill_ops import (
     distillation_loss,
     reference,
 )
-from tests.losses.test_dense import DIVERGENCES
+from tests.support.cases import DIVERGENCES
 from tests.support.helpers import (
     WORKED_STUDENT,
     WORKED_TEACHER,

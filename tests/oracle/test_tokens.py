@@ -11,8 +11,8 @@ from distill_ops.reference import (
     mixture_token_log_probs,
     token_log_probs,
 )
-from tests.losses.test_dense import DIVERGENCES
 from tests.support import formulas
+from tests.support.cases import DIVERGENCES
 from tests.support.helpers import WORKED_STUDENT, make_logits
 
 INF = math.inf

@@ -7,8 +7,8 @@ import torch
 
 from distill_ops import JensenShannon, SymmetricKL, reference
 from distill_ops.reference import topk_distillation_loss
-from tests.losses.test_dense import DIVERGENCES, OPTIONS, TOKENS
 from tests.support import formulas
+from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
 from tests.support.helpers import WORKED_STUDENT, make_logits, run
 
 INF = math.inf

@@ -6,7 +6,7 @@ import torch
 
 from distill_ops import heads, linear_distillation_loss, reference
 from distill_ops.reference.linear import head_logits
-from tests.losses.test_dense import TOKENS
+from tests.support.cases import TOKENS
 from tests.support.helpers import assert_close, condition, moved, to_float64
 
 N_COLS = 33  # test_dense's options go with it

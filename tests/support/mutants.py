@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support import ROOT
+from tests.support import FULL_VARIABLE, ROOT
 
 PAGE = ROOT / "docs" / "mutants.md"
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
@@ -72,19 +72,35 @@ def copy_tree(folder: str) -> Path:
     return tree
 
 
+def environment(interpreter: bool) -> dict[str, str]:
+    """Of a process in which the tests under the interpreter run, or the others."""
+    left = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", FULL_VARIABLE)}
+    return left | ({"TRITON_INTERPRET": "1"} if interpreter else {})
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+
+
+def uncollected(tests: set[str], interpreter: bool) -> set[str]:
+    """Those of these node ids that `make test` does not collect in that process."""
+    files = sorted({test.split("::")[0] for test in tests})
+    process = subprocess.run(
+        [*PYTEST, "-q", "--collect-only", "--no-header", "-W", "ignore", *files], cwd=ROOT,
+        env=environment(interpreter), stdout=subprocess.PIPE, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    return tests - set(process.stdout.splitlines())
+
+
 def run_tests(tree: Path, tests: list[str], interpreter: bool, *more: str) -> Outcome:
     """Run tests in the tree, with this module as a plugin that checks what is imported."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {
+    of_the_tree = {
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",  # its date cannot tell two mutations of one second apart
     }
-    if interpreter:
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [*PYTEST, "-q", "--tb=short", "-p", "tests.support.mutants", *more, *tests]
     try:
         process = subprocess.run(
-            [*command, "-p", "tests.support.mutants", *more, *tests], cwd=tree, env=environment, text=True,
+            command, cwd=tree, env=environment(interpreter) | of_the_tree, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

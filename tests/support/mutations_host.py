@@ -154,21 +154,23 @@ CPU_PATH = [
     ),
 ]  # fmt: skip
 
+BAD_INPUT = "tests/interface/test_validation.py::test_bad_input"
+
 CHECKS = [
     Mutation(
         "a mask that requires grad", "distill_ops/checks.py",
         '_constant("loss_mask", loss_mask, "detach it")', "pass",
-        "tests/interface/test_validation.py::test_bad_input",
+        f"{BAD_INPUT}[loss_mask requires grad.*detach]",
     ),
     Mutation(
         "a vocabulary of no column", "distill_ops/checks.py",
         "if not 1 <= vocab_size <= widest:", "if not 0 <= vocab_size <= widest:",
-        "tests/interface/test_validation.py::test_bad_input",
+        f"{BAD_INPUT}[vocab_size must lie in]",
     ),
     Mutation(
         "the first label beyond the vocabulary", "distill_ops/checks.py",
         "(labels >= n_cols)", "(labels > n_cols)",
-        "tests/interface/test_validation.py::test_bad_input",
+        f"{BAD_INPUT}[labels must lie in [0, 5) .*got 5]",
     ),
     Mutation(
         "labels are checked on the GPU", "distill_ops/checks.py",

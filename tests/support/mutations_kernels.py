@@ -196,7 +196,7 @@ DENSE_KERNEL = [
     Mutation(
         "a slow logarithm", "kernels/math.py",
         "if INTERPRETED:\n        return tl.log2(x)", "if INTERPRETED or True:\n        return tl.log2(x)",
-        "tests/compiled/test_static.py::test_the_counts_are_what_compiling_gives[jensen_shannon-sm_90]",
+        "tests/compiled/test_dense.py::test_instructions_of_one_divergence",
     ),
     Mutation(
         "no token kept over a normalizer of 0", "kernels/reduction.py",
@@ -226,7 +226,7 @@ DENSE_KERNEL = [
     Mutation(
         "registers beyond the file", "kernels/launch.py",
         "MATCHED = Budget(512, 128)", "MATCHED = Budget(512, 256)",
-        f"{AHEAD_OF_TIME}launch_choice",
+        f"{AHEAD_OF_TIME}launch_choice[matched-2-128256-sm_90]",
     ),
     Mutation(
         "a budget that spills", "kernels/launch.py",

@@ -83,6 +83,6 @@ LINEAR_FORM = [
     Mutation(
         "linear: strides that the compiler cannot prove", "kernels/head.py",
         "(stride // 8 * 8)", "stride",
-        f"{KERNELS}head_kernels[float32-sm_90]",
+        "tests/compiled/test_head.py::test_head_kernels[float32-sm_90]",
     ),
 ]  # fmt: skip

@@ -27,7 +27,7 @@ TOKENS_AND_MOMENTS = [
         "kernels/reduction.py",
         "tl.where(tl.sum(n_kept) == 0, 1.0, tl.sum(total))",
         "tl.sum(total)",
-        "tests/kernels/test_reduction.py::test_token_weights",
+        "tests/kernels/test_reduction.py::test_token_weights[100]",
         interpreter=True,
     ),
     Mutation(
@@ -35,7 +35,23 @@ TOKENS_AND_MOMENTS = [
         "kernels/reduction.py",
         "if upstream != 1.0:",
         "if upstream > 1.0:",
-        "tests/kernels/test_reduction.py::test_scale",
+        "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
+        interpreter=True,
+    ),
+    Mutation(
+        "kernels: what lies behind the gradient's whole vectors is not scaled",
+        "kernels/reduction.py",
+        "upstream, position < n_elements)",
+        "upstream, position < n_vectors * WIDTH)",
+        "tests/test_token_kernels.py::test_scale",
+        interpreter=True,
+    ),
+    Mutation(
+        "kernels: a program scales its first block only",
+        "kernels/reduction.py",
+        "range(tl.program_id(0), tl.cdiv(n_vectors, VECTORS), tl.num_programs(0))",
+        "range(tl.program_id(0), tl.num_programs(0))",
+        "tests/test_token_kernels.py::test_scale_with_several_blocks_a_program",
         interpreter=True,
     ),
     Mutation(

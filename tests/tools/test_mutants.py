@@ -2,15 +2,32 @@
 
 import pytest
 
-from tests.support.mutants import PAGE, ROOT, TESTS_FAILED, Mutation, Outcome, page
+from tests.support import ROOT, full
+from tests.support.mutants import PAGE, TESTS_FAILED, Mutation, Outcome, page, uncollected
 from tests.support.mutations import MUTATIONS
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_every_mutation_fits_the_sources(mutation):
     assert mutation.mistake(ROOT) is None
-    file, name = mutation.test.split("[")[0].split("::")
-    assert f"def {name}(" in (ROOT / file).read_text()
+
+
+HERE = "tests/tools/test_mutants.py::"
+
+
+@pytest.mark.parametrize("interpreter", [False, True], ids=["main", "interpreter"])
+def test_make_test_runs_what_kills_them(interpreter):
+    """By its whole id, parameters included, in the process in which it kills: not in `make
+    test-full` alone, and not under a name or a parameter that is gone, as those three are."""
+    killers = {m.test for m in MUTATIONS if m.interpreter == interpreter}
+    gone = {f"{HERE}test_of_test_full", f"{HERE}test_of_test", f"{min(killers)}[gone]"}
+    assert uncollected(killers | gone, interpreter) == gone
+
+
+@pytest.mark.full
+def test_of_test_full():
+    """Not in `make test`; and tests are told that this is not `make test`."""
+    assert full()
 
 
 def test_names_are_unique():
