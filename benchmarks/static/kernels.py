@@ -1,5 +1,6 @@
 """What a compiled launch costs: registers, stack, and the instructions of its loops, as one row."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 
 from distill_ops.kernels.launch import padded
@@ -148,13 +149,19 @@ def dense_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str
     )
 
 
-def _loops(launch: aot.Launch, target: aot.Target) -> tuple[list[sass.Loop], sass.Usage]:
-    """The innermost loops of a compiled launch, and its usage."""
+def _compiled(
+    launch: aot.Launch, target: aot.Target
+) -> tuple[list[sass.Loop], sass.Usage, int | None]:
+    """The innermost loops of a compiled launch, its usage, and, for AMD, its widest load's bytes."""
     compiled = aot.compile_launch(launch, target)
     if target.backend != "cuda":
-        return amd.innermost_loops(compiled.asm["amdgcn"]), sass.amd_usage(compiled)
+        text = compiled.asm["amdgcn"]
+        widest = max(
+            (amd.LOADED.get(width, 0) for width in re.findall(r"_load_(\w+)", text)), default=0
+        )
+        return amd.innermost_loops(text), sass.amd_usage(compiled), widest
     code, usage = sass.disassemble(compiled)
-    return sass.innermost_loops(code), usage
+    return sass.innermost_loops(code), usage, None
 
 
 def _over_tiles(kernel: str, loops: list[sass.Loop]) -> dict[str, list[sass.Loop]]:
@@ -172,7 +179,7 @@ def _element_size(launch: aot.Launch, name: str) -> int:
 
 def other_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str | None) -> Row:
     """The counts of one launch of any kernel but the dense one."""
-    loops, usage = _loops(launch, target)
+    loops, usage, widest = _compiled(launch, target)
     arguments = launch.arguments
     found = _over_tiles(entry.kernel, loops)
     if not arguments.get("WRITE_GRADIENT", True):  # what stores is the loop over rows, broken up
@@ -181,8 +188,10 @@ def other_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str
         **asdict(entry), **asdict(usage), target=target.name, made_in=made_in,
         num_warps=arguments["num_warps"], programs=launch.grid[0], n_cols=arguments.get("n_cols"),
     )  # fmt: skip
-    if entry.kernel not in READS or not found:
+    if entry.kernel not in READS:
         return plain
+    if not found:  # no loop over tiles, or one that AMD's assembly breaks up
+        return replace(plain, load_bytes=widest)
     read = sum(_element_size(launch, name) for name in READS[entry.kernel])
     fast = {name: sweep[0] for name, sweep in found.items()}
     sweeps = {}

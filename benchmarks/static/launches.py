@@ -44,7 +44,7 @@ OF_TWO = {
 TWO = ("soft_cross_entropy", "jensen_shannon")  # with a moment, two sweeps, and without one, three
 COMPARED_ON = ("sm_90", "sm_100")  # where the odd vocabulary is held against its even neighbour
 
-BUCKET = "bucket"
+BUCKET, RESTRICTED = "bucket", "restricted"  # the second sees the K alone
 # options of the top-k launches, and the divergences and dtypes that they are compiled with
 TOPK = {
     BUCKET: ({}, (*BUILT_IN,), (BF16,)),
@@ -60,7 +60,7 @@ TOPK = {
     "bucket, hard label at T=2": (
         {"hard_label_weight": 0.5, "temperature": 2.0}, ("skew_reverse_kl",), (BF16,),
     ),
-    "restricted": ({"tail": "ignore"}, ("reverse_kl",), (BF16,)),
+    RESTRICTED: ({"tail": "ignore"}, ("reverse_kl",), (BF16,)),
     "restricted, hard label": (
         {"tail": "renormalize", "hard_label_weight": 0.5}, ("symmetric_kl",), (BF16,),
     ),
@@ -150,7 +150,7 @@ def _n_cols(form: str) -> int:
 def _metrics(entry: Entry) -> None:
     n_cols = _n_cols(entry.form)
     student, teacher = (_meta(N_ROWS, n_cols, dtype=DTYPES[entry.dtype]) for _ in range(2))
-    sums = _meta(metrics.SUMS, N_ROWS)
+    sums = _meta(metrics.N_SUMS, N_ROWS)
     metrics.run(student, teacher, 2.0, n_cols, sums, _meta(N_ROWS, dtype=torch.uint8))
 
 

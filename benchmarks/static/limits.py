@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from .kernels import Row
-from .launches import BACKWARD, BF16, BF16_BIAS, FP32, MIXED, STRIDED, Entry
+from .launches import BACKWARD, BF16, BF16_BIAS, FP32, MIXED, RESTRICTED, STRIDED, Entry
 
 TARGETS_ON = ("sm_90", "sm_100")
 QUANTITIES = {
@@ -102,7 +102,7 @@ def faults(row: Row) -> Iterator[str]:
     known = KNOWN_STACK.get((row.entry, row.made_in, row.target), 0)
     if row.stack > known or (row.spills and not known):
         yield f"{name}: {row.stack} bytes of stack, {row.spills} spills"
-    if row.load_bytes not in (None, 16):
+    if row.load_bytes not in (None, 16) and row.form != RESTRICTED:
         yield f"{name}: loads of {row.load_bytes} bytes"
     if row.target.startswith("gfx"):
         return  # what its assembly shows of a loop is too little for more
