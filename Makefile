@@ -26,6 +26,9 @@ test-full: $(VENV)/ready-full
 static: setup
 	$(RUN) -m benchmarks.static
 
+report: setup
+	$(RUN) -m benchmarks.report --readme README.md --page docs/benchmarks.md
+
 accuracy: setup
 	$(RUN) -m benchmarks.accuracy
 
@@ -42,4 +45,4 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test test-full static accuracy mutants check example example-offline
+.PHONY: setup bench test test-full static report accuracy mutants check example example-offline
