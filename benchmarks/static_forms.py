@@ -16,7 +16,7 @@ from distill_ops import ForwardKL, JensenShannon, ReverseKL
 from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import statistics_launches, token_launches, topk_launches
 
-from .chips import CHIPS
+from .chips import CHIPS, Chip
 from .machine import describe, machine_line
 from .records import save
 from .report import markdown_table
@@ -108,14 +108,18 @@ def rows_of(target: aot.Target) -> Iterator[FormRow]:
     yield count("statistics, reverse_kl", "gradient", backward, target, 2, 6.0)
 
 
-def binds(row: FormRow, chip_name: str) -> str:
-    """The limit that binds on a chip, and the predicted time over that of a copy of the bytes."""
-    chip = CHIPS[chip_name]
-    times = {
+def limits_of(row: FormRow, chip: Chip) -> dict[str, float]:
+    """Picoseconds an element that each limit alone asks of a launch."""
+    return {
         "memory": chip.memory_picoseconds(row.moved),
         "issue": chip.picoseconds(row.instructions / chip.lanes),
         "exp + log": chip.picoseconds(row.special / chip.special),
     }
+
+
+def binds(row: FormRow, chip_name: str) -> str:
+    """The limit that binds on a chip, and the predicted time over that of a copy of the bytes."""
+    times = limits_of(row, CHIPS[chip_name])
     name = max(times, key=times.get)
     return f"{name} {times[name] / times['memory']:.2f}"
 
