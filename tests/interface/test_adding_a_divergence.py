@@ -186,6 +186,7 @@ def test_the_list_suffices_to_use_it(clone):
 def test_the_list_suffices_for_the_suite(clone):
     found = pytest_in(clone(STEPS), "-k", "triangular or page or listed", *SUITE)
     assert found.returncode == 0, found.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", found.stdout)[1]) > 100
 
 
 # what fails where a step is forgotten
@@ -203,4 +204,6 @@ FORGOTTEN = {
 @pytest.mark.parametrize("file", FORGOTTEN)
 def test_a_forgotten_step_fails(clone, file):
     folder = clone(STEPS.keys() - {file})
-    assert pytest_in(folder, "-x", FORGOTTEN[file]).returncode != 0
+    found = pytest_in(folder, "-x", FORGOTTEN[file])
+    assert found.returncode != 0
+    assert "triangular" in found.stdout  # and not for another reason
