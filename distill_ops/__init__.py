@@ -13,7 +13,7 @@ from .api.metrics import distillation_metrics
 from .api.statistics import distillation_statistics
 from .api.tokens import mixture_token_log_probs, token_log_probs
 from .api.topk import topk_distillation_loss
-from .checks import set_debug
+from .checks.values import set_debug
 from .divergences import (
     AlphaBeta,
     Divergence,

@@ -3,7 +3,8 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks import check_dense, check_inplace
+from ..checks.logits import check_inplace
+from ..checks.tokens import check_dense
 from ..divergences import Divergence, SoftCrossEntropy
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options

@@ -3,7 +3,7 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks import check_statistics
+from ..checks.tokens import check_statistics
 from ..divergences import Divergence, ReverseKL
 from ..operators.statistics import distillation_statistics as operator
 from ..problem import DistillationStatistics, Options, StatisticsInputs

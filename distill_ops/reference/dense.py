@@ -13,7 +13,7 @@ from ..arguments import (
     loss_arguments,
     with_loss_options,
 )
-from ..checks import check_dense
+from ..checks.tokens import check_dense
 from ..divergences import Divergence
 from ..problem import LossComponents, working_dtype
 
