@@ -14,7 +14,7 @@ from ..arguments import (
     with_loss_options,
 )
 from ..checks.tokens import check_dense
-from ..divergences import Divergence
+from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
 
 NEG_INF = float("-inf")

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
-from ..divergences import Divergence, ReverseKL
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..problem import DistillationStatistics, working_dtype
 from .dense import divergence_terms, log_mixture, no_maximum, times
 

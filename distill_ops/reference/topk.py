@@ -7,7 +7,7 @@ from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
 from ..checks.slots import check_topk_logits
-from ..divergences import Divergence
+from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
 from .dense import (
     NEG_INF,
