@@ -35,15 +35,11 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import distillation_loss, reference
-from distill_ops.divergences import (
+from distill_ops.divergences.base import Divergence
+from distill_ops.divergences.built_in import (
+    BUILT_IN,
     AlphaBeta,
-    Divergence,
-    ForwardKL,
     JensenShannon,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SoftCrossEntropy,
     SymmetricKL,
     TotalVariation,
 )
@@ -54,22 +50,14 @@ MEDIAN, WORST = 1.0, 1.5  # the largest ratios that the rule allows
 FIRST, MOST = 8, 64  # tokens
 DOUBTFUL = 1.2
 
-DIVERGENCES: dict[str, Divergence] = {
-    "soft_cross_entropy": SoftCrossEntropy(),
-    "forward_kl": ForwardKL(),
-    "reverse_kl": ReverseKL(),
-    "symmetric_kl": SymmetricKL(),
+VARIANTS = {  # other parameters than the default ones
     "symmetric_kl(0.3)": SymmetricKL(0.3),
-    "jensen_shannon": JensenShannon(),
     "jensen_shannon(0.1)": JensenShannon(0.1),
     "jensen_shannon(0.9)": JensenShannon(0.9),
-    "skew_forward_kl": SkewForwardKL(),
-    "skew_reverse_kl": SkewReverseKL(),
-    "total_variation": TotalVariation(),
-    "alpha_beta": AlphaBeta(),
     "alpha_beta(0.7, 0.2)": AlphaBeta(0.7, 0.2),
     "alpha_beta(1, 1)": AlphaBeta(1.0, 1.0),
 }
+DIVERGENCES: dict[str, Divergence] = {name: kind() for name, kind in BUILT_IN.items()} | VARIANTS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)

@@ -263,7 +263,9 @@ def test_nothing_is_read_on_the_host(bias, option, gradient, monkeypatch):
     if options.get("reduction") == "none":
         gradient = "backward"
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
-    monkeypatch.setattr(register, "dispatches", lambda *_: False)  # the operator's body, not its fake
+    monkeypatch.setattr(
+        register, "dispatches", lambda *_: False
+    )  # the operator's body, not its fake
     to_meta = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x
     options = {name: to_meta(value) for name, value in options.items()}
     if "divergence" in options:
