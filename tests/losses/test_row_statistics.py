@@ -141,7 +141,7 @@ def oracle(rows, divergence, temperature):
 
 @closed
 @pytest.mark.parametrize("infinite", [False, True], ids=["finite", "infinite"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_loss_and_slope_are_the_oracles(divergence, infinite, temperature):
     widths = [4, 1, 0, 9, 6]
     rows = Rows.of(widths, seed=3, n=60, infinite=infinite)
@@ -177,25 +177,24 @@ def test_parameters_of_rows():
     "widths", [[40] * 8, [1, 300, 0, 2, 17], [1] * 64], ids=["even", "uneven", "columns"]
 )
 def test_float32_costs_rounding_alone(divergence, widths):
-    """Errors in units of what rounding costs a row: the worst of the split rows against the worst of
-    whole rows."""
+    """In units of what rounding costs a row: whole rows err by few, whatever their offset, and the
+    split ones by at most twice as many and one."""
     rows = Rows.of(widths, seed=7, n=90)
-    scale = torch.finfo(torch.float32).eps * rows.scale(divergence)
-    truth = rows.whole(divergence)
-    whole = rows.whole(divergence, dtype=torch.float32)
-    parts = rows.parts(widths, divergence, dtype=torch.float32)
-    split = RowStatistics.combine(parts, divergence, 2.0)
-    assert split.pack().dtype == torch.float32
+    scale = torch.finfo(torch.float32).eps * rows.scale(divergence, 3.0)
+    truth = rows.whole(divergence, 3.0)
     wanted = truth.loss_and_slope(divergence)
 
     def errors(statistics):
         pairs = [*zip(statistics, truth, strict=True)]
         pairs += zip(statistics.loss_and_slope(divergence), wanted, strict=True)
         units = [((a.double() - b).abs() / scale).masked_fill(~b.isfinite(), 0.0) for a, b in pairs]
-        return torch.stack(units).amax(-1)
+        return torch.stack(units).max().item()
 
-    ours, eager = errors(split), errors(whole)
-    assert (ours <= 2 * eager + 0.5).all(), f"{ours} against {eager}"
+    whole = errors(rows.whole(divergence, 3.0, torch.float32))
+    parts = rows.parts(widths, divergence, 3.0, torch.float32)
+    split = errors(RowStatistics.combine(parts, divergence, 3.0))
+    assert whole <= 3
+    assert split <= 2 * whole + 1
 
 
 @closed
