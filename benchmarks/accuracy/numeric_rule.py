@@ -35,10 +35,10 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import distillation_loss, reference
-from distill_ops.divergences import (
+from distill_ops.divergences.base import Divergence
+from distill_ops.divergences.built_in import (
     BUILT_IN,
     AlphaBeta,
-    Divergence,
     JensenShannon,
     SymmetricKL,
     TotalVariation,
@@ -240,7 +240,7 @@ def measure(
             batched(eager, *(logits.double() for logits in pair)),
         )
         truth = truth_of_eager = results[2]
-        if isinstance(divergence, divergences.TotalVariation):
+        if isinstance(divergence, TotalVariation):
             signs = Signs(*pair, case.temperature)
             truths, counts = zip(*(signs.nearest(x.gradient) for x in results[:2]), strict=True)
             truth, truth_of_eager = (truth._replace(gradient=x) for x in truths)

@@ -2,8 +2,10 @@
 
 import torch
 
-from ..checks import check_statistics
-from ..divergences import Divergence, ReverseKL
+from ..arguments import LossArguments
+from ..checks.tokens import check_statistics
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..operators.statistics import distillation_statistics as operator
 from ..problem import DistillationStatistics, Options, StatisticsInputs
 from .choices import choose_backend, gradient_mode
@@ -67,11 +69,9 @@ def distillation_statistics(
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
-    options = Options.of(
-        divergence, student_logits.shape[-1],
-        choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        temperature=temperature, ignore_index=ignore_index,
-    )  # fmt: skip
+    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
+    arguments = LossArguments(temperature=temperature, reduction="none", ignore_index=ignore_index)
+    options = Options.of(divergence, student_logits.shape[-1], backend, arguments)
     inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
     made = gradient_mode("backward", "none", student_logits)
     outputs, agreement = operator("distillation_statistics", inputs, options, made)
