@@ -9,35 +9,32 @@ rounds, the predicted ones of a copy at the chip's nominal bandwidth.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from .. import static_report
-from ..chips import CHIPS, Chip, chip_of
-from ..forms import FormRecord
-from ..records import OURS, OURS_BACKWARD, OURS_INPLACE, OVERHEAD, Record, load, save
-from ..screen import make_console, make_table, number
-from ..static_forms import FormRow, limits_of
-from ..static_kernels import BACKWARD, EVAL, ODD, TRAIN
-from ..static_roofline import Prediction
+from ..core.machine import RESULTS
+from ..core.records import Measured, load, save
+from ..core.screen import make_console, make_table, number
+from ..losses.forms import FormRecord
+from ..losses.records import OURS_BACKWARD, OVERHEAD, WAYS, Record
+from ..static import results as static
+from ..static.chips import CHIPS, chip_of
+from ..static.launches import BACKWARD, BF16, BUCKET, ENTROPY, EVAL, ODD, TRAIN, Entry
 from .graphs import GraphRecord
-from .stages import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
-WAYS = (OURS, OURS_BACKWARD, OURS_INPLACE)
+COUNTS = RESULTS / "static.json"
+KINDS = {"dense": Record, "graphs": GraphRecord, "forms": FormRecord}  # by file
 GRAPH = "graph"  # the mode of a replayed training step
-# the kernels of the forms whose launches are all counted
-FORM_KERNELS = {"tokens": "token, with entropy", "topk": "top-k (64), {loss}"}
+# kernel and form of the forms whose launches over the logits are all counted
+OF_FORMS = {"tokens": ("token", ENTROPY), "topk": ("topk", BUCKET)}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One measurement of ours; what is predicted, by chip, is empty where nothing was counted.
-
-    ``predicted_form``: the form or the kernel of the counts."""
+    """One measurement of ours; what is predicted, by chip, is empty where nothing was counted."""
 
     case: str
     mode: str
@@ -46,91 +43,69 @@ class Compared:
     measured_times_copy: float | None
     predicted_ms: dict[str, float]
     predicted_times_copy: dict[str, float]
-    predicted_form: str | None
+    predicted_form: str | None  # kernel and form of the counts
 
 
-def static_form(provider: str, mode: str, vocab: int) -> str | None:
-    """The form of the static counts that a measurement is of. They are of one vocabulary each, an
-    even one of 128256 columns and an odd one of 50257, and stand for others like it."""
-    if vocab % 8:  # rows begin anywhere, which is counted with the gradient in the forward alone
-        return None if provider == OURS_BACKWARD or mode == "eval" else ODD
-    if mode == "eval":
-        return EVAL
-    return BACKWARD if provider == OURS_BACKWARD else TRAIN
+def measurement(record: Measured) -> tuple[str, float, float | None]:
+    """The mode, milliseconds, and these over those of a copy, which the forms have none of."""
+    if isinstance(record, GraphRecord):
+        return GRAPH, record.graph_ms, record.times_copy
+    if isinstance(record, Record):
+        return record.mode, record.median_ms, record.copy_fraction and 1 / record.copy_fraction
+    return "train", record.median_ms, None
 
 
-def predictions_for(
-    report: static_report.Report, loss: str, dtype: str, form: str | None
-) -> dict[str, Prediction]:
-    wanted = (loss, dtype, form)
-    return {p.chip: p for p in report.predictions if (p.divergence, p.dtype, p.form) == wanted}
+def counted_as(record: Measured) -> Entry | None:
+    """The line of the static counts that a measurement is of.
+
+    They are of one vocabulary each, an even one of 128256 columns and an odd one of 50257 whose rows
+    begin anywhere, and stand for others like it."""
+    odd = record.vocab % 8 != 0
+    if isinstance(record, FormRecord):
+        if record.form not in OF_FORMS:
+            return None
+        kernel, form = OF_FORMS[record.form]
+        divergence = record.loss if kernel == "topk" else None
+        return Entry(kernel, f"{form}, {ODD}" if odd else form, record.dtype, divergence)
+    backward = record.provider == OURS_BACKWARD
+    forward_alone = isinstance(record, Record) and record.mode == "eval"
+    if odd:  # counted with the gradient in the forward
+        form = None if backward or forward_alone else ODD
+    else:
+        form = EVAL if forward_alone else BACKWARD if backward else TRAIN
+    return form and Entry("dense", form, record.dtype, record.loss)
 
 
-def dense_rows(
-    records: Sequence[Record | GraphRecord], report: static_report.Report
-) -> Iterator[Compared]:
-    """Of the dense losses, timed as launched and as graphs."""
-    for r in records:
-        if r.provider not in WAYS or not r.measured or r.case == OVERHEAD:
-            continue
-        form = static_form(r.provider, r.mode, r.vocab)
-        found = predictions_for(report, r.loss, r.dtype, form)
-        graph = isinstance(r, GraphRecord)
-        copies = r.times_copy if graph else r.copy_fraction and 1 / r.copy_fraction
-        elements = r.tokens * r.vocab
-        yield Compared(
-            r.case, GRAPH if graph else r.mode, r.label, r.graph_ms if graph else r.median_ms, copies,
-            {chip: p.picoseconds * elements * 1e-9 for chip, p in found.items()},
-            {chip: p.times_copy for chip, p in found.items()},
-            form if found else None,
-        )  # fmt: skip
-
-
-def form_prediction(rows: Sequence[FormRow], chip: Chip) -> tuple[float, float]:
-    """Of launches one after the other: picoseconds an element, and over those of a copy."""
-    total = sum(max(limits_of(row, chip).values()) for row in rows)
-    return total, total / sum(chip.memory_picoseconds(row.moved) for row in rows)
-
-
-def form_rows(records: Sequence[FormRecord], counted: Sequence[FormRow]) -> Iterator[Compared]:
-    """Of the other losses; those of whose launches all are counted have a prediction."""
-    for r in records:
-        if r.provider not in WAYS or not r.measured:
-            continue
-        kernel = FORM_KERNELS.get(r.form, "").format(loss=r.loss)
-        predicted = {}
-        for chip in CHIPS.values():
-            its = [
-                x
-                for x in counted
-                if (x.kernel, x.n_cols, x.target) == (kernel, r.vocab, chip.target)
-            ]
-            if its and its[0].sweeps is not None:  # AMD's are not counted
-                predicted[chip.name] = form_prediction(its, chip)
-        elements = r.tokens * r.vocab
-        yield Compared(
-            r.case, "train", r.label, r.median_ms, None,
-            {chip: picoseconds * elements * 1e-9 for chip, (picoseconds, _) in predicted.items()},
-            {chip: copies for chip, (_, copies) in predicted.items()},
-            kernel if predicted else None,
-        )  # fmt: skip
+def compare_one(record: Measured, report: static.Report) -> Compared:
+    """A measurement beside its predictions, which are made for bf16."""
+    mode, milliseconds, times_copy = measurement(record)
+    entry = counted_as(record)
+    found = {}
+    if entry and entry.dtype == BF16:
+        of_chips = {
+            c: report.predicted(entry.divergence, c, entry.kernel, entry.form) for c in CHIPS
+        }
+        found = {chip: p for chip, p in of_chips.items() if p}
+    elements = record.tokens * record.vocab
+    return Compared(
+        record.case, mode, record.label, milliseconds, times_copy,
+        {chip: p.picoseconds * elements * 1e-9 for chip, p in found.items()},
+        {chip: p.times_copy for chip, p in found.items()},
+        f"{entry.kernel}, {entry.form}" if found else None,
+    )  # fmt: skip
 
 
 def compare(folder: Path) -> tuple[list[Compared], dict[str, object]]:
-    """All measurements of a folder beside their predictions, and the facts of the run."""
-    report = static_report.load(RESULTS / "static.json")
-    counted, _ = load(RESULTS / "static-forms.json", FormRow)
+    """Ours in the files of a folder beside the predictions, and the facts of the run."""
+    report = static.load(COUNTS)
     found, facts = [], {}
-    for name, kind, rows, counts in (
-        ("dense", Record, dense_rows, report),
-        ("graphs", GraphRecord, dense_rows, report),
-        ("forms", FormRecord, form_rows, counted),
-    ):
+    for name, kind in KINDS.items():
         path = folder / f"{name}.json"
         if path.exists():
             records, its_facts = load(path, kind)
             facts = facts or its_facts
-            found += rows(records, counts)
+            ours = [r for r in records if r.provider in WAYS and r.measured and r.case != OVERHEAD]
+            found += [compare_one(record, report) for record in ours]
     return found, facts
 
 

@@ -15,14 +15,19 @@ from pathlib import Path
 from distill_ops.analysis.aot import KERNELS
 
 from . import stages
-from .stages import ROOT, Stage
+from .stages import Stage
 
 MINUTES = 6.0
 # seconds of each stage at MINUTES; the rest is for starting and ending
 LIMITS = {"gpu": 95, "kernels": 90, "memcheck": 50, "racecheck": 45, "initcheck": 40}
 MARGIN = 15  # seconds that pytest gets to begin and to finish the test that it is at
 WORKERS = {"gpu": 3, "kernels": 8}  # with pytest-xdist: most of the time is the compiler's
-SANITIZED = ("test_dense", "test_topk", "test_tokens", "test_inplace")
+SANITIZED = (
+    "tests/losses/test_dense.py",
+    "tests/losses/test_topk.py",
+    "tests/losses/test_tokens.py",
+    "tests/interface/test_inplace.py",
+)
 # what tests PyTorch's machinery more than a kernel, or compiles for long
 NOT_SANITIZED = "not compile and not opcheck and not checkpoint and not transforms"
 SANITIZER = "compute-sanitizer"
@@ -60,21 +65,6 @@ def find_sanitizer() -> str | None:
     return shutil.which(SANITIZER) or next(places, None)
 
 
-def sanitized_tests() -> list[str]:
-    """The files of the tests that are run under compute-sanitizer.
-
-    Raises:
-        FileNotFoundError: one is not there.
-    """
-    found = []
-    for name in SANITIZED:
-        paths = sorted((ROOT / "tests").rglob(f"{name}.py"))
-        if not paths:
-            raise FileNotFoundError(f"no {name}.py under tests/")
-        found += [str(path.relative_to(ROOT)) for path in paths]
-    return found
-
-
 def _filters(program: str) -> list[str]:
     """Our kernels alone, where the tool can be told so: the others' are many, and no concern here."""
     asked = subprocess.run([program, "--help"], capture_output=True, text=True)
@@ -88,7 +78,7 @@ def sanitizer_stage(tool: str, program: str | None, seconds: float) -> Stage:
     if program is None:
         reason = f"{SANITIZER} is neither on PATH nor in a folder or wheel of CUDA's"
         return Stage(tool, seconds, reason=reason)
-    arguments = ("-m", "interpreter", "-k", NOT_SANITIZED, *sanitized_tests())
+    arguments = ("-m", "interpreter", "-k", NOT_SANITIZED, *SANITIZED)
     command = (
         program, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--print-limit", "20",
         *([] if tool == "memcheck" else _filters(program)), *pytest_command(seconds, *arguments),

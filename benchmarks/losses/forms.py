@@ -8,7 +8,7 @@ also time their matrix products alone, in the same rounds, which no implementati
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -150,6 +150,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forms", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, short rounds")
     parser.add_argument("--forms", nargs="+", help="only these forms, such as linear topk tokens")
+    parser.add_argument("--seconds", type=float, help=f"of a case's rounds ({BUDGET.seconds:g})")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where the records go")
     add_device_argument(parser)
     return parser.parse_args(arguments)
@@ -164,19 +165,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [c for c in cases if not options.forms or c.form in options.forms]
     if options.quick:
         cases = [c.smaller() for c in cases]
+    budget = QUICK_BUDGET if options.quick else BUDGET
+    budget = replace(budget, seconds=options.seconds or budget.seconds)
     facts = describe(device, arguments, "benchmarks.forms")
     console = make_console()
     console.print(machine_line(facts))
     records: list[FormRecord] = []
     for case in cases:
-        new = run_case(case, device, QUICK_BUDGET if options.quick else BUDGET)
+        new = run_case(case, device, budget)
         console.print(table_of(new))
         for line in left_out(new):
             console.print(line, markup=False)
         records += new
+        if options.json:
+            save(options.json, records, facts)  # as far as it came
     name = device_name(options.device).lower().replace(" ", "-")
     default = RESULTS / ("forms-cpu.json" if device.type == "cpu" else f"forms-gpu-{name}.json")
-    partial = options.quick or options.forms
+    partial = options.quick or options.forms or options.seconds
     path = options.json or (None if partial else default)
     if path:
         save(path, records, facts)

@@ -2,27 +2,39 @@
 them, and the benchmarks' own parts."""
 
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-
-from benchmarks.cases import Case
-from benchmarks.chips import CHIPS
-from benchmarks.form_cases import FormCase, make_tensors
-from benchmarks.providers import PROVIDERS
-from benchmarks.records import COPY, EAGER, OURS, OURS_BACKWARD, Record, load, save
-from benchmarks.static_forms import FormRow, binds
-from benchmarks.timing import Budget
-
-from benchmarks import accuracy, form_providers, static_report
-from benchmarks.forms import FormRecord
-from benchmarks.gpu import beside, graphs, stages
+from benchmarks.__main__ import parse as parse_dense
+from benchmarks.accuracy import sweep
+from benchmarks.core.records import EAGER, FAILED, OURS, load, save
+from benchmarks.core.timing import Budget
+from benchmarks.gpu import beside, graphs, measure, stages
+from benchmarks.losses import form_providers, forms
+from benchmarks.losses.cases import Case, select_cases
+from benchmarks.losses.form_cases import CASES_GPU, FormCase, make_tensors
+from benchmarks.losses.providers import PROVIDERS
+from benchmarks.losses.records import COPY, OURS_BACKWARD, WAYS, Record
+from benchmarks.static import results as static
+from benchmarks.static.cache_model import Traffic
+from benchmarks.static.chips import CHIPS
+from benchmarks.static.launches import (
+    BACKWARD,
+    BF16,
+    BUCKET,
+    ENTROPY,
+    EVAL,
+    ODD,
+    TRAIN,
+    Entry,
+    entries,
+)
+from benchmarks.static.roofline import predict
+from tests.support.static_rows import made_up_row
 
 CPU = torch.device("cpu")
 FACTS = {"gpu": None, "cpu": "a CPU"}
@@ -71,7 +83,15 @@ def test_graphs_are_saved_case_by_case(tmp_path, monkeypatch):
         return graphs.records_of(case, {COPY: 1.0}, dict.fromkeys(graphs.CONTENDERS, "none"))
 
     monkeypatch.setattr(stages, "missing_gpu", lambda: None)
-    monkeypatch.setattr(graphs, "describe", lambda *_: {**FACTS, "commit": None, "date": ""} | dict.fromkeys(("python", "torch", "triton", "threads"), ""))  # fmt: skip
+    facts = FACTS | {
+        "threads": 1,
+        "commit": None,
+        "date": "",
+        "python": "",
+        "torch": "",
+        "triton": "",
+    }
+    monkeypatch.setattr(graphs, "describe", lambda *_: facts)
     monkeypatch.setattr(graphs, "run_case", run_case)
     path = tmp_path / "graphs.json"
     with pytest.raises(KeyboardInterrupt):
@@ -81,58 +101,93 @@ def test_graphs_are_saved_case_by_case(tmp_path, monkeypatch):
     assert [(r.tokens, r.vocab) for r in records[:: len(graphs.CONTENDERS)]] == shapes
 
 
-def test_predictions_stand_beside_measurements(tmp_path, capsys):
-    report = static_report.load(beside.RESULTS / "static.json")
-    counted, _ = load(beside.RESULTS / "static-forms.json", FormRow)
-    base = Record("a case", "forward_kl", None, 1024, 32000, "bfloat16", OURS, "ours", "train")
-    timed = replace(base, median_ms=0.5, copy_fraction=0.8)
-    dense = [
-        timed,
-        replace(timed, mode="eval"),
-        replace(timed, provider=OURS_BACKWARD),
-        replace(timed, vocab=50257),
-        replace(timed, vocab=50257, mode="eval"),
-        replace(timed, provider=EAGER),
-        replace(timed, status="failed"),
-    ]
-    graph = graphs.GraphRecord(
-        "small", "forward_kl", 64, 32000, "bfloat16", OURS, "ours", graph_ms=0.25, times_copy=1.5
-    )
-    form = FormRecord("tokens", "tokens", "log_prob", 8192, None, 128256, None, "bfloat16", OURS, "ours", median_ms=2.0)  # fmt: skip
+def counts(*entries):
+    """Made-up counts, bf16, for every chip: the n-th entry's launch takes n times a copy of it."""
+    found = []
+    for n, (kernel, form, divergence) in enumerate(entries, 1):
+        for chip in CHIPS.values():
+            fits = chip.limits(4)["instructions"]
+            fields = {"kernel": kernel, "form": form, "divergence": divergence}
+            row = made_up_row(**fields, special=0.0, row_instructions=n * fits)
+            found.append(predict([row], [Traffic(*[4.0] * 5)], chip))
+    return static.Report({}, [], found, [], [])
+
+
+def test_predictions_stand_beside_measurements(tmp_path, monkeypatch, capsys):
+    dense = [("dense", form, "forward_kl") for form in (TRAIN, EVAL, BACKWARD, ODD)]
+    report = counts(*dense, ("token", ENTROPY, None), ("topk", BUCKET, "forward_kl"))
+    static.save(tmp_path / "counts.json", report)
+    monkeypatch.setattr(beside, "COUNTS", tmp_path / "counts.json")
+    names = {
+        "case": "a case",
+        "loss": "forward_kl",
+        "dtype": BF16,
+        "provider": OURS,
+        "label": "ours",
+    }
+    sizes = {"tokens": 1024, "vocab": 32000}
+    timed = Record(**names, **sizes, model=None, mode="train", median_ms=0.5, copy_fraction=0.8)
+    even = [timed, replace(timed, mode="eval"), replace(timed, provider=OURS_BACKWARD)]
+    odd = [replace(timed, vocab=50257), replace(timed, vocab=50257, mode="eval")]
+    others = [replace(timed, provider=EAGER), replace(timed, status=FAILED)]
+    uncounted = replace(timed, dtype="float32")
+    graph = graphs.GraphRecord(**names, **sizes, median_ms=1.0, graph_ms=0.25, times_copy=1.5)
+    tokens = forms.FormRecord(**names, **sizes, form="tokens", hidden=None, k=None, median_ms=2.0)
     facts = {"gpu": CHIPS["H100"].device, "cpu": ""}
-    save(tmp_path / "dense.json", dense, facts)
+    save(tmp_path / "dense.json", [*even, *odd, *others, uncounted], facts)
     save(tmp_path / "graphs.json", [graph], facts)
-    save(tmp_path / "forms.json", [form, replace(form, form="linear", hidden=8)], facts)
+    of_forms = [
+        tokens,
+        replace(tokens, form="topk", k=64),
+        replace(tokens, form="linear", hidden=8),
+    ]
+    save(tmp_path / "forms.json", of_forms, facts)
     assert beside.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "H100, predicted" in printed
     assert "A100" not in printed
     found, _ = load(tmp_path / "predictions.json", beside.Compared)
-    forms = [c.predicted_form for c in found]
-    kinds = ["train", "no gradient", "gradient in backward", "odd vocabulary", None]
-    assert forms == [*kinds, "train", "token, with entropy", None]
-    first, in_graph, tokens = found[0], found[5], found[6]
-    assert first.measured_times_copy == 1.25
-    expected = report.predicted("forward_kl", "H100")
-    assert first.predicted_times_copy["H100"] == expected.times_copy
-    moved = expected.memory_bytes.minimal * 1024 * 32000
-    at_bandwidth = moved / CHIPS["H100"].gb_per_s / 1e6
-    assert first.predicted_ms["H100"] == pytest.approx(expected.times_copy * at_bandwidth)
-    assert set(first.predicted_ms) == set(CHIPS)
-    assert (in_graph.mode, in_graph.measured_ms, in_graph.measured_times_copy) == (
-        "graph",
-        0.25,
-        1.5,
-    )
-    rows = [
-        r
-        for r in counted
-        if (r.kernel, r.n_cols, r.target) == ("token, with entropy", 128256, "sm_90")
+    expected = [
+        *((0.5, 1.25, n, f"dense, {form}") for n, form in ((1, TRAIN), (2, EVAL), (3, BACKWARD))),
+        (0.5, 1.25, 4, f"dense, {ODD}"),
+        (0.5, 1.25, None, None),  # the forward alone of an odd vocabulary
+        (0.5, 1.25, None, None),  # float32
+        (0.25, 1.5, 1, f"dense, {TRAIN}"),
+        (2.0, None, 5, f"token, {ENTROPY}"),
+        (2.0, None, 6, f"topk, {BUCKET}"),
+        (2.0, None, None, None),
     ]
-    assert len(rows) == 2
-    each = [float(binds(row, "H100").split()[-1]) * row.moved for row in rows]
-    over = sum(each) / sum(row.moved for row in rows)
-    assert tokens.predicted_times_copy["H100"] == pytest.approx(over, abs=0.01)
+    for c, (milliseconds, copies, n, form) in zip(found, expected, strict=True):
+        assert (c.measured_ms, c.measured_times_copy) == (milliseconds, copies)
+        assert c.predicted_form == form
+        wanted = {} if n is None else dict.fromkeys(CHIPS, n)
+        assert c.predicted_times_copy == pytest.approx(wanted, abs=0.01)
+    at_bandwidth = 4 * 1024 * 32000 / CHIPS["H100"].gb_per_s / 1e6
+    assert found[2].predicted_ms["H100"] == pytest.approx(3 * at_bandwidth, rel=1e-3)
+    assert found[6].mode == beside.GRAPH
+
+
+def test_what_is_measured_is_counted():
+    """What the measurements ask of the counts has a line in their matrix; the dense losses' forward
+    alone and gradient in the backward have one for jensen_shannon, not for the KL divergences."""
+    options = parse_dense([*measure.DENSE, "--device", "cpu"])
+    cases = select_cases("cuda", True, options.losses, options.shapes, options.dtype)
+    small = [Case(loss, *s, BF16) for s in graphs.SHAPES for loss in graphs.SMALL_LOSSES]
+    wanted = []
+    for provider in WAYS:
+        who = {"provider": provider, "label": ""}
+        for mode in ("train", "eval"):
+            wanted += [Record(case="", **who, model=None, mode=mode, **vars(c)) for c in cases]
+        wanted += [graphs.GraphRecord(case="", **who, **vars(c)) for c in small]
+        wanted += [forms.FormRecord(case="", **who, **vars(c)) for c in CASES_GPU]
+    found = [entry for record in wanted if (entry := beside.counted_as(record))]
+    counted = set(entries("sm_90"))
+    kinds = product((EVAL, BACKWARD), ("forward_kl", "reverse_kl"))
+    missing = {Entry("dense", form, BF16, divergence) for form, divergence in kinds}
+    assert set(found) - counted == missing
+    assert {(e.kernel, e.form) for e in set(found) & counted} == {
+        *product(["dense"], (TRAIN, ODD, EVAL, BACKWARD)), ("token", ENTROPY), ("topk", BUCKET),
+    }  # fmt: skip
 
 
 def test_a_folder_without_measurements(tmp_path, capsys):
@@ -150,9 +205,29 @@ def test_the_forms_products_are_of_random_matrices(monkeypatch):
     assert all((x != 0).float().mean() > 0.9 for x in factors)
 
 
+def test_forms_are_saved_case_by_case_within_their_seconds(tmp_path, monkeypatch):
+    budgets = []
+
+    def run_case(case, device, budget):
+        budgets.append(budget)
+        if len(budgets) == 2:
+            raise KeyboardInterrupt
+        names = {"case": case.name, "provider": OURS, "label": "ours", "reason": "none"}
+        return [forms.FormRecord(**names, status=FAILED, **vars(case))]
+
+    monkeypatch.setattr(forms, "run_case", run_case)
+    path = tmp_path / "forms.json"
+    options = ["--forms", "tokens", "topk", "--seconds", "0.5", "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        forms.main([*options, "--json", str(path)])
+    assert budgets == 2 * [replace(forms.BUDGET, seconds=0.5)]
+    records, _ = load(path, forms.FormRecord)
+    assert [r.form for r in records] == ["topk"]
+
+
 def test_workers_of_the_accuracy(monkeypatch):
-    assert accuracy.default_workers("torch") == os.cpu_count()
-    monkeypatch.setattr(accuracy, "device_of", lambda path: SimpleNamespace(type="cuda"))
-    assert accuracy.default_workers("triton") == 4
-    assert accuracy.parse([]).workers is None
-    assert accuracy.parse(["--workers", "3"]).workers == 3
+    assert sweep.default_workers("torch") == os.cpu_count()
+    monkeypatch.setattr(sweep, "device_of", lambda path: SimpleNamespace(type="cuda"))
+    assert sweep.default_workers("triton") == 4
+    assert sweep.parse([]).workers is None
+    assert sweep.parse(["--workers", "3"]).workers == 3
