@@ -78,18 +78,25 @@ def _linear(loss: str, tokens: int, hidden: int, vocab: int, dtype: str) -> Form
     return FormCase("linear", loss, tokens, hidden, vocab, None, dtype)
 
 
+def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str) -> list[FormCase]:
+    """The forms beside the linear one; those from hidden states have tokens of their own."""
+    return [
+        FormCase("linear_topk", "forward_kl", linear_tokens, hidden, vocab, 64, dtype),
+        FormCase("linear_tokens", "log_prob", linear_tokens, hidden, vocab, None, dtype),
+        FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
+        FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
+        FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
+        FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
+    ]
+
+
 CASES_CPU = [
     *(
         _linear(loss, 512, 512, 32000, "float32")
         for loss in ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", HARD_LABEL)
     ),
     _linear("forward_kl", 512, 512, 32000, "bfloat16"),
-    FormCase("linear_topk", "forward_kl", 512, 512, 32000, 64, "float32"),
-    FormCase("linear_tokens", "log_prob", 512, 512, 32000, None, "float32"),
-    FormCase("topk", "forward_kl", 1024, None, 32000, 64, "float32"),
-    FormCase("topk", "jensen_shannon", 1024, None, 32000, 64, "float32"),
-    FormCase("tokens", "log_prob", 1024, None, 32000, None, "float32"),
-    FormCase("statistics", "reverse_kl", 1024, None, 32000, None, "float32"),
+    *_others(1024, 512, 512, 32000, "float32"),
 ]
 # hidden size and vocabulary of Llama-3 8B and Qwen2.5 7B
 CASES_GPU = [
@@ -98,12 +105,7 @@ CASES_GPU = [
         for loss in ("forward_kl", "reverse_kl", "jensen_shannon", HARD_LABEL)
     ),
     _linear("jensen_shannon", 8192, 3584, 152064, "bfloat16"),
-    FormCase("linear_topk", "forward_kl", 8192, 4096, 128256, 64, "bfloat16"),
-    FormCase("linear_tokens", "log_prob", 8192, 4096, 128256, None, "bfloat16"),
-    FormCase("topk", "forward_kl", 8192, None, 128256, 64, "bfloat16"),
-    FormCase("topk", "jensen_shannon", 8192, None, 128256, 64, "bfloat16"),
-    FormCase("tokens", "log_prob", 8192, None, 128256, None, "bfloat16"),
-    FormCase("statistics", "reverse_kl", 8192, None, 128256, None, "bfloat16"),
+    *_others(8192, 8192, 4096, 128256, "bfloat16"),
 ]
 
 

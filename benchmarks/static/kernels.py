@@ -1,29 +1,28 @@
-"""What every kernel costs, counted in its compiled code: one row a launch."""
+"""What a compiled launch costs: registers, stack, and the instructions of its loops, as one row."""
 
-from collections.abc import Callable, Iterator
+import re
 from dataclasses import asdict, dataclass, replace
 
-import torch
-from distill_ops.kernels import reduction
 from distill_ops.kernels.launch import padded
 from distill_ops.kernels.sweeps import PEELED
 
 from distill_ops.analysis import amd, aot, forms, sass
-from distill_ops.analysis.forms import Counts, Form
-from distill_ops.divergences import BUILT_IN, Divergence
+from distill_ops.analysis.forms import Counts
 
-TRAIN, ODD, EVEN, EVAL, BACKWARD, HARD = (
-    "train", "odd vocabulary", "even vocabulary", "no gradient", "gradient in backward", "hard label",
-)  # fmt: skip
-FORMS = {
-    TRAIN: Form(128256),
-    ODD: Form(50257),  # GPT-2's: rows begin at odd addresses
-    EVEN: Form(50304),  # its neighbour, which the odd one is compared with
-    EVAL: Form(128256, gradient="none"),
-    BACKWARD: Form(128256, gradient="backward"),
-    HARD: Form(128256, hard_label_weight=0.5),
+from .launches import Entry, launches
+
+# tensors [tokens, vocab] that a kernel reads and writes a column
+READS = {
+    "topk": ("student_ptr",),
+    "token": ("logits_ptr",),
+    "statistics": ("student_ptr", "teacher_ptr"),
+    "metrics": ("student_ptr", "teacher_ptr"),
+    "finish": ("product_ptr",),
+    "softcap_gradient": ("gradient_ptr", "logits_ptr"),
+    "scale": ("gradient_ptr",),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WRITES = {"finish": "logits_ptr"}  # the others write "gradient_ptr", if any
+BITMAP = ("LDG.E.U8", "LDG.E.S8", "global_load_ubyte", "global_load_sbyte", "buffer_load_ubyte")
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,11 @@ class Row:
 
     ``guarded_instructions``: of the loops that a row with infinities takes after its first fast
     sweep. ``row_instructions``: with the partial tiles at a row's ends, without its reductions.
-    ``padding``: columns of a row's tiles over its columns. ``narrow``: accesses of less than 16 bytes
-    in the fast loops. ``barriers``: barriers, shuffles and shared memory in the loops over tiles.
-    ``stack`` and ``shared`` are bytes; spilled registers are part of the stack.
+    ``padding``: columns of a row's tiles over its columns. ``load_bytes``: the widest load of the
+    fast loops, by a thread; ``narrow``: their accesses of less than 16 bytes, without the top-k
+    kernel's bitmap. ``barriers``: barriers, shuffles and shared memory in the loops over tiles.
+    ``moved``: bytes an element, every tensor read or written once. ``stack`` and ``shared`` are
+    bytes; spilled registers are part of the stack, and ``spills`` counts how often they move.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Row:
     registers: int
     stack: int
     shared: int
+    spills: int
     num_warps: int
     programs: int
     divergence: str | None = None
@@ -56,32 +58,15 @@ class Row:
     guarded_instructions: float | None = None
     row_instructions: float | None = None
     padding: float | None = None
+    load_bytes: int | None = None
     narrow: int | None = None
     barriers: int | None = None
+    moved: float | None = None
 
-
-def built_in() -> dict[str, Divergence]:
-    """The package's divergences with their default parameters, by name."""
-    return {name: divergence() for name, divergence in BUILT_IN.items()}
-
-
-def form(name: str, dtype: str) -> Form:
-    """A form in a dtype; float16 never makes its gradient in the forward."""
-    logits = DTYPES[dtype]
-    found = replace(FORMS[name], student_dtype=logits, teacher_dtype=logits)
-    if dtype == "float16" and found.gradient == "forward":
-        found = replace(found, gradient="backward")
-    return found
-
-
-def selected(quick: bool) -> list[tuple[str, str]]:
-    """The forms to compile, each with a dtype."""
-    if quick:
-        return [(TRAIN, "bfloat16"), (ODD, "bfloat16")]
-    every = [(name, dtype) for dtype in DTYPES for name in FORMS]
-    # the even neighbour is for one comparison; float16 trains as BACKWARD says
-    left_out = {(EVEN, "float16"), (EVEN, "float32"), (TRAIN, "float16")}
-    return [pair for pair in every if pair not in left_out]
+    @property
+    def entry(self) -> Entry:
+        """The line of the matrix that it is counted for."""
+        return Entry(self.kernel, self.form, self.dtype, self.divergence)
 
 
 def _floats(loop: sass.Loop) -> int:
@@ -123,21 +108,30 @@ def count(launch: aot.Launch, target: aot.Target) -> Counts:
     return (forms.count if target.backend == "cuda" else amd.count)(launch, target)
 
 
-def dense_row(launch: aot.Launch, target: aot.Target, counts: Counts, **labels: str | None) -> Row:
-    """The counts of one launch of the dense kernel as a row."""
+def _wide_loads(loop: sass.Loop) -> int:
+    """Loads of 16 bytes."""
+    loads = {
+        o: n for o, n in loop.opcodes.items() if o.startswith(("LDG", "global_load", "buffer_load"))
+    }
+    return sum(n for o, n in loads.items() if ".128" in o or o.endswith("_dwordx4"))
+
+
+def dense_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str | None) -> Row:
+    """The counts of one launch of the dense kernel."""
     arguments = launch.arguments
+    counts = count(launch, target)
     tile = arguments["LANES"] * arguments["WIDTH"]
     fast = counts.fast()
     floats = None
     if target.backend == "cuda":
         floats = sum(_floats(loop) / counts.columns(loop) for loop in fast.values())
     return Row(
-        "dense",
-        target.name,
+        **asdict(entry),
         **asdict(counts.usage),
+        target=target.name,
+        made_in=made_in,
         num_warps=arguments["num_warps"],
         programs=launch.grid[0],
-        **labels,
         n_cols=arguments["n_cols"],
         sweeps={
             name: [count / counts.columns(loop) for count in (loop.instructions, loop.special)]
@@ -149,54 +143,83 @@ def dense_row(launch: aot.Launch, target: aot.Target, counts: Counts, **labels: 
         guarded_instructions=_guarded_instructions(counts),
         row_instructions=_row_instructions(counts, launch, target),
         padding=padded(arguments["n_cols"], tile) / arguments["n_cols"],
+        load_bytes=max(16 if _wide_loads(x) else 0 for x in fast.values()),
         narrow=sum(loop.narrow_accesses for loop in fast.values()),
         barriers=sum(loop.barriers for loops in counts.sweeps.values() for loop in loops),
     )
 
 
-def form_rows(
-    divergence: Divergence, name: str, dtype: str, target: aot.Target
-) -> tuple[list[aot.Launch], list[Row]]:
-    """The launches of one form and their counts."""
-    launches = form(name, dtype).launches(divergence, target)
-    made_in = [None] if len(launches) == 1 else ["forward", "backward"]
-    labels = {"divergence": divergence.name, "form": name, "dtype": dtype}
-    rows = [
-        dense_row(launch, target, count(launch, target), **labels, made_in=which)
-        for launch, which in zip(launches, made_in, strict=True)
-    ]
-    return launches, rows
+def _compiled(
+    launch: aot.Launch, target: aot.Target
+) -> tuple[list[sass.Loop], sass.Usage, int | None]:
+    """The innermost loops of a compiled launch, its usage, and, for AMD, its widest load's bytes."""
+    compiled = aot.compile_launch(launch, target)
+    if target.backend != "cuda":
+        text = compiled.asm["amdgcn"]
+        widest = max(
+            (amd.LOADED.get(width, 0) for width in re.findall(r"_load_(\w+)", text)), default=0
+        )
+        return amd.innermost_loops(text), sass.amd_usage(compiled), widest
+    code, usage = sass.disassemble(compiled)
+    return sass.innermost_loops(code), usage, None
 
 
-def _calls_over_tokens() -> Iterator[Callable[[], object]]:
-    """The launchers of ``reduction.py`` as the operators call them."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    losses = empty(8192)
-    labels, mask = empty(8192, dtype=torch.int64), empty(8192, dtype=torch.bool)
-    yield lambda: reduction.token_weights(mask, labels, -100)
-    yield lambda: reduction.total(losses, empty(2, 8192), losses, empty())
-    for dtype in DTYPES.values():
-        yield lambda dtype=dtype: reduction.scale_(empty(8192, 32000, dtype=dtype), empty())
+def _over_tiles(kernel: str, loops: list[sass.Loop]) -> dict[str, list[sass.Loop]]:
+    """The loops over tiles by sweep, the fast one first; a head's or the scale's are one sweep."""
+    if kernel in ("topk", "token", "statistics", "metrics"):
+        return {name: found for name, found in sass.sweeps(loops).items() if found}
+    found = [loop for loop in loops if loop.bytes_loaded and loop.instructions]
+    found.sort(key=lambda loop: loop.narrow_accesses / loop.bytes_loaded)
+    return {"loop": found} if found else {}
 
 
-def token_rows(target: aot.Target) -> list[Row]:
-    """The kernels over tokens: registers, stack and shared memory."""
-    rows = []
-    for call in _calls_over_tokens():
-        (launch,) = aot.record(call, target.facts)
-        compiled = aot.compile_launch(launch, target)
-        cuda = target.backend == "cuda"
-        usage = sass.disassemble(compiled)[1] if cuda else sass.amd_usage(compiled)
-        pointer = launch.arguments.get("gradient_ptr")
-        dtype = None if pointer is None else str(pointer.dtype).removeprefix("torch.")
-        name = launch.kernel.fn.__name__.removesuffix("_kernel")
-        rows.append(
-            Row(
-                name, target.name, **asdict(usage), num_warps=launch.arguments["num_warps"],
-                programs=launch.grid[0], dtype=dtype,
-            )
-        )  # fmt: skip
-    return rows
+def _element_size(launch: aot.Launch, name: str) -> int:
+    return launch.arguments[name].element_size()
+
+
+def other_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str | None) -> Row:
+    """The counts of one launch of any kernel but the dense one."""
+    loops, usage, widest = _compiled(launch, target)
+    arguments = launch.arguments
+    found = _over_tiles(entry.kernel, loops)
+    if not arguments.get("WRITE_GRADIENT", True):  # what stores is the loop over rows, broken up
+        found.pop("differentiate", None)
+    plain = Row(
+        **asdict(entry), **asdict(usage), target=target.name, made_in=made_in,
+        num_warps=arguments["num_warps"], programs=launch.grid[0], n_cols=arguments.get("n_cols"),
+    )  # fmt: skip
+    if entry.kernel not in READS:
+        return plain
+    if not found:  # no loop over tiles, or one that AMD's assembly breaks up
+        return replace(plain, load_bytes=widest)
+    read = sum(_element_size(launch, name) for name in READS[entry.kernel])
+    fast = {name: sweep[0] for name, sweep in found.items()}
+    sweeps = {}
+    for name, loop in fast.items():
+        columns = (16 * _wide_loads(loop) or loop.bytes_loaded) / read
+        sweeps[name] = [loop.instructions / columns, loop.special / columns]
+    writes = arguments.get("WRITE_GRADIENT", entry.kernel != "metrics")
+    written = _element_size(launch, WRITES.get(entry.kernel, "gradient_ptr")) if writes else 0
+    # its forward has the token kernel's sweep too, so that the loops of one row are not known
+    whole = (entry.kernel, made_in) != ("statistics", "forward")
+    return replace(
+        plain,
+        sweeps=sweeps,
+        instructions=sum(n for n, _ in sweeps.values()) if whole else None,
+        special=sum(n for _, n in sweeps.values()) if whole else None,
+        load_bytes=max(
+            16 if _wide_loads(x) else x.bytes_loaded // x.count("LDG") for x in fast.values()
+        ),
+        narrow=sum(x.narrow_accesses - x.count(*BITMAP) for x in fast.values()),
+        barriers=sum(x.barriers for sweep in found.values() for x in sweep),
+        moved=float(read + written),
+    )
+
+
+def entry_rows(entry: Entry, target: aot.Target) -> tuple[list[aot.Launch], list[Row]]:
+    """The launches of one line of the matrix and their counts."""
+    found = launches(entry, target)
+    made_in = [None] if len(found) == 1 else ["forward", "backward"]
+    make = dense_row if entry.kernel == "dense" else other_row
+    each = zip(found, made_in, strict=True)
+    return found, [make(entry, launch, target, which) for launch, which in each]

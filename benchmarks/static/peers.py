@@ -49,6 +49,7 @@ class PeerRow:
     bytes_an_element: int
     version: str | None = None
     skipped: str | None = None
+    date: str | None = None  # of the count, where it is an earlier run's
     registers: int | None = None
     stack: int | None = None
     shared: int | None = None
@@ -56,6 +57,10 @@ class PeerRow:
     instructions: float | None = None
     special: float | None = None
     barriers: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.package, self.kernel, self.takes
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -1,122 +1,71 @@
-"""The plot: what each divergence asks an element, within what each chip has time for; and the
-predicted times, coloured by what binds."""
+"""The picture of docs/static-roofline.md: for each loss how long each limit alone would take."""
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 from ..core.screen import number
 from .chips import CHIPS
+from .launches import BF16, DENSE, TRAIN
+from .page import CHIP, chosen
 from .results import Report
-from .roofline import FLOATS, ISSUE, MEMORY, SPECIAL
+from .roofline import ISSUE, MEMORY, SPECIAL
 
-COLOURS = {MEMORY: "#4c9f70", ISSUE: "#e0a030", SPECIAL: "#d1495b", FLOATS: "#7768ae"}
-CHIP_COLOURS = {"A100": "#8d99ae", "H100": "#1d6fa5", "H200": "#2a9d8f", "B200": "#d1495b"}
-POINTS_FROM = "sm_90"
-MINIMAL_BYTES = 6  # bf16: both inputs read once, the gradient written once
-
-
-def _map(axes: Axes, report: Report) -> None:
-    """Instructions against exp + log: inside a chip's box, memory is what binds."""
-    rows = report.trained(POINTS_FROM)
-    limits = {name: CHIPS[name].limits(MINIMAL_BYTES) for name in CHIP_COLOURS}
-    right = 1.25 * max(row.instructions for row in rows)
-    top = 1.25 * max(row.special for row in rows)
-    for name, colour in CHIP_COLOURS.items():
-        width, height = limits[name]["instructions"], limits[name]["special"]
-        box = {"facecolor": to_rgba(colour, 0.07), "edgecolor": colour, "linewidth": 1.6}
-        axes.add_patch(Rectangle((0, 0), width, height, **box))
-        outside = limits[name] == max(limits.values(), key=lambda limit: limit["instructions"])
-        axes.annotate(
-            f"{name}: {width:.0f} / {height:.1f}",
-            (width, 0),
-            xytext=(3 if outside else -3, 6),
-            textcoords="offset points",
-            rotation=90,
-            ha="left" if outside else "right",
-            va="bottom",
-            fontsize=8.5,
-            color=colour,
-            weight="bold",
-        )
-    axes.scatter([r.instructions for r in rows], [r.special for r in rows], color="#222222", s=26)
-    left = []  # points whose label stands at their left
-    for row in sorted(rows, key=lambda row: row.instructions):
-        x, y = row.instructions, row.special
-        # on the left where the label would run into a point at the right, and there above another
-        crowded = any(
-            0 < other.instructions - x < 0.25 * right and abs(other.special - y) < 0.06 * top
-            for other in rows
-        )
-        above = crowded and any(
-            x - x_left < 0.25 * right and abs(y_left - y) < 0.06 * top for x_left, y_left in left
-        )
-        left += [(x, y)] if crowded else []
-        axes.annotate(
-            row.divergence,
-            (x, y),
-            xytext=(-7 if crowded else 7, 11 if above else 0),
-            textcoords="offset points",
-            ha="right" if crowded else "left",
-            va="center",
-            fontsize=8.5,
-        )
-    axes.set_xlim(0, max(right, *(1.05 * limit["instructions"] for limit in limits.values())))
-    axes.set_ylim(0, max(top, *(1.05 * limit["special"] for limit in limits.values())))
-    axes.set_xlabel("lane-instructions an element")
-    axes.set_ylabel("exp + log results an element")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"What an element costs (points, {POINTS_FROM}) and what a chip has time for (boxes)\n"
-        f"while it moves {MINIMAL_BYTES} bytes: inside its box a kernel is bound by memory",
-        fontsize=10,
-        loc="left",
-    )
-
-
-def _times(axes: Axes, report: Report) -> None:
-    """Predicted times over a copy's, a cell for each divergence and chip."""
-    names = list(dict.fromkeys(p.divergence for p in report.predictions))
-    chips = list(dict.fromkeys(p.chip for p in report.predictions))
-    for y, name in enumerate(names):
-        for x, chip in enumerate(chips):
-            found = report.predicted(name, chip)
-            if found is None:
-                continue
-            colour = to_rgba(COLOURS[found.binds], 0.75)
-            axes.add_patch(Rectangle((x, y), 0.96, 0.92, facecolor=colour))
-            axes.text(x + 0.48, y + 0.46, f"{number(found.times_copy)}x", ha="center", va="center")
-    axes.set_xlim(0, len(chips))
-    axes.set_ylim(len(names), 0)
-    axes.set_xticks([x + 0.48 for x in range(len(chips))], chips)
-    axes.set_yticks([y + 0.46 for y in range(len(names))], names)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    axes.set_title(
-        "Predicted time over that of a copy of the same bytes, and what binds",
-        fontsize=10,
-        loc="left",
-    )
-    axes.legend(
-        handles=[Patch(color=to_rgba(c, 0.75), label=name) for name, c in COLOURS.items()],
-        loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(COLOURS), frameon=False, fontsize=9,
-    )  # fmt: skip
+LIMITS = {MEMORY: "#4c9f70", SPECIAL: "#d1495b", ISSUE: "#e0a030"}
+LABELS = {MEMORY: "device memory", SPECIAL: "exp and log", ISSUE: "instructions"}
+FAINT = 0.35  # opacity of what does not bind
+THICK = 0.26  # of a bar, in lines
+GREY = "#5c677d"
 
 
 def draw(path: Path, report: Report) -> None:
-    """Write the plot; its format is the path's suffix."""
-    figure = Figure(figsize=(13.5, 5.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _map(left, report)
-    _times(right, report)
-    form = report.trained(POINTS_FROM)[0]
-    figure.suptitle(
-        f"Static roofline: predictions from compiled code, {form.dtype} logits, {form.n_cols} columns, "
-        "gradient made in the forward",
-        fontsize=11, x=0.01, ha="left",
+    """Write the picture; its format is the path's suffix."""
+    found = list(chosen(report))
+    figure = Figure(figsize=(9.6, 0.5 * len(found) + 1.9), layout="constrained")
+    axes = figure.subplots()
+    for line, (_, prediction) in enumerate(found):
+        copy = CHIPS[CHIP].memory_picoseconds(prediction.memory_bytes.minimal)
+        for place, (limit, colour) in enumerate(LIMITS.items()):
+            binds = prediction.binds == limit
+            axes.barh(
+                line + (place - 1) * THICK, prediction.times[limit] / copy, height=0.9 * THICK,
+                color=colour, alpha=1.0 if binds else FAINT, linewidth=0,
+            )  # fmt: skip
+        ends = [[prediction.times_copy - prediction.low], [prediction.high - prediction.times_copy]]
+        place = list(LIMITS).index(prediction.binds) if prediction.binds in LIMITS else 1
+        if prediction.high > prediction.low:
+            axes.errorbar(
+                prediction.times_copy, line + (place - 1) * THICK, xerr=ends, color="black",
+                linewidth=0.9, capsize=2,
+            )  # fmt: skip
+        axes.text(
+            1.01, line, f"{number(prediction.times_copy)}x  {LABELS.get(prediction.binds)}",
+            transform=axes.get_yaxis_transform(), va="center", fontsize=9,
+        )  # fmt: skip
+    axes.axvline(1.0, color=GREY, linewidth=1.0, linestyle=":")
+    axes.annotate(
+        "a copy", (1.0, 0), (0, -16), ("data", "axes fraction"), "offset points", color=GREY, ha="center",
+        va="top", fontsize=9,
     )  # fmt: skip
+    axes.set_yticks(range(len(found)), [name for name, _ in found])
+    axes.set_ylim(len(found) - 0.5, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("predicted time, a copy of the least bytes = 1", labelpad=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(
+        f"What the kernels should take on an {CHIP}: predicted, not measured",
+        fontsize=12,
+        loc="left",
+        pad=40,
+    )
+    axes.text(
+        0, 1.015, f"{CHIP}, {BF16} logits, {DENSE[TRAIN].n_cols} columns, forward + backward. A bar is how "
+        "long one limit alone would take;\nthe longest binds. Whiskers: the cache model's two ends.",
+        transform=axes.transAxes, va="bottom", fontsize=9, color=GREY,
+    )  # fmt: skip
+    handles = [Patch(color=colour, label=LABELS[limit]) for limit, colour in LIMITS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)

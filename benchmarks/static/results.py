@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cache_model import Traffic
-from .kernels import TRAIN, Row
+from .kernels import Row
+from .launches import BF16, TRAIN
 from .peers import PeerRow
 from .roofline import Prediction
 
 DIGITS = 3
-BF16 = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,27 @@ class CacheRow:
 
 @dataclass(frozen=True)
 class Report:
-    facts: dict[str, str | None]
+    facts: dict[str, object]
     rows: list[Row]
     predictions: list[Prediction]
     cache: list[CacheRow]
     peers: list[PeerRow]
 
-    def trained(self, target: str) -> list[Row]:
-        """bf16, gradient in the forward: a row for each divergence."""
-        return [r for r in self.rows if (r.form, r.dtype, r.target) == (TRAIN, BF16, target)]
+    def targets(self) -> list[str]:
+        return list(dict.fromkeys(row.target for row in self.rows))
 
-    def predicted(self, divergence: str, chip: str) -> Prediction | None:
-        wanted = (divergence, chip, TRAIN, BF16)
+    def trained(self, target: str) -> list[Row]:
+        """The dense kernel, bf16, gradient in the forward: a row for each divergence."""
+        wanted = ("dense", TRAIN, BF16, target)
+        return [r for r in self.rows if (r.kernel, r.form, r.dtype, r.target) == wanted]
+
+    def predicted(
+        self, divergence: str | None, chip: str, kernel: str = "dense", form: str = TRAIN
+    ) -> Prediction | None:
+        """Of a form of bf16 logits."""
+        wanted = (kernel, divergence, chip, form, BF16)
         for p in self.predictions:
-            if (p.divergence, p.chip, p.form, p.dtype) == wanted:
+            if (p.kernel, p.divergence, p.chip, p.form, p.dtype) == wanted:
                 return p
         return None
 

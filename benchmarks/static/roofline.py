@@ -8,7 +8,8 @@ from distill_ops.divergences import as_divergence
 from ..losses.records import Record
 from .cache_model import Traffic, form_of, launch_traffic, target_of
 from .chips import CHIPS, Chip
-from .kernels import Row, count, dense_row
+from .kernels import Row, dense_row
+from .launches import Entry
 
 MEMORY, ISSUE, SPECIAL, FLOATS = "memory", "issue", "exp + log", "float32"
 
@@ -21,7 +22,7 @@ class Prediction:
     nominal bandwidth; ``low`` and ``high`` are those of the cache model's two ends.
     """
 
-    divergence: str
+    kernel: str
     form: str
     dtype: str
     chip: str
@@ -31,6 +32,7 @@ class Prediction:
     times_copy: float
     low: float
     high: float
+    divergence: str | None = None
 
     @property
     def picoseconds(self) -> float:
@@ -39,8 +41,9 @@ class Prediction:
 
 def limits(row: Row, chip: Chip, n_bytes: float) -> dict[str, float]:
     """Picoseconds an element that each limit alone asks of one launch."""
-    special = row.special * row.padding
-    issued = row.row_instructions / chip.lanes
+    padding = row.padding or 1.0
+    special = row.special * padding
+    issued = (row.row_instructions or row.instructions) / chip.lanes
     if chip.special_stalls:
         issued += special / chip.special - special / chip.lanes
     times = {
@@ -48,8 +51,8 @@ def limits(row: Row, chip: Chip, n_bytes: float) -> dict[str, float]:
         ISSUE: chip.picoseconds(issued),
         SPECIAL: chip.picoseconds(special / chip.special),
     }
-    if chip.floats:
-        times[FLOATS] = chip.picoseconds(row.floats * row.padding / chip.floats)
+    if chip.floats and row.floats is not None:
+        times[FLOATS] = chip.picoseconds(row.floats * padding / chip.floats)
     return times
 
 
@@ -71,18 +74,25 @@ def predict(rows: Sequence[Row], launched: Sequence[Traffic], chip: Chip) -> Pre
     first = rows[0]
     first_traffic, *others = launched
     return Prediction(
-        first.divergence, first.form, first.dtype, chip.name,
+        first.kernel, first.form, first.dtype, chip.name,
         sum(others, first_traffic), times, max(longest, key=longest.get),
-        times_copy("predicted"), times_copy("low"), times_copy("high"),
+        times_copy("predicted"), times_copy("low"), times_copy("high"), first.divergence,
     )  # fmt: skip
+
+
+def moved_once(row: Row) -> Traffic:
+    """The traffic of a kernel without a cache model: its second sweep finds the row in the cache."""
+    return Traffic(*[row.moved] * 5)
 
 
 def predict_record(record: Record, chip: Chip) -> Prediction:
     """The prediction for a benchmark record of ours; compiles its launches for the chip."""
     target = target_of(chip)
     launches = form_of(record).launches(as_divergence(record.loss), target)
-    labels = {"divergence": record.loss, "form": record.mode, "dtype": record.dtype}
-    rows = [dense_row(x, target, count(x, target), **labels) for x in launches]
+    entry = Entry("dense", record.mode, record.dtype, record.loss)
+    made_in = [None] if len(launches) == 1 else ["forward", "backward"]
+    each = zip(launches, made_in, strict=True)
+    rows = [dense_row(entry, launch, target, which) for launch, which in each]
     return predict(rows, [launch_traffic(launch, chip) for launch in launches], chip)
 
 

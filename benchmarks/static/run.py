@@ -1,15 +1,19 @@
-"""``python -m benchmarks.static``: the kernels' cost, counted in code compiled for GPUs that are not
+"""``python -m benchmarks.static``: every kernel's cost, counted in code compiled for GPUs that are not
 here, and the times that follow. Counts are exact; times are predictions.
 
-A full run writes the JSON, the plot and the page of ``docs/``; a partial one only what it is told.
+A full run writes the JSON, the picture and the two pages of ``docs/``; a partial one only what it is
+told. The JSON names the kernels' code by a digest: ``--check`` says whether it is today's.
 """
 
 import argparse
 import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,71 +22,82 @@ from rich.table import Table
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
 
-from ..core.machine import ROOT, describe
+from ..core.machine import RESULTS, ROOT, describe
 from ..core.screen import make_console, make_table, number, progress_bar
-from . import static_page, static_plot
+from . import page, plot, tables
 from .cache_model import launch_traffic, target_of, traffic
 from .chips import CHIPS
-from .kernels import Row, built_in, form_rows, selected, token_rows
-from .limits import LIMITS, QUANTITIES
-from .peers import peer_rows
+from .digest import kernels_digest, toolchain
+from .kernels import Row, entry_rows
+from .launches import BF16, ODD, TRAIN, Entry, built_in, entries
+from .limits import LIMITS, QUANTITIES, faults
+from .peers import PeerRow, peer_rows
 from .results import CacheRow, Report, load, save
-from .roofline import Prediction, predict
+from .roofline import Prediction, moved_once, predict
 
 VOCABULARIES = (32000, 128256, 151936, 262144)
 OUTPUTS = {
-    "json": ROOT / "benchmarks/results/static.json",
-    "plot": ROOT / "docs" / static_page.PLOT,
+    "json": RESULTS / "static.json",
+    "plot": ROOT / "docs" / page.PLOT,
     "page": ROOT / "docs/static-roofline.md",
+    "tables": ROOT / "docs/static-tables.md",
 }
 FACTS = ("python", "torch", "triton", "distill_ops", "commit", "date")
+QUICK = [("dense", TRAIN, BF16), ("dense", ODD, BF16)]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="bf16 in two forms on sm_90 alone: a minute")
+    add("--quick", action="store_true", help="the dense kernel, bf16, two forms on sm_90: a minute")
     add("--targets", nargs="+", choices=aot.TARGETS, help="default: all")
     add("--divergences", nargs="+", choices=built_in(), help="default: all")
-    add("--jobs", type=int, default=1, metavar="N", help="processes that compile")
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (one a core)")
     add("--from-json", type=Path, metavar="PATH", help="report an earlier run, compile nothing")
-    for name, what in (("json", "counts"), ("plot", "plot"), ("page", "page in Markdown")):
-        add(f"--{name}", type=Path, metavar="PATH", help=f"where the {what} goes")
+    add("--check", action="store_true", help="is the JSON of today's kernels? compiles nothing")
+    for name, what in (
+        ("json", "counts go"), ("plot", "picture goes"), ("page", "page goes"),
+        ("tables", "page of all tables goes"),
+    ):  # fmt: skip
+        add(f"--{name}", type=Path, metavar="PATH", help=f"where the {what}")
     return parser.parse_args(arguments)
 
 
-def count_divergence(name: str, target: str, quick: bool) -> tuple[list[Row], list[Prediction]]:
-    """Compile every form of one divergence for a target; predict it for the target's chips."""
-    rows, predictions = [], []
-    for form, dtype in selected(quick):
-        launches, counted = form_rows(built_in()[name], form, dtype, aot.TARGETS[target])
-        rows += counted
-        for chip in CHIPS.values():
-            if chip.target == target:
-                moved = [launch_traffic(launch, chip) for launch in launches]
-                predictions.append(predict(counted, moved, chip))
+def selected(target: str, divergences: Sequence[str], quick: bool) -> list[Entry]:
+    """The lines of the matrix to compile for a target."""
+    wanted = (None, *divergences)
+    found = [entry for entry in entries(target) if entry.divergence in wanted]
+    return [e for e in found if (e.kernel, e.form, e.dtype) in QUICK] if quick else found
+
+
+def count_entry(entry: Entry, target: str) -> tuple[list[Row], list[Prediction]]:
+    """What a process does: compile one line of the matrix, and predict it for the target's chips."""
+    launches, rows = entry_rows(entry, aot.TARGETS[target])
+    predictions = []
+    for chip in CHIPS.values():
+        if chip.target != target or any(row.instructions is None for row in rows):
+            continue
+        if entry.kernel == "dense":
+            moved = [launch_traffic(launch, chip) for launch in launches]
+        else:
+            moved = [moved_once(row) for row in rows]
+        predictions.append(predict(rows, moved, chip))
     return rows, predictions
 
 
-def count_dense(
-    divergences: Sequence[str],
-    targets: Sequence[str],
-    quick: bool,
-    jobs: int,
-    step: Callable[[str], None],
+def count_all(
+    work: Sequence[tuple[Entry, str]], jobs: int, step: Callable[[str], None]
 ) -> tuple[list[Row], list[Prediction]]:
-    """All of them, in ``jobs`` processes."""
-    work = [(name, target, quick) for target in targets for name in divergences]
+    """Every line of the matrix for its target, in ``jobs`` processes."""
     rows, predictions = [], []
     with ExitStack() as stack:
+        results = (count_entry(*item) for item in work)
         if jobs > 1:
             spawned = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
             pool = stack.enter_context(spawned)
-            results = pool.map(count_divergence, *zip(*work, strict=True))
-        else:
-            results = (count_divergence(*item) for item in work)
-        for name, target, _ in work:
-            step(f"{name}, {target}")
+            results = pool.map(count_entry, *zip(*work, strict=True))
+        for entry, target in work:
+            step(f"{entry.kernel} {entry.divergence or ''}, {target}")
             new_rows, new_predictions = next(results)
             rows += new_rows
             predictions += new_predictions
@@ -101,6 +116,13 @@ def model_cache(divergences: Sequence[str], targets: Sequence[str]) -> list[Cach
     return found
 
 
+def count_peers(earlier: Report | None) -> list[PeerRow]:
+    """Other packages' kernels; of those that are not installed, what an earlier run counted."""
+    known = {} if earlier is None else {p.key: p for p in earlier.peers if p.skipped is None}
+    rows = [known.get(p.key, p) if p.version is None else p for p in peer_rows()]
+    return [replace(row, date=row.date or earlier.facts["date"][:10]) if row in known.values() else row for row in rows]  # fmt: skip
+
+
 def command(options: argparse.Namespace) -> str:
     """What makes the same counts; where the files go is not part of it."""
     words = ["python -m benchmarks.static"]
@@ -114,28 +136,28 @@ def run(options: argparse.Namespace) -> Report:
     """Compile and count all that the options name."""
     divergences = options.divergences or list(built_in())
     targets = options.targets or (["sm_90"] if options.quick else list(aot.TARGETS))
+    digest = kernels_digest()  # of what is compiled, should the sources change meanwhile
+    work = [(e, t) for t in targets for e in selected(t, divergences, options.quick)]
     console = make_console()
-    with progress_bar(console, len(divergences) * len(targets) + 3) as step:
-        rows, predictions = count_dense(divergences, targets, options.quick, options.jobs, step)
-        step("kernels over tokens")
-        for target in targets:
-            rows += token_rows(aot.TARGETS[target])
+    began = time.monotonic()
+    with progress_bar(console, len(work) + 2) as step:
+        rows, predictions = count_all(work, options.jobs, step)
         step("cache model")
         cache = model_cache(divergences, targets)
         step("other packages")
-        peers = [] if options.quick else peer_rows()
+        earlier = load(OUTPUTS["json"]) if OUTPUTS["json"].exists() else None
+        peers = [] if options.quick else count_peers(earlier)
     described = describe(torch.device("cpu"), [])
     facts = {name: described[name] for name in FACTS}
-    facts["command"] = command(options)
+    facts |= {"command": command(options), "kernels": digest, "toolchain": toolchain()}
+    minutes = (time.monotonic() - began) / 60
+    console.print(f"{len(rows)} launches compiled and counted in {minutes:.1f} minutes")
     return Report(facts, rows, predictions, cache, peers)
 
 
 def _mark(row: Row, quantity: str) -> str:
     count = getattr(row, QUANTITIES[quantity])
-    limit = LIMITS.get(row.divergence)
-    if limit is None:
-        return number(count)
-    most = getattr(limit, quantity)
+    most = getattr(LIMITS[row.divergence], quantity)
     text = f"{number(count)}/{most:g}"
     return text if count <= most else f"[red]{text}[/red]"
 
@@ -151,46 +173,45 @@ def counts_table(report: Report, target: str) -> Table:
     )  # fmt: skip
 
 
-def times_table(report: Report) -> Table:
-    chips = list(dict.fromkeys(p.chip for p in report.predictions))
-    names = list(dict.fromkeys(p.divergence for p in report.predictions))
+def check(report: Report) -> int:
+    """Whether the counts are those of today's kernels: the exit status."""
+    same = report.facts.get("kernels") == kernels_digest()
+    print("counts of today's kernels" if same else "kernels/ has changed: run make static")
+    return int(not same)
 
-    def cell(found: Prediction | None) -> str:
-        return "–" if found is None else f"{number(found.times_copy)} {found.binds}"
 
-    return make_table(
-        "Predicted times a copy of the same bytes, and what binds",
-        ["divergence", *chips],
-        [[name, *(cell(report.predicted(name, chip)) for chip in chips)] for name in names],
-    )
+def write(report: Report, paths: dict[str, Path]) -> None:
+    """The files that are named, JSON first: the pages are made of what it holds, rounded as there."""
+    writers = {
+        "json": save,
+        "plot": plot.draw,
+        "page": lambda path, report: path.write_text(page.page(report), encoding="utf-8"),
+        "tables": lambda path, report: path.write_text(tables.page(report), encoding="utf-8"),
+    }
+    for name, writer in writers.items():
+        if path := paths.get(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer(path, report)
+            report = load(path) if name == "json" else report
+            print(f"{name}: {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse(arguments)
+    """Count and report; the exit status is 1 where a kernel breaks its limits."""
+    options = parse(sys.argv[1:] if arguments is None else list(arguments))
+    if options.check:
+        return check(load(options.from_json or OUTPUTS["json"]))
     report = load(options.from_json) if options.from_json else run(options)
     console = make_console()
-    targets = list(dict.fromkeys(row.target for row in report.rows))
+    targets = report.targets()
     console.print(counts_table(report, "sm_90" if "sm_90" in targets else targets[0]))
-    console.print(times_table(report))
     for peer in report.peers:
         if peer.skipped:
             console.print(f"skipped: {peer.package} {peer.kernel}, {peer.skipped}", markup=False)
-    partial = options.quick or options.targets or options.divergences or options.from_json
-    for name, write in (
-        ("json", save),
-        ("plot", static_plot.draw),
-        ("page", lambda path, report: path.write_text(static_page.page(report), encoding="utf-8")),
-    ):
-        path = getattr(options, name) or (None if partial else OUTPUTS[name])
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, report)
-            if name == "json":  # rounded as it is there, so that the page is what the JSON gives
-                report = load(path)
-            console.print(f"{name}: {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    partial = options.quick or options.targets or options.divergences
+    defaults = {} if partial or options.from_json else OUTPUTS
+    write(report, {name: getattr(options, name) or defaults.get(name) for name in OUTPUTS})
+    found = [fault for row in report.rows for fault in faults(row)]
+    for fault in found:
+        console.print(f"breaks its limit: {fault}", markup=False)
+    return int(bool(found))

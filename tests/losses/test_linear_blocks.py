@@ -293,12 +293,12 @@ def test_rows_begin_at_16_bytes(gpu_products, monkeypatch):
     gpu_products(4, 3)
     seen = []
 
-    def rows(options, tokens, student, teacher, *, gradient, losses, components):
+    def look(options, tokens, student, teacher, *, gradient, losses, components):
         seen.extend((student, teacher, gradient))
 
     class Path:  # as the kernels' own
         tokens = staticmethod(forms.tokens)
-        rows = staticmethod(rows)
+        rows = staticmethod(look)
         reduced = staticmethod(lambda losses, *_: (losses.sum(), None))
 
     monkeypatch.setattr(operator, "path_of", lambda backend: Path)
