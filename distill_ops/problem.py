@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import LossArguments
 from .divergences import DIVERGENCES, Divergence
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 
@@ -43,29 +44,17 @@ class Options(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        divergence: Divergence,
-        n_cols: int,
-        backend: str,
-        *,
-        reduction: str = "none",
-        infinities: str = "drop",
+        cls, divergence: Divergence, n_cols: int, backend: str, arguments: LossArguments,
         tail: str | None = None,
-        temperature: float = 1.0,
-        scale_by_temperature_squared: bool = False,
-        hard_label_weight: float = 0.0,
-        normalizer: float | torch.Tensor | None = None,
-        ignore_index: int = -100,
-        return_components: bool = False,
-    ) -> "Options":
-        """Of checked arguments as users give them."""
-        temperature = float(temperature)
-        given = normalizer is not None and not isinstance(normalizer, torch.Tensor)
+    ) -> "Options":  # fmt: skip
+        """Of checked arguments as users give them; the divergence is the routed one."""
+        a, temperature = arguments, float(arguments.temperature)
+        given = a.normalizer is not None and not isinstance(a.normalizer, torch.Tensor)
         return cls(
-            divergence.name, reduction, infinities, backend, tail, temperature,
-            temperature**2 if scale_by_temperature_squared else 1.0, float(hard_label_weight),
-            float(normalizer) if given else None, divergence.numbers, n_cols, ignore_index,
-            return_components and hard_label_weight > 0,
+            divergence.name, a.reduction, a.infinities, backend, tail, temperature,
+            temperature**2 if a.scale_by_temperature_squared else 1.0, float(a.hard_label_weight),
+            float(a.normalizer) if given else None, divergence.numbers, n_cols, a.ignore_index,
+            a.return_components and a.hard_label_weight > 0,
         )  # fmt: skip
 
     def kind(self) -> type[Divergence] | None:

@@ -2,11 +2,12 @@
 
 import torch
 
-from ..checks import Counted, check_dense, check_inplace
+from ..arguments import LossArguments
+from ..checks import check_dense, check_inplace
 from ..divergences import Divergence, SoftCrossEntropy
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
-from .choices import LossModule, as_tensor, choose_backend, gradient_mode, loss_result
+from .choices import LossModule, choose_backend, gradient_mode, loss_result
 
 
 def distillation_loss(
@@ -107,25 +108,19 @@ def distillation_loss(
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward or in place.
     """
-    divergence, n_cols = check_dense(
-        student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),
-        hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
+    arguments = LossArguments(
+        divergence, loss_mask, labels, ignore_index, hard_label_weight, temperature,
+        scale_by_temperature_squared, reduction, normalizer, infinities, vocab_size, gradient,
+        return_components, backend,
     )  # fmt: skip
+    divergence, n_cols = check_dense(student_logits, teacher_logits, arguments)
     made = gradient_mode(gradient, reduction, student_logits)
-    options = Options.of(
-        divergence, n_cols,
-        choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        reduction=reduction, infinities=infinities, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
+    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
+    options = Options.of(divergence, n_cols, backend, arguments)
     inplace = inplace and made != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)
-    inputs = DenseInputs(
-        student_logits, teacher_logits, loss_mask, labels, as_tensor(normalizer), divergence.tensors
-    )
+    inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors, divergence.tensors)
     outputs = dense_loss("distillation_loss", inputs, options, made, inplace=inplace)
     return loss_result(outputs, options, return_components)
 

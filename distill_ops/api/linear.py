@@ -1,9 +1,10 @@
 """The linear loss: hidden states and language-model heads instead of logits."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import Counted, Rows, check_block_options, check_head, check_heads, check_options
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks import Rows, check_block_options, check_head, check_heads, check_options
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,
@@ -13,16 +14,12 @@ from ..problem import (
     LossComponents,
     Options,
 )
-from .choices import (
-    LossModule,
-    as_tensor,
-    autocast_dtype,
-    choose_backend,
-    gradient_mode,
-    loss_result,
-)
+from .choices import LossModule, autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
 
 
+@with_loss_options(*WITHOUT)
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -38,19 +35,7 @@ def linear_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    gradient: str = "auto",
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`distillation_loss` of two language-model heads, without their logits in memory.
 
@@ -117,10 +102,9 @@ def linear_distillation_loss(
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
     """
-    check_head(
-        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
-        student_softcap,
-    )  # fmt: skip
+    arguments = loss_arguments("linear_distillation_loss", options, *WITHOUT)
+    student = student_hidden, student_weight, student_bias
+    check_head("student_", *student, student_logit_scale, student_softcap)
     teacher = teacher_hidden, teacher_weight, teacher_bias
     if teacher_hidden is None or teacher_weight is None:
         teacher = None, None, None
@@ -129,35 +113,21 @@ def linear_distillation_loss(
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     rows = Rows("student_hidden", student_hidden)
-    counted = Counted(loss_mask, labels, ignore_index)
-    n_cols = check_heads(
-        rows, student_weight, teacher_hidden, teacher_weight, hard_label_weight, counted, vocab_size
-    )
-    divergence = check_options(
-        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
-    )
-    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
-    student = student_hidden, student_weight, student_bias
+    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    divergence = check_options(rows, n_cols, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
     autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(gradient, reduction, *student, products=autocast)
-    options = Options.of(
-        divergence, n_cols, choose_backend(backend, "student_hidden", *student, *teacher),
-        reduction=reduction, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
-    inputs = LinearInputs(
-        *student, *teacher, None, None, loss_mask, labels, as_tensor(normalizer), divergence.tensors
-    )
-    linear = LinearOptions(
-        options,
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments),
         HeadOptions(student_logit_scale, student_softcap),
         HeadOptions(teacher_logit_scale, teacher_softcap),
         BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
     )
-    outputs = linear_loss("linear_distillation_loss", inputs, linear, made)
-    return loss_result(outputs, options, return_components)
+    inputs = LinearInputs(*student, *teacher, None, None, *arguments.tensors, divergence.tensors)
+    outputs = linear_loss("linear_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)
 
 
 class LinearDistillationLoss(LossModule):

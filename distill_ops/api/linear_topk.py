@@ -1,17 +1,10 @@
 """The top-k loss from hidden states and a language-model head instead of logits."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import (
-    Counted,
-    Rows,
-    check_block_options,
-    check_head,
-    check_options,
-    check_slots,
-    check_vocabulary,
-)
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks import Rows, check_block_options, check_head, check_topk, check_vocabulary
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,
@@ -21,9 +14,12 @@ from ..problem import (
     LossComponents,
     Options,
 )
-from .choices import as_tensor, autocast_dtype, choose_backend, gradient_mode, loss_result
+from .choices import autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
 
 
+@with_loss_options(*WITHOUT)
 def linear_topk_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -37,19 +33,7 @@ def linear_topk_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    gradient: str = "auto",
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
 
@@ -91,33 +75,27 @@ def linear_topk_distillation_loss(
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
     """
+    arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student, student_logit_scale, student_softcap)
     rows = Rows("student_hidden", student_hidden)
-    counted = Counted(loss_mask, labels, ignore_index)
-    n_cols = check_vocabulary(vocab_size, student_weight.shape[0])
-    divergence = check_options(
-        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
-    )
-    check_slots(rows, n_cols, teacher_log_probs, teacher_ids, tail, counted, hard_label_weight)
-    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
-    if hard_label_weight == 1:  # the divergence has no share
+    n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
+    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
+    if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = teacher_ids = None
     autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(gradient, reduction, *student, products=autocast)
-    options = Options.of(
-        divergence, n_cols, choose_backend(backend, "student_hidden", *student, teacher_log_probs),
-        reduction=reduction, tail=tail, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, teacher_log_probs)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments, tail),
+        HeadOptions(student_logit_scale, student_softcap),
+        HeadOptions(1.0, None),
+        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+    )
+    slots = teacher_log_probs, teacher_ids
     inputs = LinearInputs(
-        *student, None, None, None, teacher_log_probs, teacher_ids, loss_mask, labels,
-        as_tensor(normalizer), divergence.tensors,
-    )  # fmt: skip
-    head = HeadOptions(student_logit_scale, student_softcap)
-    blocks = BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens)
-    linear = LinearOptions(options, head, HeadOptions(1.0, None), blocks)
-    outputs = linear_loss("linear_topk_distillation_loss", inputs, linear, made)
-    return loss_result(outputs, options, return_components)
+        *student, None, None, None, *slots, *arguments.tensors, divergence.tensors
+    )
+    outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import LossArguments
 from ..checks import check_statistics
 from ..divergences import Divergence, ReverseKL
 from ..operators.statistics import distillation_statistics as operator
@@ -67,11 +68,9 @@ def distillation_statistics(
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
-    options = Options.of(
-        divergence, student_logits.shape[-1],
-        choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        temperature=temperature, ignore_index=ignore_index,
-    )  # fmt: skip
+    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
+    arguments = LossArguments(temperature=temperature, reduction="none", ignore_index=ignore_index)
+    options = Options.of(divergence, student_logits.shape[-1], backend, arguments)
     inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
     made = gradient_mode("backward", "none", student_logits)
     outputs, agreement = operator("distillation_statistics", inputs, options, made)

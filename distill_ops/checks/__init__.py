@@ -8,7 +8,7 @@ from .logits import (
     check_teacher_logits,
     check_vocabulary,
 )
-from .slots import MOST_SLOTS, check_slots, check_topk
+from .slots import MOST_SLOTS, check_topk, check_topk_logits
 from .tokens import (
     check_dense,
     check_mixture,
@@ -21,7 +21,6 @@ from .tokens import (
 from .values import (
     BACKENDS,
     GRADIENTS,
-    Counted,
     Rows,
     check_integer,
     check_temperature,
@@ -33,7 +32,6 @@ __all__ = [
     "BACKENDS",
     "GRADIENTS",
     "MOST_SLOTS",
-    "Counted",
     "Rows",
     "check_block_options",
     "check_dense",
@@ -45,7 +43,6 @@ __all__ = [
     "check_options",
     "check_pair",
     "check_sampled_log_probs",
-    "check_slots",
     "check_statistics",
     "check_teacher_given",
     "check_teacher_logits",
@@ -53,6 +50,7 @@ __all__ = [
     "check_token_ids",
     "check_token_log_probs",
     "check_topk",
+    "check_topk_logits",
     "check_vocabulary",
     "one_of",
     "set_debug",

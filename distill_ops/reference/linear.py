@@ -1,12 +1,15 @@
 """The linear form: hidden states and heads, their logits formed in full (semantics.md, 10)."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import Counted, Rows, check_head, check_heads, check_temperature, check_token_ids
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks import Rows, check_head, check_heads, check_temperature, check_token_ids
 from ..problem import LossComponents, working_dtype
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
+
+WITHOUT = ("infinities", "gradient", "backend")
 
 
 def head_logits(
@@ -32,6 +35,7 @@ def head_logits(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+@with_loss_options(*WITHOUT)
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -44,17 +48,7 @@ def linear_distillation_loss(
     teacher_bias: torch.Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    return_components: bool = False,
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
 
@@ -92,6 +86,7 @@ def linear_distillation_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    arguments = loss_arguments("reference.linear_distillation_loss", options, *WITHOUT)
     check_head(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,
         student_softcap,
@@ -103,10 +98,10 @@ def linear_distillation_loss(
         )  # fmt: skip
     n_cols = check_heads(
         Rows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
-        hard_label_weight, Counted(loss_mask, labels, ignore_index), vocab_size,
+        arguments,
     )  # fmt: skip
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    unread = token_weights(student_hidden, dtype, loss_mask, labels, ignore_index) == 0
+    unread = token_weights(student_hidden, dtype, arguments.counted) == 0
     student = head_logits(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
         unread, n_cols, dtype,
@@ -117,12 +112,8 @@ def linear_distillation_loss(
             teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
             unread, n_cols, dtype,
         ).detach()  # fmt: skip
-    return distillation_loss(
-        student, teacher, divergence=divergence, loss_mask=loss_mask, labels=labels,
-        ignore_index=ignore_index, hard_label_weight=hard_label_weight, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared, reduction=reduction,
-        normalizer=normalizer, return_components=return_components,
-    )  # fmt: skip
+    options.pop("vocab_size", None)  # the logits have no other columns
+    return distillation_loss(student, teacher, **options)
 
 
 def linear_token_log_probs(

@@ -3,9 +3,11 @@
 import math
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import Counted, check_topk
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks import check_topk_logits
+from ..divergences import Divergence
 from ..problem import LossComponents, working_dtype
 from .dense import (
     NEG_INF,
@@ -15,6 +17,7 @@ from .dense import (
     weighted_loss,
 )
 
+WITHOUT = ("infinities", "gradient", "backend")
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
 
 
@@ -76,23 +79,14 @@ def topk_terms(
     return terms(student, log_p, ids, no_teacher, divergence, temperature)
 
 
+@with_loss_options(*WITHOUT)
 def topk_distillation_loss(
     student_logits: torch.Tensor,
     teacher_log_probs: torch.Tensor | None,
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    return_components: bool = False,
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
 
@@ -147,23 +141,17 @@ def topk_distillation_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    divergence, n_cols = check_topk(
-        student_logits, teacher_log_probs, teacher_ids, tail, divergence,
-        Counted(loss_mask, labels, ignore_index), hard_label_weight, temperature, reduction,
-        normalizer, vocab_size,
-    )  # fmt: skip
+    arguments = loss_arguments("reference.topk_distillation_loss", options, *WITHOUT)
+    divergence, n_cols = check_topk_logits(
+        student_logits, teacher_log_probs, teacher_ids, tail, arguments
+    )
     dtype = working_dtype(student_logits, teacher_log_probs)
-    weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
+    weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-    divergence_loss = None
-    if hard_label_weight < 1:
+    terms = None
+    if arguments.hard_label_weight < 1:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
-        divergence_loss = topk_terms(student, log_p, ids, tail, divergence, temperature).sum(-1)
-        if scale_by_temperature_squared:
-            divergence_loss = divergence_loss * temperature**2
-    return weighted_loss(
-        student, divergence_loss, weights, labels=labels, hard_label_weight=hard_label_weight,
-        reduction=reduction, normalizer=normalizer, return_components=return_components,
-    )  # fmt: skip
+        terms = topk_terms(student, log_p, ids, tail, divergence, arguments.temperature)
+    return weighted_loss(student, terms, weights, arguments)

@@ -210,12 +210,13 @@ def test_bad_values():
 
 def test_values_on_a_device_are_checked_in_debug_mode_only():
     """Checking them would wait for the device; meta tensors stand for one."""
-    from distill_ops.checks import Counted, check_dense
+    from distill_ops.arguments import LossArguments
+    from distill_ops.checks.tokens import check_dense
 
     meta = {"device": "meta"}
     student, teacher = torch.empty(4, 33, **meta), torch.empty(4, 33, **meta)
     divergence = JensenShannon(torch.empty(4, **meta))
-    arguments = student, teacher, divergence, Counted(), 0.0, 1.0, "mean", None, "drop", None
+    arguments = student, teacher, LossArguments(divergence)
     check_dense(*arguments)
     set_debug(True)
     try:

@@ -267,12 +267,10 @@ def test_ids_that_nobody_checked_are_nan(tail, monkeypatch, kernel_device):
 def test_values_on_a_device_are_checked_in_debug_mode_only():
     meta = (x.to("meta") for x in (STUDENT, LOG_P, IDS))
     student, log_p, ids = meta
-    from distill_ops.checks import Counted
-    from distill_ops.checks import check_topk as check
+    from distill_ops.arguments import LossArguments
+    from distill_ops.checks.slots import check_topk_logits as check
 
-    arguments = (
-        student, log_p, ids, "bucket", "forward_kl", Counted(), 0.0, 1.0, "mean", None, None,
-    )  # fmt: skip
+    arguments = student, log_p, ids, "bucket", LossArguments("forward_kl")
     check(*arguments)
     set_debug(True)
     try:
