@@ -7,7 +7,8 @@ from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
 
-from .divergences import Divergence, SoftCrossEntropy
+from .divergences.base import Divergence
+from .divergences.built_in import SoftCrossEntropy
 
 Function = TypeVar("Function", bound=Callable)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .arguments import LossArguments
-from .divergences import DIVERGENCES, Divergence
+from .divergences.base import DIVERGENCES, Divergence
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 
 NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"  # when a gradient is made

@@ -35,10 +35,10 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import distillation_loss, reference
-from distill_ops.divergences import (
+from distill_ops.divergences.base import Divergence
+from distill_ops.divergences.built_in import (
     BUILT_IN,
     AlphaBeta,
-    Divergence,
     JensenShannon,
     SymmetricKL,
     TotalVariation,

@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 LOSSES = tuple(BUILT_IN)
 DTYPES = ("float32", "bfloat16")

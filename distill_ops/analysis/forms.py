@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import LossArguments
-from ..divergences import Divergence
+from ..divergences.base import Divergence
 from ..kernels import dense, topk
 from ..operators.dense import dense_loss
 from ..operators.register import LossOperator, Plan

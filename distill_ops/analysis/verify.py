@@ -8,7 +8,7 @@ import torch
 from .. import reference
 from ..api.choices import INTERPRETED
 from ..api.dense import distillation_loss
-from ..divergences import Divergence, as_divergence
+from ..divergences.base import Divergence, as_divergence
 from ..kernels.portable import triton
 
 N_COLUMNS = 4096

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from ..checks import BACKENDS, GRADIENTS, one_of
+from ..checks.values import BACKENDS, GRADIENTS, one_of
 from ..heads.select import autocasts
 from ..kernels.portable import triton
 from ..problem import BACKWARD, FORWARD, NO_GRADIENT, LossComponents, Options, working_dtype

@@ -3,8 +3,10 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks import check_dense, check_inplace
-from ..divergences import Divergence, SoftCrossEntropy
+from ..checks.logits import check_inplace
+from ..checks.tokens import check_dense
+from ..divergences.base import Divergence
+from ..divergences.built_in import SoftCrossEntropy
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
 from .choices import LossModule, choose_backend, gradient_mode, loss_result

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..checks import check_sampled_log_probs, one_of
+from ..checks.tokens import check_sampled_log_probs
+from ..checks.values import one_of
 
 KINDS = ("k1", "k2", "k3")
 NEG_INF = float("-inf")

@@ -4,7 +4,9 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks import Rows, check_block_options, check_head, check_heads, check_options
+from ..checks.heads import check_block_options, check_head, check_heads
+from ..checks.tokens import check_options
+from ..checks.values import Rows
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,

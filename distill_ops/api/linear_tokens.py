@@ -2,7 +2,9 @@
 
 import torch
 
-from ..checks import Rows, check_block_options, check_head, check_temperature, check_token_ids
+from ..checks.heads import check_block_options, check_head
+from ..checks.tokens import check_token_ids
+from ..checks.values import Rows, check_temperature
 from ..operators.linear_tokens import linear_token_log_probs as operator
 from ..problem import (
     BlockOptions,

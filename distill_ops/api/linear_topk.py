@@ -4,7 +4,10 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks import Rows, check_block_options, check_head, check_topk, check_vocabulary
+from ..checks.heads import check_block_options, check_head
+from ..checks.logits import check_vocabulary
+from ..checks.slots import check_topk
+from ..checks.values import Rows
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..checks import check_pair, check_temperature
+from ..checks.logits import check_pair
+from ..checks.values import check_temperature
 from ..operators.metrics import distillation_metrics as operator
 from ..problem import DistillationMetrics, MetricsInputs, MetricsOptions
 from .choices import choose_backend

@@ -3,8 +3,9 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks import check_statistics
-from ..divergences import Divergence, ReverseKL
+from ..checks.tokens import check_statistics
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..operators.statistics import distillation_statistics as operator
 from ..problem import DistillationStatistics, Options, StatisticsInputs
 from .choices import choose_backend, gradient_mode

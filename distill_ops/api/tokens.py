@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import check_mixture, check_token_log_probs
+from ..checks.tokens import check_mixture, check_token_log_probs
 from ..operators.tokens import token_log_probs as operator
 from ..problem import TokenInputs, TokenOptions
 from .choices import choose_backend, gradient_mode

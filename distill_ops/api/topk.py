@@ -4,7 +4,7 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks import check_topk_logits
+from ..checks.slots import check_topk_logits
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
 from ..problem import DenseInputs, LossComponents, Options, TopKInputs

@@ -3,7 +3,7 @@
 import torch
 
 from ..arguments import LossArguments
-from ..divergences import Divergence
+from ..divergences.base import Divergence
 from .logits import check_logits, check_teacher_given, check_vocabulary
 from .tokens import check_options
 from .values import LOGIT_DTYPES, Rows, check_integer, of_teacher, one_of, readable

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..arguments import Counted, LossArguments
-from ..divergences import Divergence, Domain, as_divergence
+from ..divergences.base import Divergence, Domain, as_divergence
 from .logits import check_logits, check_pair, check_teacher_given, check_vocabulary
 from .values import (
     Rows,

@@ -13,8 +13,8 @@ from ..arguments import (
     loss_arguments,
     with_loss_options,
 )
-from ..checks import check_dense
-from ..divergences import Divergence
+from ..checks.tokens import check_dense
+from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
 
 NEG_INF = float("-inf")

@@ -4,7 +4,9 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks import Rows, check_head, check_heads, check_temperature, check_token_ids
+from ..checks.heads import check_head, check_heads
+from ..checks.tokens import check_token_ids
+from ..checks.values import Rows, check_temperature
 from ..problem import LossComponents, working_dtype
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
@@ -64,27 +66,10 @@ def linear_distillation_loss(
         ... ).item()
         0.0
 
-    With ``softcap(x) = c tanh(x / c)``, whose derivative is ``1 - (softcap(x) / c)**2``. Logits are
-    formed in float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden
-    states, weight and bias.
-
-    Args:
-        student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16 or float64; the two
-            dimensions d may differ.
-        student_weight, teacher_weight: ``[V, d]``, of the language-model heads.
-        student_bias, teacher_bias: ``[V]``.
-        student_logit_scale, teacher_logit_scale: positive factors of the logits.
-        student_softcap, teacher_softcap: c above, positive; None for no cap.
-        vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
-
-    No gradient flows to the teacher: its weight and bias are detached, and its hidden states must
-    not require one while gradients are enabled. Hidden states and weight may be None where
-    ``hard_label_weight`` is 1. The other arguments and the result are those of
-    :func:`distill_ops.reference.distillation_loss`; ``loss_mask`` and ``labels`` are aligned with the
-    hidden states.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, result and errors are those of :func:`distill_ops.linear_distillation_loss`
+    (docs/semantics.md, section 10), without those that say how it is computed. Logits are formed in
+    float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden states,
+    weight and bias.
     """
     arguments = loss_arguments("reference.linear_distillation_loss", options, *WITHOUT)
     check_head(
@@ -141,23 +126,8 @@ def linear_token_log_probs(
         >>> [round(x, 4) for x in log_probs.tolist()]
         [-0.6803, -0.3064]
 
-    The logits are those of :func:`linear_distillation_loss`; autograd gives the gradients of hidden
-    states, weight and bias.
-
-    Args:
-        hidden: ``[..., d]``, float32, bfloat16, float16 or float64.
-        weight: ``[V, d]``.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the hidden state is not read:
-            results and gradient are 0.
-        bias: ``[V]``.
-        logit_scale, softcap: positive; no cap where None.
-        temperature, return_entropy: as in :func:`distill_ops.reference.token_log_probs`.
-
-    Returns:
-        Nats, ``[...]``, float32 (float64 where a tensor is), or a pair of them.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, result and errors are those of :func:`distill_ops.linear_token_log_probs`, without those
+    that say how it is computed.
     """
     check_head("", hidden, weight, bias, logit_scale, softcap)
     check_temperature(temperature)

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ..checks import check_mixture, check_statistics, check_token_log_probs
-from ..divergences import Divergence, ReverseKL
+from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..problem import DistillationStatistics, working_dtype
 from .dense import divergence_terms, log_mixture, no_maximum, times
 
@@ -44,22 +45,8 @@ def token_log_probs(
         >>> round(log_prob.item(), 9)
         -0.982043571
 
-    With ``q = softmax(logits / T)`` the gradients with respect to logit j are ``(1[j = id] - q_j) / T``
-    and ``-q_j (log q_j + H) / T``. A logit of -inf has no part in the entropy; an id whose logit is
-    -inf gives -inf, with that same finite gradient. A row of NaN, of +inf, or all -inf gives NaN.
-
-    Args:
-        logits: ``[..., V]``, float32, bfloat16, float16 or float64.
-        token_ids: ``[...]``, int64, aligned with the logits. Where it is ``ignore_index`` the row
-            is not read: results and gradient are 0.
-        temperature: T above, positive.
-        return_entropy: return the pair (log-probabilities, entropies).
-
-    Returns:
-        ``[...]``, float32 (float64 for float64 logits), or a pair of them.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
     ignored = token_ids == ignore_index
@@ -91,29 +78,8 @@ def distillation_statistics(
         >>> round(found.divergence.item(), 6), round(found.student_entropy.item(), 6)
         (0.472252, 1.206489)
 
-    The divergence is that of :func:`distill_ops.reference.distillation_loss` with
-    ``infinities="drop"`` (a student restricted to the teacher's support where it must be), the
-    rest is of the full rows at the same temperature. With upstream gradients ``g`` of divergence,
-    log-probability and entropy, the gradient with respect to the student's logit j is::
-
-        [g_d (slope_j - q_j D) + g_lp (1[j = id] - q_j) - g_H q_j (log q_j + H)] / T
-
-    where the q of the first term is the restricted one.
-
-    Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16 or float64; dtypes
-            may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: results and
-            gradient are 0, and there is no agreement.
-        divergence: a :class:`distill_ops.Divergence` or its name.
-        temperature: T above, positive.
-
-    Returns:
-        :class:`DistillationStatistics`. A row of NaN, of +inf, or all -inf makes what depends on it
-        NaN: the other model's log-probability and entropy do not. There is no agreement then.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
@@ -154,24 +120,8 @@ def mixture_token_log_probs(
         >>> reference.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
         tensor([0.1250])
 
-    It is what MiniLLM samples from (arXiv:2306.08543, section 2.2). The gradient with respect to the
-    student's logit j is ``r (1[j = id] - q_j) / T`` with the student's share
-    ``r = (1 - a) q_id / ((1 - a) q_id + a p_id)``. An id that is impossible under the mixture
-    (``(1 - a) q_id = a p_id = 0``) gives -inf and a share of 0.
-
-    Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16 or float64; dtypes
-            may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: result and
-            gradient are 0.
-        teacher_weight: a in [0, 1], a number or a tensor, 0-d or ``[...]``.
-        temperature: T above, positive.
-
-    Returns:
-        ``[...]``, float32 (float64 for float64 logits). A row of NaN, of +inf, or all -inf gives NaN.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.mixture_token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index

@@ -6,8 +6,8 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks import check_topk_logits
-from ..divergences import Divergence
+from ..checks.slots import check_topk_logits
+from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
 from .dense import (
     NEG_INF,
@@ -102,44 +102,9 @@ def topk_distillation_loss(
         >>> round(loss.item(), 6)
         0.633794
 
-    With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
-    ``p = exp(teacher_log_probs)``, whose logarithms are at the loss's temperature already and are
-    taken as they are, the rest of the vocabulary is, by ``tail``:
-
-    - "bucket": one more outcome, ``p_rest = max(1 - sum(p), 2**-24)`` against ``q_rest``, the sum
-      of q over the columns outside the K. There is none where the K cover the vocabulary;
-    - "renormalize": p = 0 there, and p over the K rescaled to sum 1;
-    - "ignore": p = 0 there, and p over the K as given.
-
-    Edges, for a token that counts:
-
-    - A slot of id -1 is unused, whatever its log-probability. Without a used one, p is 0: the bucket
-      is certain in both models, the loss (nats) and the gradient 0; "ignore" gives the divergence's
-      value at p = 0 (0 for the soft cross-entropy and the forward KL); "renormalize" NaN.
-    - A used slot of log-probability -inf is a token that the teacher excludes. It is an outcome of
-      its own, not part of the rest, and p = 0 there.
-    - Infinite terms are dropped (semantics.md, section 3): reverse and symmetric KL restrict the
-      student to the outcomes where p > 0, which with "bucket" include the rest, and otherwise are
-      among the K. No such column left to the student: NaN.
-    - Where q = 0 < p, soft cross-entropy and forward KL drop the term, be it a token's or the
-      rest's (all its columns -inf in the student's logits). p of a dropped token does not move to the rest.
-    - A sum of p above 1 by rounding leaves the rest its least, and p sums to a little more than 1.
-    - NaN or +inf among the used log-probabilities or the student's logits, or no finite logit: NaN.
-      Logits outside what a student is restricted to count as -inf, whatever they hold.
-
-    Args:
-        student_logits: ``[..., V]``, float32, bfloat16, float16 or float64; the only one to get a
-            gradient.
-        teacher_log_probs: ``[..., K]``, nats, any of these dtypes.
-        teacher_ids: ``[..., K]``, int64 or int32, unique within a token; -1 in unused slots.
-        tail: the rest of the vocabulary, as above.
-        vocab_size: the vocabulary is the student's first ``vocab_size`` columns.
-
-    The other arguments, the result and its dtype are those of
-    :func:`distill_ops.reference.distillation_loss`.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.topk_distillation_loss`
+    (docs/semantics.md, section 11), without ``gradient`` and ``backend``; half-precision logits are
+    computed in float32, float64 in float64.
     """
     arguments = loss_arguments("reference.topk_distillation_loss", options, *WITHOUT)
     divergence, n_cols = check_topk_logits(

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..checks import check_integer, check_teacher_logits, check_temperature
+from ..checks.logits import check_teacher_logits
+from ..checks.values import check_integer, check_temperature
 from ..cpu.rows import row_blocks
 from ..problem import working_dtype
 

@@ -18,7 +18,7 @@ import distill_ops.kernels
 import pytest
 
 import distill_ops
-import distill_ops.divergences
+import distill_ops.divergences.base
 
 PUBLIC = (
     "distill_ops",
@@ -90,7 +90,7 @@ def run_program(text: str, folder: Path) -> None:
     """In a file, as Triton reads the functions' text there; what it declares is forgotten again."""
     file = folder / "example.py"
     file.write_text(text)
-    with mock.patch.dict(distill_ops.divergences.DIVERGENCES):
+    with mock.patch.dict(distill_ops.divergences.base.DIVERGENCES):
         runpy.run_path(str(file))
 
 

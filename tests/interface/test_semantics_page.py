@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distill_ops
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 from tests.support import ROOT
 from tests.support.semantics_page import FORMULAS, NAMES, PAGE, ROWS, worked_values
 

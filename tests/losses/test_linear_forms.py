@@ -8,7 +8,7 @@ import torch
 
 import distill_ops
 from distill_ops import linear_token_log_probs, linear_topk_distillation_loss, reference
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 from distill_ops.reference.linear import head_logits
 from tests.support.declared import renyi_like
 from tests.support.helpers import assert_close, to_float64

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 # what the defaults leave out; every other divergence comes with its own
 PARAMETERS = {

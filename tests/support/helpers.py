@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import reference, topk_distillation_loss
-from distill_ops.divergences import as_divergence
+from distill_ops.divergences.base import as_divergence
 from distill_ops.problem import working_dtype
 
 

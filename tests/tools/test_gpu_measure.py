@@ -12,16 +12,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import accuracy, form_providers, static_report
 from benchmarks.cases import Case
 from benchmarks.chips import CHIPS
 from benchmarks.form_cases import FormCase, make_tensors
-from benchmarks.forms import FormRecord
-from benchmarks.gpu import beside, graphs, stages
 from benchmarks.providers import PROVIDERS
 from benchmarks.records import COPY, EAGER, OURS, OURS_BACKWARD, Record, load, save
 from benchmarks.static_forms import FormRow, binds
 from benchmarks.timing import Budget
+
+from benchmarks import accuracy, form_providers, static_report
+from benchmarks.forms import FormRecord
+from benchmarks.gpu import beside, graphs, stages
 
 CPU = torch.device("cpu")
 FACTS = {"gpu": None, "cpu": "a CPU"}
