@@ -1,4 +1,4 @@
-"""The teacher's most likely tokens: computed once and stored; ``teacher_dataset.py`` reads them.
+"""The teacher's most likely tokens: computed once and stored; ``dataset.py`` reads them.
 
 ``docs/teacher-store.md`` describes the format.
 """

@@ -160,15 +160,16 @@ def clone(tmp_path_factory):
     return follow
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"} | environment,
     )  # fmt: skip
 
 
-def pytest_in(folder, *arguments):
-    return run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *arguments)
+def pytest_in(folder, *arguments, **environment):
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line")
+    return run(folder, *command, *arguments, **environment)
 
 
 def test_the_list_suffices_to_use_it(clone):
@@ -183,6 +184,15 @@ def test_the_list_suffices_for_the_suite(clone):
     found = pytest_in(clone(STEPS), "-k", "triangular or page or listed", *SUITE)
     assert found.returncode == 0, found.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", found.stdout)[1]) > 100
+
+
+@pytest.mark.full
+def test_the_list_suffices_for_the_kernels(clone):
+    """Under the interpreter."""
+    arguments = ("-k", "triangular and test_options", "tests/losses/test_dense.py")
+    found = pytest_in(clone(STEPS), *arguments, TRITON_INTERPRET="1")
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= 20
 
 
 # what fails where a step is forgotten

@@ -87,6 +87,30 @@ def test_links(page):
     assert broken_links(page) == []
 
 
+FILES = {path.name for path in SOURCES} | {"finetune.py"}  # the last is MiniLLM's
+NAMED_FILE = re.compile(r"`((?:[\w.-]+/)*)([\w-]+\.py)\b")
+NAMED_FOLDER = re.compile(r"`((?:benchmarks|distill_ops|docs|examples|kernels|tests)/[\w./-]*)`")
+
+
+def missing_files(text: str) -> list[str]:
+    """Source files and folders between backticks that are not there: by their path from the root or
+    from the package, or by name alone."""
+    places = (ROOT, ROOT / "distill_ops", ROOT / "tests", ROOT / "benchmarks")
+    missing = [path for path in NAMED_FOLDER.findall(text) if not (ROOT / path).exists()]
+    for folder, name in NAMED_FILE.findall(text):
+        found = (
+            any((place / folder / name).is_file() for place in places) if folder else name in FILES
+        )
+        missing += [] if found else [folder + name]
+    return sorted(set(missing))
+
+
+def test_files_that_are_named():
+    paths = [path for path in [*PAGES, *SOURCES] if path != Path(__file__)]
+    missing = {in_page(path): missing_files(prose(path)) for path in paths}
+    assert {page: names for page, names in missing.items() if names} == {}
+
+
 SECTIONS = set(re.findall(r"^## (\d+)\.", (ROOT / "docs/semantics.md").read_text(), re.MULTILINE))
 CITED = re.compile(r"semantics\.md,? +(?:sections? +)?(\d+)(?:(?:,| and| to) +(\d+)\b)?")
 NAMED = re.compile(r"(?<![\w/.{}-])((?:docs/)?[\w-]+\.md)\b")
@@ -140,6 +164,12 @@ def test_what_is_broken_is_found(tmp_path):
     assert broken_citations("as docs/nowhere.md and elsewhere.md say") == [
         "docs/nowhere.md",
         "elsewhere.md",
+    ]
+    assert missing_files("`kernels/sweeps.py: UNROLL`, `sweeps.py` and `kernels/`") == []
+    assert missing_files("`kernels/nowhere.py`, `nowhere.py`, `tests/nowhere/`") == [
+        "kernels/nowhere.py",
+        "nowhere.py",
+        "tests/nowhere/",
     ]
     page = tmp_path / "page.md"
     page.write_text("# A page, `named`\n[a](page.md#a-page-named) [b](other.md) [c](#no)\n")

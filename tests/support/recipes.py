@@ -2,16 +2,17 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 60
 
 
-def causal_model(seed: int, hidden_size: int = 32) -> LlamaForCausalLM:
+def causal_model(seed: int, hidden_size: int = 32) -> torch.nn.Module:
     """Untrained, two heads, one layer; nothing is downloaded."""
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
         intermediate_size=32,
@@ -21,7 +22,7 @@ def causal_model(seed: int, hidden_size: int = 32) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def batch(seed: int = 0, shape: tuple[int, int] = (2, 12)) -> dict[str, torch.Tensor]:
