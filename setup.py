@@ -23,7 +23,7 @@ setup(
     packages=[*find_packages(include=["distill_ops", "distill_ops.*"]), "distill_ops.kernels"],
     package_dir={"distill_ops.kernels": "kernels"},
     package_data={"distill_ops": ["py.typed"]},
-    install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3"],
+    install_requires=["torch>=2.11", "typing_extensions>=4.8", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         # PyTorch's CUDA builds bring the Triton that they were built with
         "triton": ["triton>=3.6; platform_system == 'Linux'"],

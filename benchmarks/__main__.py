@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             console.print(case_table(new))
             records += new
+            if options.json:
+                save(options.json, records, facts)  # as far as it came
     for line in left_out(records):
         console.print(line, markup=False)
     console.print(summary_table(records))

@@ -13,10 +13,10 @@ from .api.metrics import distillation_metrics
 from .api.statistics import distillation_statistics
 from .api.tokens import mixture_token_log_probs, token_log_probs
 from .api.topk import topk_distillation_loss
-from .checks import set_debug
-from .divergences import (
+from .checks.values import set_debug
+from .divergences.base import Divergence
+from .divergences.built_in import (
     AlphaBeta,
-    Divergence,
     ForwardKL,
     JensenShannon,
     ReverseKL,
@@ -25,8 +25,8 @@ from .divergences import (
     SoftCrossEntropy,
     SymmetricKL,
     TotalVariation,
-    declare_divergence,
 )
+from .divergences.declared import declare_divergence
 from .problem import DistillationMetrics, DistillationStatistics, LossComponents
 from .teacher.dataset import TeacherTopKDataset
 from .teacher.store import TeacherTopK, save_teacher_topk, teacher_topk

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from .divergences import Divergence
+from .divergences.base import Divergence
 from .kernels import dense, logits, metrics, reduction, statistics, token, topk
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .kernels.rows import Formula

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import DIVERGENCES, Divergence
+from .arguments import LossArguments
+from .divergences.base import DIVERGENCES, Divergence
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 
 NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"  # when a gradient is made
@@ -43,29 +44,17 @@ class Options(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        divergence: Divergence,
-        n_cols: int,
-        backend: str,
-        *,
-        reduction: str = "none",
-        infinities: str = "drop",
+        cls, divergence: Divergence, n_cols: int, backend: str, arguments: LossArguments,
         tail: str | None = None,
-        temperature: float = 1.0,
-        scale_by_temperature_squared: bool = False,
-        hard_label_weight: float = 0.0,
-        normalizer: float | torch.Tensor | None = None,
-        ignore_index: int = -100,
-        return_components: bool = False,
-    ) -> "Options":
-        """Of checked arguments as users give them."""
-        temperature = float(temperature)
-        given = normalizer is not None and not isinstance(normalizer, torch.Tensor)
+    ) -> "Options":  # fmt: skip
+        """Of checked arguments as users give them; the divergence is the routed one."""
+        a, temperature = arguments, float(arguments.temperature)
+        given = a.normalizer is not None and not isinstance(a.normalizer, torch.Tensor)
         return cls(
-            divergence.name, reduction, infinities, backend, tail, temperature,
-            temperature**2 if scale_by_temperature_squared else 1.0, float(hard_label_weight),
-            float(normalizer) if given else None, divergence.numbers, n_cols, ignore_index,
-            return_components and hard_label_weight > 0,
+            divergence.name, a.reduction, a.infinities, backend, tail, temperature,
+            temperature**2 if a.scale_by_temperature_squared else 1.0, float(a.hard_label_weight),
+            float(a.normalizer) if given else None, divergence.numbers, n_cols, a.ignore_index,
+            a.return_components and a.hard_label_weight > 0,
         )  # fmt: skip
 
     def kind(self) -> type[Divergence] | None:
@@ -329,7 +318,19 @@ def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
 
 
 class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
+    """A loss and its two parts, detached and reduced like it, for logging (nats).
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
+        >>> losses = distill_ops.distillation_loss(
+        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
+        ...     hard_label_weight=0.5, return_components=True,
+        ... )
+        >>> losses.loss.backward()
+        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
+        (0.0, 1.3863)
+    """
 
     loss: torch.Tensor
     divergence: torch.Tensor
@@ -339,7 +340,15 @@ class LossComponents(NamedTuple):
 class DistillationStatistics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
-    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable."""
+    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, -100])
+        >>> found = distill_ops.distillation_statistics(logits, logits, ids)
+        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.top1_agreement.tolist()
+        ([-1.3863, 0.0], [True, False])
+    """
 
     divergence: torch.Tensor
     student_log_prob: torch.Tensor  # of the token's id
@@ -352,7 +361,15 @@ class DistillationStatistics(NamedTuple):
 class DistillationMetrics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
-    A divergence that is infinite (one model excludes a token that the other does not) is +inf."""
+    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.zeros(3, 4)
+        >>> metrics = distill_ops.distillation_metrics(logits, logits)
+        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
+        ([1.0, 1.0, 1.0], 1.3863)
+    """
 
     forward_kl: torch.Tensor  # KL(teacher || student)
     reverse_kl: torch.Tensor  # KL(student || teacher)

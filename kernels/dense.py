@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .layout import row_layouts, uniform_rows
+from .layout import row_layouts
 from .row_loss import row_gradient, row_statistics
 from .rows import (
     MOMENTS,
     Formula,
+    LossBuffers,
     first_position,
     row_offset,
     row_parameters,
@@ -127,20 +128,15 @@ def run(
     teacher: torch.Tensor | None,  # [..., V]
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
-    *,
-    gradient: torch.Tensor
-    | None = None,  # [..., V], one stride to its rows; or the student: write it
-    statistics: torch.Tensor | None = None,  # [N, STATISTICS]
-    losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
-    components: torch.Tensor | None = None,  # [2, N]
-    weights: torch.Tensor | None = None,  # [N]
-    denominator: torch.Tensor | float = 1.0,
-    upstream: torch.Tensor | None = None,  # [N] or []
+    **buffers,
 ) -> None:
-    """Launch the dense kernel: losses with the gradient or the statistics, or the gradient alone."""
+    """Launch the dense kernel: losses with the gradient or the statistics, or the gradient alone.
+
+    ``buffers`` are those of :class:`LossBuffers`."""
+    buffers = LossBuffers(**buffers)
     teacher_given = formula.value_and_slope is not None
     tensors = [student, teacher if teacher_given else student]
-    inplace = gradient is student
+    inplace = buffers.gradient is student
     n_inner, layouts = row_layouts(*tensors)
     if inplace and not layouts[0].is_in(student):  # a copy, for the teacher's strides or its own
         tensors[1] = tensors[1].contiguous()
@@ -156,36 +152,17 @@ def run(
         return
     width = student.shape[-1]
     student_rows, teacher_rows = layouts
-    rows = {"student": student_rows, "teacher": teacher_rows, "gradient": student_rows}
-    if not (gradient is None or inplace):
-        rows["gradient"] = uniform_rows(gradient, n_inner)
-    hard = formula.hard_label_weight > 0
+    rows = {"student": student_rows, "teacher": teacher_rows}
+    rows["gradient"] = buffers.rows(student, student_rows, n_inner)
     logits = tensors if teacher_given else tensors[:1]
     grid, arguments = rows_launch(rows, logits, n_rows, n_cols, width)
-    filler = student  # stands for a pointer that the kernel's form does not read
     dense_kernel[grid](
         **arguments,
-        **formula.arguments(),
-        losses_ptr=filler if losses is None else losses,
-        components_ptr=filler if components is None else components,
-        statistics_ptr=filler if statistics is None else statistics,
-        weights_ptr=filler if weights is None else weights,
-        labels_ptr=filler if labels is None else labels,
-        upstream_ptr=filler if upstream is None else upstream,
-        upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
-        denominator=denominator,
+        **buffers.arguments(formula, labels, student),
         n_inner=n_inner,
         width=width,
-        divergence_scale=float(formula.divergence_scale),
-        hard_weight=float(formula.hard_label_weight),
         MOMENT=MOMENTS[formula.moment],
         PROPAGATE=formula.propagate,
         DIVERGENCE=teacher_given,
-        HARD=hard,
-        TEMPERED=hard and formula.temperature != 1,
-        HAS_WEIGHTS=weights is not None,
-        DENOMINATOR_IN_MEMORY=isinstance(denominator, torch.Tensor),
-        WRITE_LOSS=losses is not None,
-        WRITE_STATISTICS=losses is not None and statistics is not None,
-        WRITE_GRADIENT=gradient is not None,
+        TEMPERED=formula.hard_label_weight > 0 and formula.temperature != 1,
     )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .layout import Rows
+from .layout import Rows, uniform_rows
 from .sweeps import (
     FORWARD_MOMENT,
     NO_MOMENT,
@@ -130,6 +130,44 @@ class Formula(NamedTuple):
             "PARAMETER_STRIDES": parameter_strides(self.parameters),
             "DROP": self.drop,
             "RESTRICT": self.restrict,
+        }
+
+
+class LossBuffers(NamedTuple):
+    """What a launch of a loss reads and writes beside logits; None: what the launch does without."""
+
+    gradient: torch.Tensor | None = (
+        None  # [..., V], one stride to its rows; or the student: write it
+    )
+    statistics: torch.Tensor | None = None  # [N, STATISTICS]
+    losses: torch.Tensor | None = None  # [N]; None: gradient from statistics and upstream
+    components: torch.Tensor | None = None  # [2, N]
+    weights: torch.Tensor | None = None  # [N]
+    denominator: torch.Tensor | float = 1.0
+    upstream: torch.Tensor | None = None  # [N] or []
+
+    def rows(self, student: torch.Tensor, student_rows: Rows, n_inner: int) -> Rows:
+        """The gradient's rows, or what stands for them."""
+        written = self.gradient is not None and self.gradient is not student
+        return uniform_rows(self.gradient, n_inner) if written else student_rows
+
+    def arguments(self, formula: Formula, labels: torch.Tensor | None, filler) -> dict:
+        """As kernels take them; ``filler`` stands for a pointer that the kernel's form does not read."""
+        names = ("losses", "components", "statistics", "weights", "upstream")
+        pointers = {f"{name}_ptr": getattr(self, name) for name in names} | {"labels_ptr": labels}
+        upstream, statistics = self.upstream, self.statistics
+        return formula.arguments() | {
+            **{name: filler if x is None else x for name, x in pointers.items()},
+            "upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
+            "denominator": self.denominator,
+            "divergence_scale": float(formula.divergence_scale),
+            "hard_weight": float(formula.hard_label_weight),
+            "HARD": formula.hard_label_weight > 0,
+            "HAS_WEIGHTS": self.weights is not None,
+            "DENOMINATOR_IN_MEMORY": isinstance(self.denominator, torch.Tensor),
+            "WRITE_LOSS": self.losses is not None,
+            "WRITE_STATISTICS": self.losses is not None and statistics is not None,
+            "WRITE_GRADIENT": self.gradient is not None,
         }
 
 

@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .layout import row_layouts, uniform_rows
+from .layout import row_layouts
 from .math import INFINITY, LOG2E, fma, from_float32
 from .rows import (
     Formula,
+    LossBuffers,
     first_position,
     row_offset,
     row_parameters,
@@ -282,20 +283,15 @@ def run(
     ids: torch.Tensor,  # [N, K], contiguous
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
-    *,
-    gradient: torch.Tensor | None = None,  # like student, contiguous, or the student: write it
-    statistics: torch.Tensor | None = None,  # [N, STATISTICS]
-    losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
-    components: torch.Tensor | None = None,  # [2, N]
-    weights: torch.Tensor | None = None,  # [N]
-    denominator: torch.Tensor | float = 1.0,
-    upstream: torch.Tensor | None = None,  # [N] or []
+    **buffers,
 ) -> None:
-    """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone."""
+    """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone.
+
+    ``buffers`` are those of :class:`LossBuffers`."""
+    buffers = LossBuffers(**buffers)
     n_rows, k = ids.shape
     n_inner, layouts = row_layouts(student)
-    inplace = gradient is student
-    if inplace and not layouts[0].is_in(student):
+    if buffers.gradient is student and not layouts[0].is_in(student):
         raise ValueError(
             f"a gradient in place needs student logits with contiguous columns and leading dimensions "
             f"that two strides reach, got strides {student.stride()}: pass .contiguous()"
@@ -304,50 +300,31 @@ def run(
         return
     width = student.shape[-1]
     (student_rows,) = layouts
-    rows = {"student": student_rows, "gradient": student_rows}
-    if not (gradient is None or inplace):
-        rows["gradient"] = uniform_rows(gradient, n_inner)
+    rows = {"student": student_rows, "gradient": buffers.rows(student, student_rows, n_inner)}
     grid, arguments = rows_launch(rows, [student], n_rows, n_cols, width)
     hard = formula.hard_label_weight > 0
     rest = tail == "bucket" or not formula.restrict
     own_hard = hard and (formula.temperature != 1 or not rest)
     block_k = triton.next_power_of_2(k + 1)
-    filler = student  # stands for a pointer that the kernel's form does not read
-    words, n_words = filler, 0
-    if losses is not None and (rest or hard):
+    words, n_words = student, 0  # student: stands for memory that is not read
+    if buffers.losses is not None and (rest or hard):
         n_words = launch.padded(n_cols + 8, arguments["LANES"] * arguments["WIDTH"]) // 32
         words = torch.empty((*grid, n_words), dtype=torch.int32, device=student.device)
     topk_kernel[grid](
         **arguments,
-        **formula.arguments(),
+        **buffers.arguments(formula, labels, student),
         log_probs_ptr=log_probs,
         ids_ptr=ids,
         words_ptr=words,
-        bitmap_ptr=words.view(torch.uint8) if n_words else filler,
+        bitmap_ptr=words.view(torch.uint8) if n_words else student,
         n_words=n_words,
-        losses_ptr=filler if losses is None else losses,
-        components_ptr=filler if components is None else components,
-        statistics_ptr=filler if statistics is None else statistics,
-        weights_ptr=filler if weights is None else weights,
-        labels_ptr=filler if labels is None else labels,
-        upstream_ptr=filler if upstream is None else upstream,
-        upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
-        denominator=denominator,
         n_inner=n_inner,
         width=width,
         k=k,
-        divergence_scale=float(formula.divergence_scale),
-        hard_weight=float(formula.hard_label_weight),
         TAIL=TAILS[tail],
         REST=rest,
         EACH=rest and tail != "bucket" and not formula.additive,
-        HARD=hard,
         OWN_HARD=own_hard,
-        HAS_WEIGHTS=weights is not None,
-        DENOMINATOR_IN_MEMORY=isinstance(denominator, torch.Tensor),
-        WRITE_LOSS=losses is not None,
-        WRITE_STATISTICS=losses is not None and statistics is not None,
-        WRITE_GRADIENT=gradient is not None,
         BLOCK_K=block_k,
         UNROLL=launch.topk_unroll(block_k, arguments["LANES"], own_hard),
     )

@@ -34,8 +34,15 @@ from typing import NamedTuple
 
 import torch
 
-from distill_ops import distillation_loss, divergences, reference
-from distill_ops.divergences import Divergence
+from distill_ops import distillation_loss, reference
+from distill_ops.divergences.base import Divergence
+from distill_ops.divergences.built_in import (
+    BUILT_IN,
+    AlphaBeta,
+    JensenShannon,
+    SymmetricKL,
+    TotalVariation,
+)
 
 from .signs import Signs
 
@@ -43,22 +50,14 @@ MEDIAN, WORST = 1.0, 1.5  # the largest ratios that the rule allows
 FIRST, MOST = 8, 64  # tokens
 DOUBTFUL = 1.2
 
-DIVERGENCES: dict[str, Divergence] = {
-    "soft_cross_entropy": divergences.SoftCrossEntropy(),
-    "forward_kl": divergences.ForwardKL(),
-    "reverse_kl": divergences.ReverseKL(),
-    "symmetric_kl": divergences.SymmetricKL(),
-    "symmetric_kl(0.3)": divergences.SymmetricKL(0.3),
-    "jensen_shannon": divergences.JensenShannon(),
-    "jensen_shannon(0.1)": divergences.JensenShannon(0.1),
-    "jensen_shannon(0.9)": divergences.JensenShannon(0.9),
-    "skew_forward_kl": divergences.SkewForwardKL(),
-    "skew_reverse_kl": divergences.SkewReverseKL(),
-    "total_variation": divergences.TotalVariation(),
-    "alpha_beta": divergences.AlphaBeta(),
-    "alpha_beta(0.7, 0.2)": divergences.AlphaBeta(0.7, 0.2),
-    "alpha_beta(1, 1)": divergences.AlphaBeta(1.0, 1.0),
+VARIANTS = {  # other parameters than the default ones
+    "symmetric_kl(0.3)": SymmetricKL(0.3),
+    "jensen_shannon(0.1)": JensenShannon(0.1),
+    "jensen_shannon(0.9)": JensenShannon(0.9),
+    "alpha_beta(0.7, 0.2)": AlphaBeta(0.7, 0.2),
+    "alpha_beta(1, 1)": AlphaBeta(1.0, 1.0),
 }
+DIVERGENCES: dict[str, Divergence] = {name: kind() for name, kind in BUILT_IN.items()} | VARIANTS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -241,7 +240,7 @@ def measure(
             batched(eager, *(logits.double() for logits in pair)),
         )
         truth = truth_of_eager = results[2]
-        if isinstance(divergence, divergences.TotalVariation):
+        if isinstance(divergence, TotalVariation):
             signs = Signs(*pair, case.temperature)
             truths, counts = zip(*(signs.nearest(x.gradient) for x in results[:2]), strict=True)
             truth, truth_of_eager = (truth._replace(gradient=x) for x in truths)

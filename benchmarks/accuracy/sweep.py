@@ -45,6 +45,7 @@ from .numeric_rule import (
 
 PATHS = ("torch", "triton")
 CONFIGURATIONS = 200
+GPU_WORKERS = 4
 GROUP = 25  # configurations a task
 RESULT = RESULTS / "accuracy.json"
 
@@ -64,13 +65,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--configs", type=int, default=CONFIGURATIONS, help="configurations of each (200)")
     add("--seed", type=int, default=0, help="seed of the first configuration; the next follow")
     add("--only", type=int, metavar="SEED", help="the configuration of this seed alone, in detail")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"processes ({GPU_WORKERS} on a GPU, else one a core)",
+    )
     add("--json", type=Path, metavar="FILE", help=f"default of a full run: {RESULT.name}")
     return parser.parse_args(arguments)
 
 
 def device_of(path: str) -> torch.device:
     return torch.device("cuda" if path == "triton" and torch.cuda.is_available() else "cpu")
+
+
+def default_workers(path: str) -> int:
+    """Each worker on a GPU has a context of its own there, and few keep it busy."""
+    return GPU_WORKERS if device_of(path).type == "cuda" else os.cpu_count() or 1
 
 
 def _quicken_the_interpreter() -> None:
@@ -291,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with progress_bar(console, len(keys) * math.ceil(len(seeds) / GROUP)) as step:
         for path in dict.fromkeys(options.paths):
-            of_path = sweep(path, keys, seeds, options.workers, step, finished)
+            n_workers = options.workers or default_workers(path)
+            of_path = sweep(path, keys, seeds, n_workers, step, finished)
             measurements |= of_path
             if options.only is not None:
                 console.print(only_table(of_path))

@@ -6,17 +6,9 @@ from itertools import product
 
 import torch
 
-LOSSES = (
-    "soft_cross_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "symmetric_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha_beta",
-)
+from distill_ops.divergences.built_in import BUILT_IN
+
+LOSSES = tuple(BUILT_IN)
 DTYPES = ("float32", "bfloat16")
 MODES = ("train", "eval")  # forward + backward; forward without a gradient
 MODELS = {

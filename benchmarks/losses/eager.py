@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .cases import LOSSES
+
 
 def soft_cross_entropy(
     student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype | None
@@ -129,14 +131,4 @@ def alpha_beta(
     return -torch.masked_fill(terms, inf_mask, 0).sum(-1).mean() / (alpha * beta)
 
 
-FORMULAS = {
-    "soft_cross_entropy": soft_cross_entropy,
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "symmetric_kl": symmetric_kl,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "alpha_beta": alpha_beta,
-}
+FORMULAS = {name: globals()[name] for name in LOSSES}  # a loss without its formula is a KeyError

@@ -23,7 +23,7 @@ from distill_ops.kernels.launch import L2_SHARE
 
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
-from distill_ops.divergences import as_divergence
+from distill_ops.divergences.base import as_divergence
 
 from ..losses.records import Record
 from .chips import Chip

@@ -13,7 +13,8 @@ from distill_ops.kernels import metrics, reduction
 
 from distill_ops.analysis import aot, forms
 from distill_ops.analysis.forms import Form
-from distill_ops.divergences import BUILT_IN, Divergence
+from distill_ops.divergences.base import Divergence
+from distill_ops.divergences.built_in import BUILT_IN
 
 TRAIN, SHORT, ODD, EVEN, EVAL, BACKWARD, HARD, HARD_T, MIXED, PADDED, STRIDED = (
     "train", "short vocabulary", "odd vocabulary", "even vocabulary", "no gradient",

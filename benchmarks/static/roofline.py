@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill_ops.divergences import as_divergence
+from distill_ops.divergences.base import as_divergence
 
 from ..losses.records import Record
 from .cache_model import Traffic, form_of, launch_traffic, target_of

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..divergences import Divergence
+from ..arguments import LossArguments
+from ..divergences.base import Divergence
 from ..kernels import dense, topk
 from ..operators.dense import dense_loss
 from ..operators.register import LossOperator, Plan
@@ -62,10 +63,10 @@ class Form:
         labels = None
         if self.hard_label_weight:
             labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
-        options = Options.of(
-            divergence, self.vocab_size or self.n_cols, "triton", reduction="mean",
-            temperature=self.temperature, hard_label_weight=self.hard_label_weight,
-        )  # fmt: skip
+        arguments = LossArguments(
+            temperature=self.temperature, hard_label_weight=self.hard_label_weight
+        )
+        options = Options.of(divergence, self.vocab_size or self.n_cols, "triton", arguments)
         student = logits(None, self.student_dtype)
         teacher = logits(self.teacher_stride, self.teacher_dtype)
         return DenseInputs(student, teacher, None, labels, None, divergence.tensors), options
@@ -98,7 +99,7 @@ def statistics_launches(
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
     ids = _meta(n_rows, dtype=torch.int64)
     inputs = StatisticsInputs(student, teacher, ids, divergence.tensors)
-    problem = inputs, Options.of(divergence, n_cols, "triton")
+    problem = inputs, Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
     return aot.record(lambda: _call(distillation_statistics, *problem, BACKWARD), target.facts)
 
 
@@ -117,10 +118,8 @@ def topk_launches(
     n_rows: int = 4096,
 ) -> list[aot.Launch]:
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
-    options = Options.of(
-        divergence, vocab_size or n_cols, "triton", reduction="mean", tail=tail,
-        temperature=temperature, hard_label_weight=hard_label_weight,
-    )  # fmt: skip
+    arguments = LossArguments(temperature=temperature, hard_label_weight=hard_label_weight)
+    options = Options.of(divergence, vocab_size or n_cols, "triton", arguments, tail)
     labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
     slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
     inputs = TopKInputs(

@@ -1,8 +1,10 @@
 """What a call decides before it computes: the backend, when the gradient is made, autocast's dtype."""
 
+import inspect
+
 import torch
 
-from ..checks import BACKENDS, GRADIENTS, one_of
+from ..checks.values import BACKENDS, GRADIENTS, one_of
 from ..heads.select import autocasts
 from ..kernels.portable import triton
 from ..problem import BACKWARD, FORWARD, NO_GRADIENT, LossComponents, Options, working_dtype
@@ -74,11 +76,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def as_tensor(normalizer: float | torch.Tensor | None) -> torch.Tensor | None:
-    """As operators take it: a number is among the options."""
-    return normalizer if isinstance(normalizer, torch.Tensor) else None
-
-
 def loss_result(
     outputs: tuple[torch.Tensor | None, ...], options: Options, return_components: bool
 ) -> torch.Tensor | LossComponents:
@@ -98,7 +95,8 @@ class LossModule(torch.nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        unknown = set(options) - set(self.function.__kwdefaults__)
+        parameters = inspect.signature(self.function).parameters.values()
+        unknown = set(options) - {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} got unknown options: {', '.join(sorted(unknown))}"

@@ -2,11 +2,14 @@
 
 import torch
 
-from ..checks import Counted, check_dense, check_inplace
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossArguments
+from ..checks.logits import check_inplace
+from ..checks.tokens import check_dense
+from ..divergences.base import Divergence
+from ..divergences.built_in import SoftCrossEntropy
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
-from .choices import LossModule, as_tensor, choose_backend, gradient_mode, loss_result
+from .choices import LossModule, choose_backend, gradient_mode, loss_result
 
 
 def distillation_loss(
@@ -30,6 +33,27 @@ def distillation_loss(
     backend: str = "auto",
 ) -> torch.Tensor | LossComponents:
     """Distillation loss of student logits against teacher logits, in nats.
+
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    Logits ``[..., V]`` go in, their mean over the tokens comes out; the student's get a gradient.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> loss = distill_ops.distillation_loss(student, teacher, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
+
+        A model's logits at one token predict the next, whose label Hugging Face keeps at its own
+        place (-100: a prompt's):
+
+        >>> logits, teacher_logits = torch.randn(2, 1, 4, 5)
+        >>> labels = torch.tensor([[-100, -100, 3, 1]])
+        >>> loss = distill_ops.distillation_loss(
+        ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
+        ... )
 
     With ``q = softmax(student_logits / T)`` and ``p = softmax(teacher_logits / T)``, per token::
 
@@ -85,44 +109,20 @@ def distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward or in place.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> loss = distill_ops.distillation_loss(student, teacher, divergence="forward_kl")
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
-        (0.6584, [0.0981, 0.2667, -0.0381, 0.0855, -0.4123])
-
-        A model's logits at one token predict the next, whose label Hugging Face keeps at its own
-        place (-100: a prompt's):
-
-        >>> logits, teacher_logits = torch.randn(2, 1, 4, 5)
-        >>> labels = torch.tensor([[-100, -100, 3, 1]])
-        >>> loss = distill_ops.distillation_loss(
-        ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
-        ... )
     """
-    divergence, n_cols = check_dense(
-        student_logits, teacher_logits, divergence, Counted(loss_mask, labels, ignore_index),
-        hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
+    arguments = LossArguments(
+        divergence, loss_mask, labels, ignore_index, hard_label_weight, temperature,
+        scale_by_temperature_squared, reduction, normalizer, infinities, vocab_size, gradient,
+        return_components, backend,
     )  # fmt: skip
+    divergence, n_cols = check_dense(student_logits, teacher_logits, arguments)
     made = gradient_mode(gradient, reduction, student_logits)
-    options = Options.of(
-        divergence, n_cols,
-        choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        reduction=reduction, infinities=infinities, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
+    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
+    options = Options.of(divergence, n_cols, backend, arguments)
     inplace = inplace and made != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)
-    inputs = DenseInputs(
-        student_logits, teacher_logits, loss_mask, labels, as_tensor(normalizer), divergence.tensors
-    )
+    inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors, divergence.tensors)
     outputs = dense_loss("distillation_loss", inputs, options, made, inplace=inplace)
     return loss_result(outputs, options, return_components)
 

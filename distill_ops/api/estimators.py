@@ -2,7 +2,8 @@
 
 import torch
 
-from ..checks import check_sampled_log_probs, one_of
+from ..checks.tokens import check_sampled_log_probs
+from ..checks.values import one_of
 
 KINDS = ("k1", "k2", "k3")
 NEG_INF = float("-inf")
@@ -13,10 +14,22 @@ def reverse_kl_estimate(
 ) -> torch.Tensor:
     """Estimate ``KL(student || teacher)`` from one token that the student sampled, in nats.
 
-    With ``q`` the student's and ``p`` the teacher's probability of the token, and the expectation
-    ``E`` over tokens sampled from ``q`` (Schulman, "Approximating KL divergence", 2020)::
+    ``k1 = log(q/p)``, ``k2 = log(q/p)**2 / 2``, ``k3 = p/q - 1 + log(q/p)``, of the token's q and p.
+    Log-probabilities ``[...]`` of both models go in, ``[...]`` comes out, differentiable in log q.
 
-        k1 = log(q/p)        k2 = log(q/p)**2 / 2        k3 = p/q - 1 + log(q/p)
+    Example:
+        >>> import torch, distill_ops
+        >>> log_q = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> log_p = torch.tensor([-1.5, -1.0])
+        >>> distill_ops.reverse_kl_estimate(log_q, log_p, kind="k1").tolist()
+        [0.5, -1.0]
+        >>> loss = distill_ops.reverse_kl_estimate(log_q, log_p, kind="k2")
+        >>> loss.sum().backward()
+        >>> loss.tolist(), log_q.grad.tolist()
+        ([0.125, 0.5], [0.5, -1.0])
+
+    ``q`` is the student's and ``p`` the teacher's probability of the token; with the expectation ``E``
+    over tokens sampled from ``q`` (Schulman, "Approximating KL divergence", 2020):
 
     | kind | value | gradient through ``student_log_prob`` |
     |---|---|---|
@@ -53,17 +66,6 @@ def reverse_kl_estimate(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> log_q = torch.tensor([-1.0, -2.0], requires_grad=True)
-        >>> log_p = torch.tensor([-1.5, -1.0])
-        >>> distill_ops.reverse_kl_estimate(log_q, log_p, kind="k1").tolist()
-        [0.5, -1.0]
-        >>> loss = distill_ops.reverse_kl_estimate(log_q, log_p, kind="k2")
-        >>> loss.sum().backward()
-        >>> loss.tolist(), log_q.grad.tolist()
-        ([0.125, 0.5], [0.5, -1.0])
     """
     one_of("kind", kind, KINDS)
     check_sampled_log_probs(student_log_prob, teacher_log_prob)

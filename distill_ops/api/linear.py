@@ -1,9 +1,12 @@
 """The linear loss: hidden states and language-model heads instead of logits."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import Counted, Rows, check_block_options, check_head, check_heads, check_options
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.heads import check_block_options, check_head, check_heads
+from ..checks.tokens import check_options
+from ..checks.values import Rows
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,
@@ -13,16 +16,12 @@ from ..problem import (
     LossComponents,
     Options,
 )
-from .choices import (
-    LossModule,
-    as_tensor,
-    autocast_dtype,
-    choose_backend,
-    gradient_mode,
-    loss_result,
-)
+from .choices import LossModule, autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
 
 
+@with_loss_options(*WITHOUT)
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -38,28 +37,29 @@ def linear_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    gradient: str = "auto",
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`distillation_loss` of two language-model heads, without their logits in memory.
 
-    Each model's logits are ``softcap((hidden weight^T + bias) * logit_scale)`` with
-    ``softcap(x) = c tanh(x / c)``. They are formed a block of tokens at a time and turned into the
-    loss and the gradients of the student's hidden states, weight and bias: four matrix products in
-    all where the forward makes the gradients, six where the backward does, two without gradients.
-    No ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run
-    after run.
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, a block at a time.
+    Hidden states ``[..., d]`` and heads ``[V, d]`` go in, the loss comes out; the student's get gradients.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> loss = distill_ops.linear_distillation_loss(
+        ...     hidden, weight, torch.eye(2), weight.flip(0), divergence="forward_kl"
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in hidden.grad[0].tolist()]
+        (0.066, [0.0498, -0.0498])
+
+    With ``softcap(x) = c tanh(x / c)``. The logits of a block of tokens are turned into the loss and
+    the gradients of the student's hidden states, weight and bias: four matrix products in all where
+    the forward makes the gradients, six where the backward does, two without gradients. No
+    ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run after
+    run.
 
     Args:
         student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in
@@ -103,22 +103,10 @@ def linear_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> hidden = torch.eye(2, requires_grad=True)
-        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> loss = distill_ops.linear_distillation_loss(
-        ...     hidden, weight, torch.eye(2), weight.flip(0), divergence="forward_kl"
-        ... )
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in hidden.grad[0].tolist()]
-        (0.2932, [0.0501, -0.1229])
     """
-    check_head(
-        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
-        student_softcap,
-    )  # fmt: skip
+    arguments = loss_arguments("linear_distillation_loss", options, *WITHOUT)
+    student = student_hidden, student_weight, student_bias
+    check_head("student_", *student, student_logit_scale, student_softcap)
     teacher = teacher_hidden, teacher_weight, teacher_bias
     if teacher_hidden is None or teacher_weight is None:
         teacher = None, None, None
@@ -127,35 +115,21 @@ def linear_distillation_loss(
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     rows = Rows("student_hidden", student_hidden)
-    counted = Counted(loss_mask, labels, ignore_index)
-    n_cols = check_heads(
-        rows, student_weight, teacher_hidden, teacher_weight, hard_label_weight, counted, vocab_size
-    )
-    divergence = check_options(
-        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
-    )
-    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
-    student = student_hidden, student_weight, student_bias
+    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    divergence = check_options(rows, n_cols, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
     autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(gradient, reduction, *student, products=autocast)
-    options = Options.of(
-        divergence, n_cols, choose_backend(backend, "student_hidden", *student, *teacher),
-        reduction=reduction, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
-    inputs = LinearInputs(
-        *student, *teacher, None, None, loss_mask, labels, as_tensor(normalizer), divergence.tensors
-    )
-    linear = LinearOptions(
-        options,
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments),
         HeadOptions(student_logit_scale, student_softcap),
         HeadOptions(teacher_logit_scale, teacher_softcap),
         BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
     )
-    outputs = linear_loss("linear_distillation_loss", inputs, linear, made)
-    return loss_result(outputs, options, return_components)
+    inputs = LinearInputs(*student, *teacher, None, None, *arguments.tensors, divergence.tensors)
+    outputs = linear_loss("linear_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)
 
 
 class LinearDistillationLoss(LossModule):

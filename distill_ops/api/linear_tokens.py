@@ -2,7 +2,9 @@
 
 import torch
 
-from ..checks import Rows, check_block_options, check_head, check_temperature, check_token_ids
+from ..checks.heads import check_block_options, check_head
+from ..checks.tokens import check_token_ids
+from ..checks.values import Rows, check_temperature
 from ..operators.linear_tokens import linear_token_log_probs as operator
 from ..problem import (
     BlockOptions,
@@ -31,10 +33,19 @@ def linear_token_log_probs(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`token_log_probs` of a language-model head, without its logits in memory.
 
-    The logits, ``softcap((hidden weight^T + bias) * logit_scale)`` with ``softcap(x) = c tanh(x / c)``,
-    are formed a block of tokens at a time: one matrix product forward; in the backward, whose
-    incoming gradients are not known before, they are formed again, and two more products give the
-    gradients of hidden states and weight.
+    ``log_softmax(softcap((hidden weight^T + bias) * logit_scale) / T)`` at the tokens' ids, in nats.
+    Hidden states ``[..., d]``, a head and ids ``[...]`` go in, ``[...]`` comes out, differentiable.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs = distill_ops.linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
+        >>> [round(x, 4) for x in log_probs.tolist()]
+        [-0.6803, -0.3064]
+
+    With ``softcap(x) = c tanh(x / c)``. Logits are formed a block of tokens at a time: one matrix
+    product forward; in the backward, whose incoming gradients are not known before, they are formed
+    again, and two more products give the gradients of hidden states and weight.
 
     Args:
         hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton).
@@ -54,13 +65,6 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> log_probs = distill_ops.linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
-        >>> [round(x, 4) for x in log_probs.tolist()]
-        [-0.6803, -0.3064]
     """
     tensors = hidden, weight, bias
     check_head("", *tensors, logit_scale, softcap)

@@ -1,17 +1,13 @@
 """The top-k loss from hidden states and a language-model head instead of logits."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import (
-    Counted,
-    Rows,
-    check_block_options,
-    check_head,
-    check_options,
-    check_slots,
-    check_vocabulary,
-)
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.heads import check_block_options, check_head
+from ..checks.logits import check_vocabulary
+from ..checks.slots import check_topk
+from ..checks.values import Rows
 from ..operators.linear import linear_loss
 from ..problem import (
     BlockOptions,
@@ -21,9 +17,12 @@ from ..problem import (
     LossComponents,
     Options,
 )
-from .choices import as_tensor, autocast_dtype, choose_backend, gradient_mode, loss_result
+from .choices import autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
 
 
+@with_loss_options(*WITHOUT)
 def linear_topk_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -37,26 +36,26 @@ def linear_topk_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    gradient: str = "auto",
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
 
-    The student's logits, ``softcap((hidden weight^T + bias) * logit_scale)``, are formed a block of
-    tokens at a time, as :func:`linear_distillation_loss` forms them, and compared with the teacher's
-    K log-probabilities a token: three matrix products where the forward makes the gradients, four
-    where the backward does, one without gradients.
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are the student's logits, a block at a time.
+    Hidden states ``[..., d]``, a head and a teacher ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
+        >>> loss = distill_ops.linear_topk_distillation_loss(
+        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
+        ... )
+        >>> round(loss.item(), 4)
+        0.1909
+
+    The logits are formed as :func:`linear_distillation_loss` forms them and compared with the
+    teacher's K log-probabilities a token: three matrix products where the forward makes the
+    gradients, four where the backward does, one without gradients.
 
     Args:
         student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton). With
@@ -78,44 +77,28 @@ def linear_topk_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of gradients made
             in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
-        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
-        >>> loss = distill_ops.linear_topk_distillation_loss(
-        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
-        ... )
-        >>> round(loss.item(), 4)
-        0.1251
     """
+    arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student, student_logit_scale, student_softcap)
     rows = Rows("student_hidden", student_hidden)
-    counted = Counted(loss_mask, labels, ignore_index)
-    n_cols = check_vocabulary(vocab_size, student_weight.shape[0])
-    divergence = check_options(
-        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
-    )
-    check_slots(rows, n_cols, teacher_log_probs, teacher_ids, tail, counted, hard_label_weight)
-    check_block_options(logits_dtype, memory_budget, kept_tokens, counted)
-    if hard_label_weight == 1:  # the divergence has no share
+    n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
+    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
+    if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = teacher_ids = None
     autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(gradient, reduction, *student, products=autocast)
-    options = Options.of(
-        divergence, n_cols, choose_backend(backend, "student_hidden", *student, teacher_log_probs),
-        reduction=reduction, tail=tail, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, teacher_log_probs)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments, tail),
+        HeadOptions(student_logit_scale, student_softcap),
+        HeadOptions(1.0, None),
+        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+    )
+    slots = teacher_log_probs, teacher_ids
     inputs = LinearInputs(
-        *student, None, None, None, teacher_log_probs, teacher_ids, loss_mask, labels,
-        as_tensor(normalizer), divergence.tensors,
-    )  # fmt: skip
-    head = HeadOptions(student_logit_scale, student_softcap)
-    blocks = BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens)
-    linear = LinearOptions(options, head, HeadOptions(1.0, None), blocks)
-    outputs = linear_loss("linear_topk_distillation_loss", inputs, linear, made)
-    return loss_result(outputs, options, return_components)
+        *student, None, None, None, *slots, *arguments.tensors, divergence.tensors
+    )
+    outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)

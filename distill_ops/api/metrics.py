@@ -2,7 +2,8 @@
 
 import torch
 
-from ..checks import check_pair, check_temperature
+from ..checks.logits import check_pair
+from ..checks.values import check_temperature
 from ..operators.metrics import distillation_metrics as operator
 from ..problem import DistillationMetrics, MetricsInputs, MetricsOptions
 from .choices import choose_backend
@@ -17,6 +18,19 @@ def distillation_metrics(
     backend: str = "auto",
 ) -> DistillationMetrics:
     """Divergences, entropies and agreement of student and teacher, per token, without a gradient.
+
+    ``KL(p || q)``, ``KL(q || p)``, ``sum(min(p, q))`` and others, q and p the softmax at T; in nats.
+    Logits ``[..., V]`` of both go in; a :class:`DistillationMetrics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> metrics = distill_ops.distillation_metrics(student, teacher)
+        >>> round(metrics.forward_kl.item(), 4), round(metrics.expected_acceptance.item(), 4)
+        (0.6584, 0.5496)
+        >>> metrics.top1_agreement
+        tensor([False])
 
     One launch on a GPU: the logits are read once from memory and once more from cache, and no
     probability tensor exists.
@@ -34,16 +48,6 @@ def distillation_metrics(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> metrics = distill_ops.distillation_metrics(student, teacher)
-        >>> round(metrics.forward_kl.item(), 4), round(metrics.expected_acceptance.item(), 4)
-        (0.6584, 0.5496)
-        >>> metrics.top1_agreement
-        tensor([False])
     """
     student_logits, teacher_logits = (
         x.detach() if isinstance(x, torch.Tensor) else x for x in (student_logits, teacher_logits)

@@ -2,8 +2,10 @@
 
 import torch
 
-from ..checks import check_statistics
-from ..divergences import Divergence, ReverseKL
+from ..arguments import LossArguments
+from ..checks.tokens import check_statistics
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..operators.statistics import distillation_statistics as operator
 from ..problem import DistillationStatistics, Options, StatisticsInputs
 from .choices import choose_backend, gradient_mode
@@ -20,6 +22,19 @@ def distillation_statistics(
     backend: str = "auto",
 ) -> DistillationStatistics:
     """Divergence, log-probabilities, entropies and agreement of both models, token by token.
+
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in; :class:`DistillationStatistics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> found = distill_ops.distillation_statistics(student, teacher, torch.tensor([4]))
+        >>> [round(x.item(), 4) for x in (found.divergence, found.teacher_log_prob)]
+        [0.4723, -0.7164]
+        >>> found.top1_agreement
+        tensor([False])
 
     All that an on-policy distillation step needs of a token (MiniLLM, arXiv:2306.08543: importance
     weights, the single-step reverse KL, rewards and entropy) in one call: one launch forward, which
@@ -50,25 +65,13 @@ def distillation_statistics(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> found = distill_ops.distillation_statistics(student, teacher, torch.tensor([4]))
-        >>> [round(x.item(), 4) for x in (found.divergence, found.teacher_log_prob)]
-        [0.4723, -0.7345]
-        >>> found.top1_agreement
-        tensor([False])
     """
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
-    options = Options.of(
-        divergence, student_logits.shape[-1],
-        choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        temperature=temperature, ignore_index=ignore_index,
-    )  # fmt: skip
+    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
+    arguments = LossArguments(temperature=temperature, reduction="none", ignore_index=ignore_index)
+    options = Options.of(divergence, student_logits.shape[-1], backend, arguments)
     inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
     made = gradient_mode("backward", "none", student_logits)
     outputs, agreement = operator("distillation_statistics", inputs, options, made)

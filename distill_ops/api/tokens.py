@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import check_mixture, check_token_log_probs
+from ..checks.tokens import check_mixture, check_token_log_probs
 from ..operators.tokens import token_log_probs as operator
 from ..problem import TokenInputs, TokenOptions
 from .choices import choose_backend, gradient_mode
@@ -17,12 +17,24 @@ def token_log_probs(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``log_softmax(logits / temperature)`` at the tokens' ids, in nats, and the entropy.
+    """Log-probabilities of given tokens, in nats, and the entropy of their rows.
+
+    ``log_softmax(logits / T)`` at the ids; with ``return_entropy``, ``H = -sum(q log q)`` too.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` or a pair comes out, differentiable.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
+        >>> log_probs, entropy = distill_ops.token_log_probs(
+        ...     logits, torch.tensor([1]), temperature=2.0, return_entropy=True
+        ... )
+        >>> round(log_probs.item(), 4), round(entropy.item(), 4)
+        (-0.982, 1.4915)
 
     One read of the logits in the forward; one read and one write, of the gradient, in the backward;
-    nothing of the vocabulary's size in between. With ``q = softmax(logits / T)`` and the entropy
-    ``H = -sum(q log q)`` the gradients with respect to logit j are ``(1[j = id] - q_j) / T`` and
-    ``-q_j (log q_j + H) / T``; both are made at once.
+    nothing of the vocabulary's size in between. With ``q = softmax(logits / T)`` the gradients with
+    respect to logit j are ``(1[j = id] - q_j) / T`` and ``-q_j (log q_j + H) / T``; both are made at
+    once.
 
     A logit of -inf has no part in the entropy; an id whose logit is -inf gives -inf, with that same
     finite gradient. A row of NaN, of +inf, or all -inf gives NaN.
@@ -43,15 +55,6 @@ def token_log_probs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]])
-        >>> log_probs, entropy = distill_ops.token_log_probs(
-        ...     logits, torch.tensor([1]), temperature=2.0, return_entropy=True
-        ... )
-        >>> round(log_probs.item(), 4), round(entropy.item(), 4)
-        (-0.982, 1.477)
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
     options = TokenOptions(
@@ -72,12 +75,20 @@ def mixture_token_log_probs(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """``log((1 - a) q + a p)`` at the tokens' ids, in nats: MiniLLM's teacher-mixed sampling.
+    """Log-probabilities of given tokens under a mixture of student and teacher, in nats.
 
-    q and p are the softmax of student and teacher logits at the temperature T, a is
-    ``teacher_weight`` (arXiv:2306.08543, section 2.2: tokens are drawn from this mixture, and the
-    importance weight of a token is ``exp(token_log_probs(student) - this)``). Each row is read once;
-    the gradient with respect to the student's logit j is ``r (1[j = id] - q_j) / T`` with the
+    ``log((1 - a) q + a p)`` at the ids, q and p the softmax at T: MiniLLM's teacher-mixed sampling.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` comes out, differentiable in the student's.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
+        >>> distill_ops.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
+        tensor([0.1250])
+
+    a is ``teacher_weight`` (arXiv:2306.08543, section 2.2: tokens are drawn from this mixture, and
+    the importance weight of a token is ``exp(token_log_probs(student) - this)``). Each row is read
+    once; the gradient with respect to the student's logit j is ``r (1[j = id] - q_j) / T`` with the
     student's share ``r = (1 - a) q_id / ((1 - a) q_id + a p_id)``.
 
     Args:
@@ -96,12 +107,6 @@ def mixture_token_log_probs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
-        >>> distill_ops.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
-        tensor([0.1250])
     """
     check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index

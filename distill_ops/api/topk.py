@@ -1,37 +1,40 @@
 """The loss against a teacher of K log-probabilities a token: cached, served or sampled."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import Counted, check_topk
-from ..divergences import Divergence, SoftCrossEntropy
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.slots import check_topk_logits
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
 from ..problem import DenseInputs, LossComponents, Options, TopKInputs
-from .choices import as_tensor, choose_backend, gradient_mode, loss_result
+from .choices import choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
 
 
+@with_loss_options(*WITHOUT)
 def topk_distillation_loss(
     student_logits: torch.Tensor,
     teacher_log_probs: torch.Tensor | None,
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    gradient: str = "auto",
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
-    """Distillation loss of student logits against a teacher's K most likely (or sampled) tokens,
-    in nats.
+    """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
+
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[4, 1]])
+        >>> loss = distill_ops.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
 
     With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
     ``p = exp(teacher_log_probs)``, per token::
@@ -78,38 +81,20 @@ def topk_distillation_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
-        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[4, 1]])
-        >>> loss = distill_ops.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
-        (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
     """
-    divergence, n_cols = check_topk(
-        student_logits, teacher_log_probs, teacher_ids, tail, divergence,
-        Counted(loss_mask, labels, ignore_index), hard_label_weight, temperature, reduction,
-        normalizer, vocab_size,
-    )  # fmt: skip
-    made = gradient_mode(gradient, reduction, student_logits)
-    hard_alone = hard_label_weight == 1  # the divergence has no share
-    options = Options.of(
-        divergence, n_cols,
-        choose_backend(
-            backend, "student_logits", student_logits, None if hard_alone else teacher_log_probs
-        ),
-        reduction=reduction, tail=None if hard_alone else tail, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        hard_label_weight=hard_label_weight, normalizer=normalizer, ignore_index=ignore_index,
-        return_components=return_components,
-    )  # fmt: skip
-    tokens = loss_mask, labels, as_tensor(normalizer), divergence.tensors
-    if hard_alone:
-        operator, inputs = dense_loss, DenseInputs(student_logits, None, *tokens)
+    arguments = loss_arguments("topk_distillation_loss", options, *WITHOUT)
+    divergence, n_cols = check_topk_logits(
+        student_logits, teacher_log_probs, teacher_ids, tail, arguments
+    )
+    made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
+    shared = *arguments.tensors, divergence.tensors
+    if arguments.hard_label_weight == 1:  # the divergence has no share
+        tail = teacher_log_probs = None
+        operator, inputs = dense_loss, DenseInputs(student_logits, None, *shared)
     else:
         operator = topk_loss
-        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *tokens)
+        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *shared)
+    backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_log_probs)
+    options = Options.of(divergence, n_cols, backend, arguments, tail)
     outputs = operator("topk_distillation_loss", inputs, options, made)
-    return loss_result(outputs, options, return_components)
+    return loss_result(outputs, options, arguments.return_components)

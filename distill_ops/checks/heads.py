@@ -4,8 +4,9 @@ import math
 
 import torch
 
+from ..arguments import Counted, LossArguments
 from .logits import check_teacher_given, check_vocabulary
-from .values import LOGIT_DTYPES, Counted, Rows, check_integer, check_share, number, of_teacher
+from .values import LOGIT_DTYPES, Rows, check_integer, check_share, number, of_teacher, readable
 
 
 def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
@@ -70,16 +71,15 @@ def check_heads(
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher_weight: torch.Tensor | None,
-    hard_label_weight: float,
-    counted: Counted,
-    vocab_size: int | None,
+    arguments: LossArguments,
 ) -> int:
     """Check what two heads must share, each having passed :func:`check_head`; ``rows`` are the
     student's hidden states. Returns the number of columns used."""
-    for name, tensor in (("loss_mask", counted.loss_mask), ("labels", counted.labels)):
+    for name, tensor in (("loss_mask", arguments.loss_mask), ("labels", arguments.labels)):
         if tensor is not None:
             rows.check_per_token(name, tensor)
-    weight = check_share("hard_label_weight", hard_label_weight)
+    weight = check_share("hard_label_weight", arguments.hard_label_weight)
+    vocab_size = arguments.vocab_size
     for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
         check_teacher_given(name, tensor, weight)
     widths = [student_weight.shape[0]]
@@ -112,7 +112,7 @@ def check_block_options(
         return
     check_integer("kept_tokens", kept_tokens, 1)
     given = counted.labels if counted.loss_mask is None else counted.loss_mask
-    if given is None or not counted.readable():
+    if given is None or not readable(*counted[:2]):
         return
     n_kept = counted.kept(given).sum()
     if n_kept > kept_tokens:

@@ -2,54 +2,30 @@
 
 import torch
 
-from ..divergences import Divergence
+from ..arguments import LossArguments
+from ..divergences.base import Divergence
 from .logits import check_logits, check_teacher_given, check_vocabulary
 from .tokens import check_options
-from .values import LOGIT_DTYPES, Counted, Rows, check_integer, of_teacher, one_of
+from .values import LOGIT_DTYPES, Rows, check_integer, of_teacher, one_of, readable
 
 TAILS = ("bucket", "renormalize", "ignore")
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
 
 
 def check_topk(
-    student_logits: torch.Tensor,
-    teacher_log_probs: torch.Tensor | None,
-    teacher_ids: torch.Tensor | None,
-    tail: str,
-    divergence: Divergence | str,
-    counted: Counted,
-    hard_label_weight: float,
-    temperature: float,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-    vocab_size: int | None,
-) -> tuple[Divergence, int]:
-    """Check the arguments of the loss against a top-k teacher; returns as ``check_dense`` does."""
-    check_logits("student_logits", student_logits)
-    n_cols = check_vocabulary(vocab_size, student_logits.shape[-1])
-    rows = Rows("student_logits", student_logits)
-    divergence = check_options(
-        rows, n_cols, divergence, counted, hard_label_weight, temperature, reduction, normalizer
-    )
-    check_slots(
-        rows, n_cols, teacher_log_probs, teacher_ids, tail, counted, hard_label_weight
-    )  # fmt: skip
-    return divergence, n_cols
-
-
-def check_slots(
     rows: Rows,
     n_cols: int,
     teacher_log_probs: torch.Tensor | None,
     teacher_ids: torch.Tensor | None,
     tail: str,
-    counted: Counted,
-    hard_label_weight: float,
-) -> None:
-    """Check a top-k teacher of the rows; the options passed :func:`check_options`."""
+    arguments: LossArguments,
+) -> Divergence:
+    """Check the options of a loss and its top-k teacher; returns the routed divergence."""
+    divergence = check_options(rows, n_cols, arguments)
+    weight = arguments.hard_label_weight
     one_of("tail", tail, TAILS)
     for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
-        check_teacher_given(name, tensor, hard_label_weight)
+        check_teacher_given(name, tensor, weight)
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -61,7 +37,7 @@ def check_slots(
         rows.check_leading(name, tensor.shape[:-1])
         rows.check_device(name, tensor)
     if teacher_log_probs is None or teacher_ids is None:
-        return
+        return divergence
     if teacher_log_probs.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
@@ -75,12 +51,28 @@ def check_slots(
             f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
         )
     of_teacher("teacher_log_probs", teacher_log_probs)
-    if hard_label_weight == 1:
-        return
-    check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
-    if counted.readable(teacher_ids, teacher_log_probs):
-        kept = counted.kept(teacher_ids[..., 0])
-        _check_slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
+    if weight < 1:
+        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
+        counted = arguments.counted
+        if readable(teacher_ids, teacher_log_probs, *counted[:2]):
+            kept = counted.kept(teacher_ids[..., 0])
+            _check_slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
+    return divergence
+
+
+def check_topk_logits(
+    student_logits: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    tail: str,
+    arguments: LossArguments,
+) -> tuple[Divergence, int]:
+    """Check the arguments of the loss of logits against a top-k teacher; returns as ``check_dense``
+    does."""
+    check_logits("student_logits", student_logits)
+    n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
+    rows = Rows("student_logits", student_logits)
+    return check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments), n_cols
 
 
 def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:

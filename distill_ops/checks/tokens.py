@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from ..divergences import Divergence, Domain, as_divergence
+from ..arguments import Counted, LossArguments
+from ..divergences.base import Divergence, Domain, as_divergence
 from .logits import check_logits, check_pair, check_teacher_given, check_vocabulary
 from .values import (
-    Counted,
     Rows,
     check_share,
     check_temperature,
@@ -15,6 +15,7 @@ from .values import (
     number,
     of_teacher,
     one_of,
+    readable,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,7 +32,7 @@ def _check_ids(name: str, ids: torch.Tensor, rows: Rows, n_cols: int, counted: C
     rows.check_per_token(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 token ids, got {ids.dtype}")
-    if not counted.readable():
+    if not readable(*counted[:2]):
         return
     outside = ((ids < 0) | (ids >= n_cols)) & counted.kept(ids)
     if outside.any():
@@ -64,7 +65,7 @@ def check_parameters(divergence: Divergence, rows: Rows, counted: Counted) -> No
         if value.dim():
             rows.check_per_token(title, value)
         rows.check_device(title, value)
-        if not counted.readable(value):
+        if not readable(value, *counted[:2]):
             continue
         domain = divergence.domain(name)
         outside = _outside(value, domain)
@@ -96,26 +97,17 @@ def check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, ro
         raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
 
 
-def check_options(
-    rows: Rows,
-    n_cols: int,
-    divergence: Divergence | str,
-    counted: Counted,
-    hard_label_weight: float,
-    temperature: float,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-) -> Divergence:
+def check_options(rows: Rows, n_cols: int, arguments: LossArguments) -> Divergence:
     """Check the options that every form of the loss takes.
 
     Returns:
         The divergence, routed to the one that it is at an end point.
     """
-    loss_mask, labels, ignore_index = counted
-    one_of("reduction", reduction, REDUCTIONS)
-    divergence = as_divergence(divergence)
-    check_temperature(temperature)
-    weight = check_share("hard_label_weight", hard_label_weight)
+    loss_mask, labels, ignore_index = arguments.counted
+    one_of("reduction", arguments.reduction, REDUCTIONS)
+    divergence = as_divergence(arguments.divergence)
+    check_temperature(arguments.temperature)
+    weight = check_share("hard_label_weight", arguments.hard_label_weight)
     if loss_mask is not None:
         rows.check_per_token("loss_mask", loss_mask)
         constant("loss_mask", loss_mask)
@@ -123,26 +115,17 @@ def check_options(
             raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
     _check_ignore_index(ignore_index)
     if labels is not None:
-        _check_ids("labels", labels, rows, n_cols, counted)
+        _check_ids("labels", labels, rows, n_cols, arguments.counted)
     elif weight > 0:
-        raise ValueError(f"hard_label_weight={hard_label_weight} needs labels, got None")
+        raise ValueError(f"hard_label_weight={weight} needs labels, got None")
     if weight < 1:
-        check_parameters(divergence, rows, counted)
-    check_normalizer(normalizer, reduction, rows)
+        check_parameters(divergence, rows, arguments.counted)
+    check_normalizer(arguments.normalizer, arguments.reduction, rows)
     return divergence
 
 
 def check_dense(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    divergence: Divergence | str,
-    counted: Counted,
-    hard_label_weight: float,
-    temperature: float,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-    infinities: str,
-    vocab_size: int | None,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, arguments: LossArguments
 ) -> tuple[Divergence, int]:
     """Check the arguments of the dense loss.
 
@@ -152,17 +135,14 @@ def check_dense(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    one_of("infinities", infinities, INFINITIES)
+    one_of("infinities", arguments.infinities, INFINITIES)
     if teacher_logits is None:
         check_logits("student_logits", student_logits)
-        n_cols = check_vocabulary(vocab_size, student_logits.shape[-1])
+        n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
     else:
-        n_cols = check_pair(student_logits, teacher_logits, vocab_size)
-    divergence = check_options(
-        Rows("student_logits", student_logits), n_cols, divergence, counted, hard_label_weight,
-        temperature, reduction, normalizer,
-    )  # fmt: skip
-    check_teacher_given("teacher_logits", teacher_logits, hard_label_weight)
+        n_cols = check_pair(student_logits, teacher_logits, arguments.vocab_size)
+    divergence = check_options(Rows("student_logits", student_logits), n_cols, arguments)
+    check_teacher_given("teacher_logits", teacher_logits, arguments.hard_label_weight)
     return divergence, n_cols
 
 
@@ -219,7 +199,7 @@ def check_mixture(
     if teacher_weight.dim():
         rows.check_per_token("teacher_weight", teacher_weight)
     rows.check_device("teacher_weight", teacher_weight)
-    if not counted.readable(teacher_weight):
+    if not readable(teacher_weight, *counted[:2]):
         return
     outside = ~((teacher_weight >= 0) & (teacher_weight <= 1))
     if teacher_weight.dim():

@@ -17,7 +17,10 @@ _debug = False
 
 
 def set_debug(enabled: bool) -> None:
-    """Switch the checks that wait for the GPU on or off (off by default).
+    """Switch the checks that wait for the GPU on or off.
+
+    ``True``: calls read ids, labels and parameters on the GPU and refuse those out of range.
+    A bool goes in; without it (the default) no call waits for a GPU to look at values.
 
     Example:
         >>> import distill_ops
@@ -112,23 +115,3 @@ class Rows(NamedTuple):
             raise TypeError(f"{name} must be a tensor [...], got {type(tensor).__name__}")
         self.check_leading(name, tensor.shape)
         self.check_device(name, tensor)
-
-
-class Counted(NamedTuple):
-    """What says which tokens count."""
-
-    loss_mask: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    ignore_index: int = -100
-
-    def readable(self, *others: torch.Tensor | None) -> bool:
-        return readable(self.loss_mask, self.labels, *others)
-
-    def kept(self, like: torch.Tensor) -> torch.Tensor:
-        """Which tokens count, in the shape of ``like``."""
-        kept = torch.ones_like(like, dtype=torch.bool)
-        if self.loss_mask is not None:
-            kept &= self.loss_mask != 0
-        if self.labels is not None:
-            kept &= self.labels != self.ignore_index
-        return kept

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..divergences import Divergence
+from ..divergences.base import Divergence
 
 NEG_INF = float("-inf")
 

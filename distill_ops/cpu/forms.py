@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..divergences import column_parameters
+from ..divergences.base import column_parameters
 from ..problem import (
     DenseInputs,
     MetricsInputs,

@@ -64,6 +64,12 @@ class Divergence:
         additive_at_teacher_zero: where p = 0, or restricted to where it is not, the value is
             proportional to q, so that columns of p = 0 can be summed to one.
         domains: where each parameter's values lie.
+
+    Example:
+        >>> from distill_ops import Divergence, JensenShannon
+        >>> divergence = JensenShannon(beta=0.1)
+        >>> isinstance(divergence, Divergence), divergence.name, divergence.parameters
+        (True, 'jensen_shannon', (0.1,))
     """
 
     name: ClassVar[str]

@@ -48,11 +48,29 @@ def declare_divergence(
     infinite_at_student_zero: bool = False,
     infinite_at_teacher_zero: bool = False,
 ) -> type[Divergence] | Callable[[Callable], type[Divergence]]:
-    """Make a divergence of a function: dense loss, CPU and GPU, ``torch.compile``, every option.
+    """Make a divergence of a function, for every loss here, on the CPU and on the GPU.
 
-    With ``log_q``, ``q`` the student's and ``log_p``, ``p`` the teacher's log-probability (nats) and
-    probability of a column, the divergence is ``sum(value)`` over the columns, and ``slope`` the
-    derivative of ``value`` with respect to ``log_q``, through ``q`` too (``dq / dlog_q = q``).
+    ``sum(value)`` over the vocabulary is the divergence, and ``slope = d value / d log_q``.
+    A function of one column goes in; a :class:`Divergence` class with its parameters comes out.
+
+    Example:
+        In a file, as Triton reads the function's text there::
+
+            import torch
+            from distill_ops import declare_divergence, distillation_loss
+            from distill_ops.language import tl
+
+            @declare_divergence
+            def squared_hellinger(log_q, log_p, q, p):
+                root = tl.exp(0.5 * (log_q + log_p))
+                return 0.5 * (q + p) - root, 0.5 * (q - root)
+
+            student, teacher = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
+            loss = distillation_loss(student, teacher, divergence=squared_hellinger())
+            loss.backward()
+
+    ``log_q``, ``q`` are the student's and ``log_p``, ``p`` the teacher's log-probability (nats) and
+    probability of a column; the slope goes through ``q`` too (``dq / dlog_q = q``).
 
     The function is compiled for the GPU and run on PyTorch tensors alike: it may use arithmetic,
     ``tl`` and what else :mod:`distill_ops.language` offers, other functions decorated with
@@ -78,19 +96,6 @@ def declare_divergence(
     Raises:
         TypeError: the signature is another.
         ValueError: the function has no source file or uses local variables, or the name is taken.
-
-    Example:
-        In a file of its own (here ``examples/squared_hellinger.py``)::
-
-            from distill_ops import declare_divergence
-            from distill_ops.language import tl
-
-            @declare_divergence
-            def squared_hellinger(log_q, log_p, q, p):
-                root = tl.exp(0.5 * (log_q + log_p))
-                return 0.5 * (q + p) - root, 0.5 * (q - root)
-
-        and then ``distillation_loss(student, teacher, divergence=squared_hellinger())``.
     """
 
     def declare(function: Callable) -> type[Divergence]:

@@ -47,6 +47,7 @@ class LossOperator:
             ``list[torch.Tensor]``.
         options: NamedTuple of str, float, int, bool, torch.dtype, of tuples and NamedTuples of them;
             each but bool may be None (an integer that is 0 and a NaN come back as None where it may).
+            One, or one of the first's, is ``backend``.
         forward: ``(inputs, options, plan) -> (outputs, kept)``, tuples of ``outputs`` and ``kept``
             entries, None where there is none. What is kept for the backward are the students'
             gradients where the plan has them made in the forward, else what ``gradient`` needs.
@@ -75,11 +76,13 @@ class LossOperator:
         differentiable: int = 1,
         inplace: bool = False,
         references: dict[str, str] | None = None,
+        namespace: str = "distill_ops",
     ):
         self.name, self.inputs, self.options = name, inputs, options
         self.forward, self.gradient, self.fake = forward, gradient, fake
         self.students, self.n_outputs, self.n_kept = students, outputs, kept
         self.differentiable, self.references = differentiable, references or {}
+        self.namespace = namespace
         self.code = code_of(options), code_of(Plan)
         tensors = schema_of(inputs)
         lists = ["str[] choices", "float[] numbers", "SymInt[] sizes"]
@@ -95,7 +98,7 @@ class LossOperator:
             self._gradient, self._gradient_fake,
         )  # fmt: skip
         torch.library.register_autograd(
-            f"distill_ops::{name}", self._backward, setup_context=self._setup_context, lib=library
+            f"{namespace}::{name}", self._backward, setup_context=self._setup_context, lib=library
         )
         if inplace:
             tensors = [tensors[0].replace("Tensor", "Tensor(a!)"), *tensors[1:]]
@@ -110,10 +113,10 @@ class LossOperator:
     def _define(self, name, arguments, results, function, fake):
         library.define(f"{name}({', '.join(arguments)}) -> ({', '.join(results)})")
         library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"distill_ops::{name}", fake, lib=library)
-        op = getattr(torch.ops.distill_ops, name).default
+        torch.library.register_fake(f"{self.namespace}::{name}", fake, lib=library)
+        op = getattr(getattr(torch.ops, self.namespace), name).default
         if not name.endswith("_"):  # one that mutates a batch has no meaning in turn
-            torch.library.register_vmap(f"distill_ops::{name}", map_in_turn(op), lib=library)
+            torch.library.register_vmap(f"{self.namespace}::{name}", map_in_turn(op), lib=library)
         return op
 
     # --- calls ---
@@ -131,8 +134,7 @@ class LossOperator:
             inplace: the gradient overwrites the first input, which requires grad.
         """
         students = [getattr(inputs, name) for name in self.students]
-        wanted = tuple(made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
-        plan = Plan(function, made, wanted)
+        plan = self.plan(function, students, made)
         if inplace:
             if not torch.compiler.is_compiling() and self._refuse(plan, students):
                 raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
@@ -143,6 +145,10 @@ class LossOperator:
         if made == NO_GRADIENT:
             return self.forward(inputs, options, plan)[0]
         return _Direct.apply(self, inputs, options, plan, *students)
+
+    def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
+        wanted = (made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
+        return Plan(function, made, tuple(wanted))
 
     def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
         """Whether a transform is active that does not differentiate; the others are refused."""

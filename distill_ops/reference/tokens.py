@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ..checks import check_mixture, check_statistics, check_token_log_probs
-from ..divergences import Divergence, ReverseKL
+from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..problem import DistillationStatistics, working_dtype
 from .dense import divergence_terms, log_mixture, no_maximum, times
 
@@ -31,25 +32,10 @@ def token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``log_softmax(logits / temperature)`` at the tokens' ids, in nats, differentiable by autograd.
+    """:func:`distill_ops.token_log_probs` in eager PyTorch, differentiable by autograd.
 
-    With ``q = softmax(logits / T)`` and the entropy ``H = -sum(q log q)``, the gradients with
-    respect to logit j are ``(1[j = id] - q_j) / T`` and ``-q_j (log q_j + H) / T``. A logit of
-    -inf has no part in the entropy; an id whose logit is -inf gives -inf, with that same finite
-    gradient. A row of NaN, of +inf, or all -inf gives NaN.
-
-    Args:
-        logits: ``[..., V]``, float32, bfloat16, float16 or float64.
-        token_ids: ``[...]``, int64, aligned with the logits. Where it is ``ignore_index`` the row
-            is not read: results and gradient are 0.
-        temperature: T above, positive.
-        return_entropy: return the pair (log-probabilities, entropies).
-
-    Returns:
-        ``[...]``, float32 (float64 for float64 logits), or a pair of them.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    ``log_softmax(logits / T)`` at the ids; with ``return_entropy``, ``H = -sum(q log q)`` too; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` or a pair comes out.
 
     Example:
         >>> import torch
@@ -58,6 +44,9 @@ def token_log_probs(
         >>> log_prob = reference.token_log_probs(logits, torch.tensor([1]), temperature=2.0)
         >>> round(log_prob.item(), 9)
         -0.982043571
+
+    Arguments, edges, result and errors are those of :func:`distill_ops.token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     check_token_log_probs(logits, token_ids, temperature, ignore_index)
     ignored = token_ids == ignore_index
@@ -75,31 +64,22 @@ def distillation_statistics(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> DistillationStatistics:
-    """Divergence, log-probabilities, entropies and agreement of both models, token by token.
+    """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.
 
-    The divergence is that of :func:`distill_ops.reference.distillation_loss` with
-    ``infinities="drop"`` (a student restricted to the teacher's support where it must be), the
-    rest is of the full rows at the same temperature. With upstream gradients ``g`` of divergence,
-    log-probability and entropy, the gradient with respect to the student's logit j is::
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in; :class:`DistillationStatistics` of ``[...]`` comes out.
 
-        [g_d (slope_j - q_j D) + g_lp (1[j = id] - q_j) - g_H q_j (log q_j + H)] / T
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
+        >>> found = reference.distillation_statistics(student, teacher, torch.tensor([4]))
+        >>> round(found.divergence.item(), 6), round(found.student_entropy.item(), 6)
+        (0.472252, 1.206489)
 
-    where the q of the first term is the restricted one.
-
-    Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16 or float64; dtypes
-            may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: results and
-            gradient are 0, and there is no agreement.
-        divergence: a :class:`distill_ops.Divergence` or its name.
-        temperature: T above, positive.
-
-    Returns:
-        :class:`DistillationStatistics`. A row of NaN, of +inf, or all -inf makes what depends on it
-        NaN: the other model's log-probability and entropy do not. There is no agreement then.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
@@ -128,27 +108,20 @@ def mixture_token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """``log((1 - a) q + a p)`` at the tokens' ids, in nats: MiniLLM's teacher-mixed sampling.
+    """:func:`distill_ops.mixture_token_log_probs` in eager PyTorch, differentiable by autograd.
 
-    q and p are the softmax of student and teacher logits at the temperature T, a is
-    ``teacher_weight`` (arXiv:2306.08543, section 2.2). The gradient with respect to the student's
-    logit j is ``r (1[j = id] - q_j) / T`` with the student's share
-    ``r = (1 - a) q_id / ((1 - a) q_id + a p_id)``. An id that is impossible under the mixture
-    (``(1 - a) q_id = a p_id = 0``) gives -inf and a share of 0.
+    ``log((1 - a) q + a p)`` at the ids, q and p the softmax at T, a ``teacher_weight``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` comes out.
 
-    Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16 or float64; dtypes
-            may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the rows are not read: result and
-            gradient are 0.
-        teacher_weight: a in [0, 1], a number or a tensor, 0-d or ``[...]``.
-        temperature: T above, positive.
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
+        >>> reference.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
+        tensor([0.1250])
 
-    Returns:
-        ``[...]``, float32 (float64 for float64 logits). A row of NaN, of +inf, or all -inf gives NaN.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, edges, result and errors are those of :func:`distill_ops.mixture_token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
     """
     check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index

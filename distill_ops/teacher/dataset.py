@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checks import check_integer, check_temperature
+from ..checks.values import check_integer, check_temperature
 from .store import (
     INDEX,
     Header,

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..checks import check_integer, check_teacher_logits, check_temperature
+from ..checks.logits import check_teacher_logits
+from ..checks.values import check_integer, check_temperature
 from ..cpu.rows import row_blocks
 from ..problem import working_dtype
 
@@ -37,7 +38,14 @@ LARGEST_LOG_PROB = 1e-3
 class TeacherTopK(NamedTuple):
     """The teacher's probabilities of ``K`` tokens, in the order that the top-k losses take.
 
-    A slot whose id is -1 is unused; its log-probability is -inf."""
+    A slot whose id is -1 is unused; its log-probability is -inf.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> found = distill_ops.teacher_topk(torch.tensor([[0.0, 2.0, 1.0]]), 2)
+        >>> type(found).__name__, found.ids.tolist()
+        ('TeacherTopK', [[1, 2]])
+    """
 
     log_probs: torch.Tensor  # [..., K] float32, nats
     ids: torch.Tensor  # [..., K] int64
@@ -46,10 +54,20 @@ class TeacherTopK(NamedTuple):
 def teacher_topk(
     logits: torch.Tensor, k: int, *, temperature: float = 1.0, vocab_size: int | None = None
 ) -> TeacherTopK:
-    """The teacher's ``k`` most likely tokens, with ``log_softmax(logits / temperature)`` of each.
+    """The teacher's ``k`` most likely tokens and their log-probabilities, in nats.
 
-    The softmax is over the whole vocabulary. It runs some rows at a time: beside the results it
-    takes one float32 copy of them: 8 MiB, on a GPU 64, or one row if that is more.
+    ``log_softmax(logits / temperature)`` over the whole vocabulary, of the largest ``k``.
+    Logits ``[..., V]`` go in; :class:`TeacherTopK` of ``[..., k]`` comes out, detached.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
+        >>> log_probs, ids = distill_ops.teacher_topk(logits, 2)
+        >>> ids, [round(x, 4) for x in log_probs[0].tolist()]
+        (tensor([[4, 1]]), [-0.7164, -1.2164])
+
+    It runs some rows at a time: beside the results it takes one float32 copy of them: 8 MiB, on a GPU
+    64, or one row if that is more.
 
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64; rows may be strided.
@@ -65,13 +83,6 @@ def teacher_topk(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]])
-        >>> log_probs, ids = distill_ops.teacher_topk(logits, 2)
-        >>> ids, [round(x, 4) for x in log_probs[0].tolist()]
-        (tensor([[4, 1]]), [-0.7164, -1.2164])
     """
     n_cols = check_teacher_logits(logits, vocab_size)
     check_integer("k", k, 1, n_cols)
@@ -269,6 +280,21 @@ def save_teacher_topk(
 ) -> None:
     """Store a teacher's most likely tokens; :class:`TeacherTopKDataset` reads them back.
 
+    ``top + float16(log_prob - top)`` is what a log-probability reads back as, top the row's largest.
+    Batches of :class:`TeacherTopK` ``[..., k]`` go in; a file, or a folder of them, comes out.
+
+    Example:
+        >>> import tempfile, torch, distill_ops
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = folder.name + "/teacher.safetensors"
+        >>> batches = (distill_ops.teacher_topk(torch.randn(2, 10, 100), 8) for _ in range(3))
+        >>> distill_ops.save_teacher_topk(
+        ...     path, batches, vocab_size=100, temperature=1.0, teacher="a-teacher"
+        ... )
+        >>> dataset = distill_ops.TeacherTopKDataset(path, temperature=1.0, vocab_size=100)
+        >>> len(dataset), dataset.k, dataset[5:9].log_probs.shape
+        (60, 8, torch.Size([4, 8]))
+
     A row takes 6 bytes a slot and 4 more: ids are int32, log-probabilities float16 differences from
     the row's largest, which is float32 and shifted so that the row's probabilities keep their sum.
     Read back, a log-probability is off by at most ``2**-11 * (d + mean)``, d being its difference
@@ -294,18 +320,6 @@ def save_teacher_topk(
     Raises:
         ValueError, TypeError: naming the argument or the batch, what came and what was expected;
             those about arguments before the first batch is taken.
-
-    Example:
-        >>> import tempfile, torch, distill_ops
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> path = folder.name + "/teacher.safetensors"
-        >>> batches = (distill_ops.teacher_topk(torch.randn(2, 10, 100), 8) for _ in range(3))
-        >>> distill_ops.save_teacher_topk(
-        ...     path, batches, vocab_size=100, temperature=1.0, teacher="a-teacher"
-        ... )
-        >>> dataset = distill_ops.TeacherTopKDataset(path, temperature=1.0, vocab_size=100)
-        >>> len(dataset), dataset.k, dataset[5:9].log_probs.shape
-        (60, 8, torch.Size([4, 8]))
     """
     path = check_path(path)
     check_integer("vocab_size", vocab_size, 1, LARGEST_ID)

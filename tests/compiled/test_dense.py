@@ -21,7 +21,7 @@ from distill_ops.kernels.layout import row_layouts
 
 from benchmarks import static_kernels
 from distill_ops import JensenShannon, SoftCrossEntropy
-from distill_ops.analysis import aot
+from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count
 
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16

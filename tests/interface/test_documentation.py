@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import runpy
 import textwrap
 from functools import cache
@@ -17,7 +18,7 @@ import distill_ops.kernels
 import pytest
 
 import distill_ops
-import distill_ops.divergences
+import distill_ops.divergences.base
 
 PUBLIC = (
     "distill_ops",
@@ -26,6 +27,8 @@ PUBLIC = (
     "distill_ops.language",
     "distill_ops.reference",
 )
+SECTIONS = ("Example:", "Args:", "Returns:", "Raises:", "Indexing:")
+IMPORT = re.compile(r"(from [\w.]+ )?import [\w., ()]+")
 STATEMENTS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 
 
@@ -87,7 +90,7 @@ def run_program(text: str, folder: Path) -> None:
     """In a file, as Triton reads the functions' text there; what it declares is forgotten again."""
     file = folder / "example.py"
     file.write_text(text)
-    with mock.patch.dict(distill_ops.divergences.DIVERGENCES):
+    with mock.patch.dict(distill_ops.divergences.base.DIVERGENCES):
         runpy.run_path(str(file))
 
 
@@ -109,18 +112,13 @@ def test_examples(name, tmp_path):
             run_program(program, tmp_path)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_statement_stands_outside_of_an_example(name):
-    """An import in a docstring is of an example that is executed, not of indented text."""
-    for text in docstrings(name):
-        executed = "\n".join(programs(text))
-        for line in map(str.strip, text.splitlines()):
-            if line.startswith(("import ", "from ")) and " import " in f" {line}":
-                try:
-                    ast.parse(line)
-                except SyntaxError:
-                    continue  # prose
-                assert line in executed, f"{name}: {line}"
+def test_no_import_stands_outside_of_an_example():
+    """What a docstring imports is of an example that is executed, not of indented text."""
+    for name in MODULES:
+        for text in docstrings(name):
+            executed = "\n".join(programs(text))
+            for line in map(str.strip, text.splitlines()):
+                assert not IMPORT.fullmatch(line) or line in executed, f"{name}: {line}"
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -145,39 +143,43 @@ def documented_names() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("public", "name"), documented_names(), ids=".".join)
+def is_module(public: str, name: str) -> bool:
+    return bool(name) and inspect.ismodule(getattr(importlib.import_module(public), name))
+
+
+def is_function(public: str, name: str) -> bool:
+    return inspect.isfunction(getattr(importlib.import_module(public), name, None))
+
+
+NAMES = documented_names()
+
+
+def parametrized(names: list[tuple[str, str]]):
+    ids = [f"{public}.{name}".rstrip(".") for public, name in names]
+    return pytest.mark.parametrize(("public", "name"), names, ids=ids)
+
+
+@parametrized([(public, name) for public, name in NAMES if not is_module(public, name)])
 def test_every_public_name_has_an_example(public, name):
     module = importlib.import_module(public)
     value = getattr(module, name) if name else module
-    if inspect.ismodule(value):  # its own names are looked at where it is public
-        assert value.__doc__
-        if name:
-            return
     text = inspect.getdoc(value) or ""
-    if not (inspect.isfunction(value) or inspect.isclass(value)):
-        # a device function cannot be called here, nor has a module of Triton's our docstring: the
-        # example that uses them is the public module's
+    if name and not (inspect.isfunction(value) or inspect.isclass(value)):
+        # a device function: none of its own can run here, the public module's uses it
         text = inspect.getdoc(module)
-        assert any(name in ast.dump(ast.parse(program)) for program in programs(text)), name
+        assert any(f"id='{name}'" in ast.dump(ast.parse(program)) for program in programs(text))
     assert examples_in(text), f"{public}.{name} has no example"
 
 
-@pytest.mark.parametrize(("public", "name"), documented_names(), ids=".".join)
-def test_help_opens_with_what_why_and_an_example(public, name):
-    """Three lines (what it computes, the formula, what goes in and comes out), then the example,
-    and the arguments after it."""
-    value = getattr(importlib.import_module(public), name) if name else None
-    if not inspect.isfunction(value):
-        return
-    text = inspect.getdoc(value)
+@parametrized([(public, name) for public, name in NAMES if is_function(public, name)])
+def test_help_opens_with_three_lines_and_an_example(public, name):
+    """What it computes, the formula, what goes in and comes out; arguments come later."""
+    text = inspect.getdoc(getattr(importlib.import_module(public), name))
     sections = [line for line in text.splitlines() if line in SECTIONS]
-    assert sections[:1] == ["Example:"], f"{public}.{name}: {sections}"
-    opening = text.split("Example:")[0].strip().splitlines()
-    assert len([line for line in opening if line.strip()]) >= 2
-    assert len(opening) <= 6, f"{public}.{name} opens with {len(opening)} lines"
-
-
-SECTIONS = ("Example:", "Args:", "Returns:", "Raises:", "Indexing:")
+    assert sections[:1] == ["Example:"], sections
+    opening = [line for line in text.split("Example:")[0].splitlines() if line]
+    assert len(opening) == 3, opening
+    assert "``" in opening[1]  # the formula
 
 
 WRONG = '''"""Module.

@@ -1,9 +1,8 @@
 """README's recipe for TRL's ``GKDTrainer``: the numbers of TRL's own loss, and the same training.
 
-``make test-full`` installs TRL and sets DISTILL_OPS_FULL, and then it may not be missing."""
+Of ``make test-full``, which installs TRL: without it these fail."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from tests.interface.test_pages import blocks
 from tests.support import ROOT
 from tests.support.recipes import VOCAB_SIZE, batch, causal_model
 
-if find_spec("trl") is None and not os.environ.get("DISTILL_OPS_FULL"):
-    pytest.skip("needs trl: pip install -e '.[trl]'", allow_module_level=True)
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

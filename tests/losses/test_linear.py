@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import distill_ops
-from distill_ops import JensenShannon, SymmetricKL, checks, heads, linear_distillation_loss
+from distill_ops import JensenShannon, SymmetricKL, linear_distillation_loss
+from distill_ops.heads import projection
 from tests.support.cases import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
 from tests.support.declared import renyi_like
 from tests.support.linear_cases import CAPPED, N_COLS, Pair, check, make_pair, run
@@ -200,7 +201,7 @@ def test_too_many_kept_tokens(backend, device, monkeypatch):
         with pytest.raises(ValueError, match="kept_tokens=3 must bound .* got 4"):
             run(linear_distillation_loss, pair, **options)
     if backend == "triton":  # where a GPU's values are not read, the result tells
-        monkeypatch.setattr(checks, "_readable", lambda *_: False)
+        monkeypatch.setattr("distill_ops.checks.values.readable", lambda *_: False)
         for reduction in ("mean", "none"):
             ours = run(linear_distillation_loss, pair, reduction=reduction, **options)
             assert ours.loss.isnan().any()
@@ -212,9 +213,9 @@ def test_too_many_kept_tokens(backend, device, monkeypatch):
 
 def count_products(monkeypatch):
     calls = []
-    original = heads.multiply
+    original = projection.multiply
     monkeypatch.setattr(
-        heads, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))
+        projection, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))
     )
     return calls
 

@@ -210,30 +210,18 @@ def test_bad_values():
 
 def test_values_on_a_device_are_checked_in_debug_mode_only():
     """Checking them would wait for the device; meta tensors stand for one."""
-    from distill_ops.checks import check_arguments
+    from distill_ops.arguments import LossArguments
+    from distill_ops.checks.tokens import check_dense
 
     meta = {"device": "meta"}
     student, teacher = torch.empty(4, 33, **meta), torch.empty(4, 33, **meta)
     divergence = JensenShannon(torch.empty(4, **meta))
-    arguments = (
-        student,
-        teacher,
-        divergence,
-        None,
-        None,
-        -100,
-        0.0,
-        1.0,
-        "mean",
-        None,
-        "drop",
-        None,
-    )
-    check_arguments(*arguments)
+    arguments = student, teacher, LossArguments(divergence)
+    check_dense(*arguments)
     set_debug(True)
     try:
         with pytest.raises((RuntimeError, NotImplementedError)):  # meta tensors hold no values
-            check_arguments(*arguments)
+            check_dense(*arguments)
     finally:
         set_debug(False)
 

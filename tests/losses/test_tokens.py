@@ -7,9 +7,10 @@ import torch
 
 import distill_ops
 from distill_ops import SymmetricKL, reference
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import renyi_like
 from tests.support.helpers import assert_close, make_logits, to_float64
+from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
 
 INF = float("inf")
 DIVERGENCES = [*(kind() for kind in BUILT_IN.values()), renyi_like()]
@@ -314,20 +315,21 @@ def test_ids_made_under_inference_mode(backend, device):
         assert leaf.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("op", ["token_log_probs", "distillation_statistics"])
+@pytest.mark.parametrize("name", ["token_log_probs", "distillation_statistics"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_opcheck(op, keep, backend, device):
+def test_opcheck(name, keep, backend, device):
     student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
     student.requires_grad_(keep)
-    if op == "token_log_probs":
-        arguments = (student, ids, 1.5, -100, backend, True, keep)
+    options = {"temperature": 1.5, "backend": backend}
+    if name == "token_log_probs":
+        arguments, options["return_entropy"] = [student], True
     else:
-        numbers = [1.5, 1.0, 0.0, math.nan, math.nan]
-        weight = torch.full((3,), 0.3, device=device)
-        choices = ["symmetric_kl", "none", "drop", backend]
-        arguments = (student, teacher, ids, [weight], choices, numbers, [40, -100], keep)
-    torch.library.opcheck(getattr(torch.ops.distill_ops, op).default, arguments)
+        arguments = [student, teacher]
+        options["divergence"] = SymmetricKL(torch.full((3,), 0.3, device=device))
+    call = getattr(distill_ops, name), *arguments, make_ids((3,), 40, device=device)
+    opcheck_of_the_loss(*call, **options)
+    if keep:
+        opcheck_of_the_gradient(*call, **options)
 
 
 def test_same_bits_alone_and_among_others(backend, device):

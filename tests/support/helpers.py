@@ -6,11 +6,8 @@ from typing import NamedTuple
 import torch
 
 from distill_ops import reference, topk_distillation_loss
-from distill_ops.divergences import as_divergence
-from distill_ops.paths import working_dtype
-
-WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
-WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)
+from distill_ops.divergences.base import as_divergence
+from distill_ops.problem import working_dtype
 
 
 def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, device="cpu"):

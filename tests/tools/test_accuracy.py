@@ -23,7 +23,7 @@ from benchmarks.accuracy.numeric_rule import (
 )
 from benchmarks.accuracy.signs import Signs, undecided
 from distill_ops import ForwardKL, SoftCrossEntropy, TotalVariation, distillation_loss
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 CPU = torch.device("cpu")
 SEEDS = range(20)

@@ -15,7 +15,7 @@ from benchmarks.losses.harness import run_case
 from benchmarks.losses.providers import PROVIDERS, Provider
 from benchmarks.losses.records import COPY, WAYS
 from distill_ops import reference
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
