@@ -15,29 +15,28 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .. import static_report
-from ..chips import CHIPS, Chip, chip_of
-from ..forms import FormRecord
-from ..records import OURS, OURS_BACKWARD, OURS_INPLACE, OVERHEAD, Record, load, save
-from ..screen import make_console, make_table, number
-from ..static_forms import FormRow, limits_of
-from ..static_kernels import BACKWARD, EVAL, ODD, TRAIN
-from ..static_roofline import Prediction
+from ..core.machine import RESULTS
+from ..core.records import load, save
+from ..core.screen import make_console, make_table, number
+from ..losses.forms import FormRecord
+from ..losses.records import OURS_BACKWARD, OVERHEAD, WAYS, Record
+from ..static import results
+from ..static.chips import CHIPS, chip_of
+from ..static.launches import BACKWARD, BUCKET, ENTROPY, EVAL, LARGE, ODD, SLOTS, TRAIN
+from ..static.results import Report
+from ..static.roofline import Prediction
 from .graphs import GraphRecord
-from .stages import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
-WAYS = (OURS, OURS_BACKWARD, OURS_INPLACE)
 GRAPH = "graph"  # the mode of a replayed training step
-# the kernels of the forms whose launches are all counted
-FORM_KERNELS = {"tokens": "token, with entropy", "topk": "top-k (64), {loss}"}
+# the kernels of the forms whose launches are all counted, and the counts' form
+FORM_KERNELS = {"tokens": ("token", ENTROPY), "topk": ("topk", BUCKET)}
 
 
 @dataclass(frozen=True)
 class Compared:
     """One measurement of ours; what is predicted, by chip, is empty where nothing was counted.
 
-    ``predicted_form``: the form or the kernel of the counts."""
+    ``predicted_form``: the form of the counts."""
 
     case: str
     mode: str
@@ -60,81 +59,75 @@ def static_form(provider: str, mode: str, vocab: int) -> str | None:
 
 
 def predictions_for(
-    report: static_report.Report, loss: str, dtype: str, form: str | None
+    report: Report, kernel: str, loss: str | None, dtype: str, form: str | None
 ) -> dict[str, Prediction]:
-    wanted = (loss, dtype, form)
-    return {p.chip: p for p in report.predictions if (p.divergence, p.dtype, p.form) == wanted}
+    """By chip."""
+    wanted = (kernel, loss, dtype, form)
+    found = [p for p in report.predictions if (p.kernel, p.divergence, p.dtype, p.form) == wanted]
+    return {p.chip: p for p in found}
 
 
-def dense_rows(
-    records: Sequence[Record | GraphRecord], report: static_report.Report
-) -> Iterator[Compared]:
+def compared(
+    record: Record | GraphRecord | FormRecord,
+    found: dict[str, Prediction],
+    form: str | None,
+    measured: tuple[str, float, float | None],
+) -> Compared:
+    """A record beside its predictions; ``measured``: mode, milliseconds, and times a copy."""
+    mode, milliseconds, copies = measured
+    elements = record.tokens * record.vocab
+    return Compared(
+        record.case, mode, record.label, milliseconds, copies,
+        {chip: p.picoseconds * elements * 1e-9 for chip, p in found.items()},
+        {chip: p.times_copy for chip, p in found.items()},
+        form if found else None,
+    )  # fmt: skip
+
+
+def dense_rows(records: Sequence[Record | GraphRecord], report: Report) -> Iterator[Compared]:
     """Of the dense losses, timed as launched and as graphs."""
     for r in records:
         if r.provider not in WAYS or not r.measured or r.case == OVERHEAD:
             continue
         form = static_form(r.provider, r.mode, r.vocab)
-        found = predictions_for(report, r.loss, r.dtype, form)
-        graph = isinstance(r, GraphRecord)
-        copies = r.times_copy if graph else r.copy_fraction and 1 / r.copy_fraction
-        elements = r.tokens * r.vocab
-        yield Compared(
-            r.case, GRAPH if graph else r.mode, r.label, r.graph_ms if graph else r.median_ms, copies,
-            {chip: p.picoseconds * elements * 1e-9 for chip, p in found.items()},
-            {chip: p.times_copy for chip, p in found.items()},
-            form if found else None,
-        )  # fmt: skip
+        if isinstance(r, GraphRecord):
+            measured = GRAPH, r.graph_ms, r.times_copy
+        else:
+            measured = r.mode, r.median_ms, r.copy_fraction and 1 / r.copy_fraction
+        found = predictions_for(report, "dense", r.loss, r.dtype, form)
+        yield compared(r, found, form, measured)
 
 
-def form_prediction(rows: Sequence[FormRow], chip: Chip) -> tuple[float, float]:
-    """Of launches one after the other: picoseconds an element, and over those of a copy."""
-    total = sum(max(limits_of(row, chip).values()) for row in rows)
-    return total, total / sum(chip.memory_picoseconds(row.moved) for row in rows)
-
-
-def form_rows(records: Sequence[FormRecord], counted: Sequence[FormRow]) -> Iterator[Compared]:
+def form_rows(records: Sequence[FormRecord], report: Report) -> Iterator[Compared]:
     """Of the other losses; those of whose launches all are counted have a prediction."""
     for r in records:
         if r.provider not in WAYS or not r.measured:
             continue
-        kernel = FORM_KERNELS.get(r.form, "").format(loss=r.loss)
-        predicted = {}
-        for chip in CHIPS.values():
-            its = [
-                x
-                for x in counted
-                if (x.kernel, x.n_cols, x.target) == (kernel, r.vocab, chip.target)
-            ]
-            if its and its[0].sweeps is not None:  # AMD's are not counted
-                predicted[chip.name] = form_prediction(its, chip)
-        elements = r.tokens * r.vocab
-        yield Compared(
-            r.case, "train", r.label, r.median_ms, None,
-            {chip: picoseconds * elements * 1e-9 for chip, (picoseconds, _) in predicted.items()},
-            {chip: copies for chip, (_, copies) in predicted.items()},
-            kernel if predicted else None,
-        )  # fmt: skip
+        kernel, form = FORM_KERNELS.get(r.form, (None, None))
+        loss = None if r.form == "tokens" else r.loss
+        counted = r.vocab == LARGE and r.k in (None, SLOTS)
+        found = predictions_for(report, kernel, loss, r.dtype, form) if counted else {}
+        yield compared(r, found, form, ("train", r.median_ms, None))
 
 
 def compare(folder: Path) -> tuple[list[Compared], dict[str, object]]:
     """All measurements of a folder beside their predictions, and the facts of the run."""
-    report = static_report.load(RESULTS / "static.json")
-    counted, _ = load(RESULTS / "static-forms.json", FormRow)
+    report = results.load(RESULTS / "static.json")
     found, facts = [], {}
-    for name, kind, rows, counts in (
-        ("dense", Record, dense_rows, report),
-        ("graphs", GraphRecord, dense_rows, report),
-        ("forms", FormRecord, form_rows, counted),
+    for name, kind, rows in (
+        ("dense", Record, dense_rows),
+        ("graphs", GraphRecord, dense_rows),
+        ("forms", FormRecord, form_rows),
     ):
         path = folder / f"{name}.json"
         if path.exists():
             records, its_facts = load(path, kind)
             facts = facts or its_facts
-            found += rows(records, counts)
+            found += rows(records, report)
     return found, facts
 
 
-def table_of(compared: Sequence[Compared], chips: Sequence[str]) -> Table:
+def table_of(found: Sequence[Compared], chips: Sequence[str]) -> Table:
     header = ["case", "mode", "", "ms", "of a copy", *(f"{chip}, predicted" for chip in chips)]
 
     def cell(c: Compared, chip: str) -> str:
@@ -150,7 +143,7 @@ def table_of(compared: Sequence[Compared], chips: Sequence[str]) -> Table:
                 c.case, c.mode, c.label, number(c.measured_ms), number(c.measured_times_copy),
                 *(cell(c, chip) for chip in chips),
             ]
-            for c in compared
+            for c in found
         ],
         "predicted: milliseconds, and the time over that of a copy of the least bytes",
     )  # fmt: skip
@@ -161,16 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.beside", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
-    compared, facts = compare(folder)
-    if not compared:
+    found, facts = compare(folder)
+    if not found:
         print(f"{folder} has no measurement of ours", file=sys.stderr)
         return 1
     chip = chip_of(str(facts.get("gpu")))
-    make_console().print(table_of(compared, [chip.name] if chip else list(CHIPS)))
+    make_console().print(table_of(found, [chip.name] if chip else list(CHIPS)))
     if chip is None:
         print(f"no predictions are made for {facts.get('gpu') or facts.get('cpu')}: all are shown")
     path = folder / "predictions.json"
-    save(path, compared, facts)
+    save(path, found, facts)
     print(f"predictions: {path}")
     return 0
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ..cases import LOSSES, Case, make_inputs
-from ..machine import describe, machine_line
-from ..providers import PROVIDERS, LossFunction
-from ..records import COPY, EAGER, FAILED, OK, OURS, OURS_BACKWARD, save
-from ..screen import make_console, make_table, number
-from ..timing import Budget, Run, interleaved
+from ..core.machine import describe, machine_line
+from ..core.records import EAGER, FAILED, OURS, Measured, save
+from ..core.screen import make_console, make_table, number
+from ..core.timing import Budget, Run, interleaved
+from ..losses.cases import LOSSES, Case, make_inputs
+from ..losses.providers import PROVIDERS, LossFunction
+from ..losses.records import COPY, OURS_BACKWARD
 from . import stages
 
 SHAPES = [(64, 32000), (256, 32000), (1024, 32000), (64, 50257), (64, 128256), (256, 128256)]
@@ -31,29 +32,15 @@ WARM_UPS = 3
 GRADIENT_TOLERANCE = 1e-2  # of bf16 gradients, by norm
 
 
-@dataclass(frozen=True)
-class GraphRecord:
-    """A provider on a case; medians in milliseconds. Where it failed, ``reason`` says why."""
+@dataclass(frozen=True, kw_only=True)
+class GraphRecord(Measured):
+    """A provider on a case; ``median_ms`` is launched from Python."""
 
-    case: str
-    loss: str
-    tokens: int
-    vocab: int
-    dtype: str
-    provider: str
-    label: str
     mode: str = "train"
-    status: str = OK
-    reason: str | None = None
-    median_ms: float | None = None  # launched from Python
     graph_ms: float | None = None
     host_ms: float | None = None  # the difference
     copy_ms: float | None = None  # of a graph that copies the teacher's logits
     times_copy: float | None = None  # graph_ms over that of a copy of the minimal bytes
-
-    @property
-    def measured(self) -> bool:
-        return self.status == OK
 
 
 def captured(run: Run, device: torch.device) -> Run:

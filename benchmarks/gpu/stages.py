@@ -21,9 +21,8 @@ from typing import BinaryIO
 
 import torch
 
-from ..machine import describe, machine_line
+from ..core.machine import ROOT, describe, machine_line
 
-ROOT = Path(__file__).parents[2]
 RUNNING, PASSED, FAILED, TIMED_OUT = "running", "passed", "failed", "timed out"
 NOT_RUN, INTERRUPTED = "not run", "interrupted"
 GRACE = 5.0  # seconds between the interrupt, on which pytest says what failed so far, and the kill

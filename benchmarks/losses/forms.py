@@ -8,7 +8,7 @@ also time their matrix products alone, in the same rounds, which no implementati
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -150,6 +150,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forms", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, short rounds")
     parser.add_argument("--forms", nargs="+", help="only these forms, such as linear topk tokens")
+    parser.add_argument("--seconds", type=float, help=f"of a case's rounds ({BUDGET.seconds:g})")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where the records go")
     add_device_argument(parser)
     return parser.parse_args(arguments)
@@ -167,17 +168,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = describe(device, arguments, "benchmarks.forms")
     console = make_console()
     console.print(machine_line(facts))
+    name = device_name(options.device).lower().replace(" ", "-")
+    default = RESULTS / ("forms-cpu.json" if device.type == "cpu" else f"forms-gpu-{name}.json")
+    partial = options.quick or options.forms or options.seconds
+    budget = QUICK_BUDGET if options.quick else BUDGET
+    budget = replace(budget, seconds=options.seconds or budget.seconds)
+    path = options.json or (None if partial else default)
     records: list[FormRecord] = []
     for case in cases:
-        new = run_case(case, device, QUICK_BUDGET if options.quick else BUDGET)
+        new = run_case(case, device, budget)
         console.print(table_of(new))
         for line in left_out(new):
             console.print(line, markup=False)
         records += new
-    name = device_name(options.device).lower().replace(" ", "-")
-    default = RESULTS / ("forms-cpu.json" if device.type == "cpu" else f"forms-gpu-{name}.json")
-    partial = options.quick or options.forms
-    path = options.json or (None if partial else default)
+        if options.json:  # as far as it came; the default is replaced by a full run's alone
+            save(path, records, facts)
     if path:
         save(path, records, facts)
         console.print(f"records: {path}")

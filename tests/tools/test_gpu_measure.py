@@ -2,27 +2,25 @@
 them, and the benchmarks' own parts."""
 
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-
-from benchmarks.cases import Case
-from benchmarks.chips import CHIPS
-from benchmarks.form_cases import FormCase, make_tensors
-from benchmarks.providers import PROVIDERS
-from benchmarks.records import COPY, EAGER, OURS, OURS_BACKWARD, Record, load, save
-from benchmarks.static_forms import FormRow, binds
-from benchmarks.timing import Budget
-
-from benchmarks import accuracy, form_providers, static_report
-from benchmarks.forms import FormRecord
+from benchmarks.accuracy import sweep as accuracy
+from benchmarks.core.records import EAGER, OURS, load, save
+from benchmarks.core.timing import Budget
 from benchmarks.gpu import beside, graphs, stages
+from benchmarks.losses import form_providers
+from benchmarks.losses.cases import Case
+from benchmarks.losses.form_cases import FormCase, make_tensors
+from benchmarks.losses.forms import FormRecord
+from benchmarks.losses.providers import PROVIDERS
+from benchmarks.losses.records import COPY, OURS_BACKWARD, Record
+from benchmarks.static import results
+from benchmarks.static.chips import CHIPS
+from benchmarks.static.launches import BACKWARD, ENTROPY, EVAL, ODD, TRAIN
 
 CPU = torch.device("cpu")
 FACTS = {"gpu": None, "cpu": "a CPU"}
@@ -82,9 +80,10 @@ def test_graphs_are_saved_case_by_case(tmp_path, monkeypatch):
 
 
 def test_predictions_stand_beside_measurements(tmp_path, capsys):
-    report = static_report.load(beside.RESULTS / "static.json")
-    counted, _ = load(beside.RESULTS / "static-forms.json", FormRow)
-    base = Record("a case", "forward_kl", None, 1024, 32000, "bfloat16", OURS, "ours", "train")
+    report = results.load(beside.RESULTS / "static.json")
+    names = {"case": "a case", "dtype": "bfloat16", "provider": OURS, "label": "ours"}
+    dense_names = {**names, "loss": "forward_kl", "vocab": 32000}
+    base = Record(**dense_names, tokens=1024, model=None, mode="train")
     timed = replace(base, median_ms=0.5, copy_fraction=0.8)
     dense = [
         timed,
@@ -95,10 +94,9 @@ def test_predictions_stand_beside_measurements(tmp_path, capsys):
         replace(timed, provider=EAGER),
         replace(timed, status="failed"),
     ]
-    graph = graphs.GraphRecord(
-        "small", "forward_kl", 64, 32000, "bfloat16", OURS, "ours", graph_ms=0.25, times_copy=1.5
-    )
-    form = FormRecord("tokens", "tokens", "log_prob", 8192, None, 128256, None, "bfloat16", OURS, "ours", median_ms=2.0)  # fmt: skip
+    graph = graphs.GraphRecord(**dense_names, tokens=64, graph_ms=0.25, times_copy=1.5)
+    sizes = {"tokens": 8192, "hidden": None, "vocab": 128256, "k": None}
+    form = FormRecord(**names, **sizes, form="tokens", loss="log_prob", median_ms=2.0)
     facts = {"gpu": CHIPS["H100"].device, "cpu": ""}
     save(tmp_path / "dense.json", dense, facts)
     save(tmp_path / "graphs.json", [graph], facts)
@@ -109,8 +107,7 @@ def test_predictions_stand_beside_measurements(tmp_path, capsys):
     assert "A100" not in printed
     found, _ = load(tmp_path / "predictions.json", beside.Compared)
     forms = [c.predicted_form for c in found]
-    kinds = ["train", "no gradient", "gradient in backward", "odd vocabulary", None]
-    assert forms == [*kinds, "train", "token, with entropy", None]
+    assert forms == [TRAIN, EVAL, BACKWARD, ODD, None, TRAIN, ENTROPY, None]
     first, in_graph, tokens = found[0], found[5], found[6]
     assert first.measured_times_copy == 1.25
     expected = report.predicted("forward_kl", "H100")
@@ -124,15 +121,12 @@ def test_predictions_stand_beside_measurements(tmp_path, capsys):
         0.25,
         1.5,
     )
-    rows = [
-        r
-        for r in counted
-        if (r.kernel, r.n_cols, r.target) == ("token, with entropy", 128256, "sm_90")
-    ]
-    assert len(rows) == 2
-    each = [float(binds(row, "H100").split()[-1]) * row.moved for row in rows]
-    over = sum(each) / sum(row.moved for row in rows)
-    assert tokens.predicted_times_copy["H100"] == pytest.approx(over, abs=0.01)
+    expected = report.predicted(None, "H100", "token", ENTROPY)
+    assert tokens.predicted_times_copy["H100"] == expected.times_copy
+    moved = expected.memory_bytes.minimal * 8192 * 128256
+    assert tokens.predicted_ms["H100"] == pytest.approx(
+        expected.times_copy * moved / CHIPS["H100"].gb_per_s / 1e6
+    )
 
 
 def test_a_folder_without_measurements(tmp_path, capsys):

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-
 from benchmarks.gpu import check, graphs, measure, stages
 from benchmarks.gpu.stages import ROOT, Stage
 
