@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from .kernels import Row
-from .launches import BACKWARD, BF16, BF16_BIAS, FP32, MIXED, RESTRICTED, STRIDED, Entry
+from .launches import BACKWARD, BF16, BF16_BIAS, FP16, FP32, HARD, MIXED, RESTRICTED, STRIDED, Entry
 
 TARGETS_ON = ("sm_90", "sm_100")
 QUANTITIES = {
@@ -68,6 +68,8 @@ TOPK_SWEEPS = {"normalise": 11.0, "differentiate": 7.25}  # bf16, the bucket and
 # bytes of stack that are known, and with them some spills: entry and launch, target
 KNOWN_STACK = {
     (Entry("dense", BACKWARD, BF16, "jensen_shannon"), "forward", "sm_100"): 8,
+    (Entry("dense", HARD, BF16, "jensen_shannon"), None, "sm_100"): 8,
+    (Entry("dense", BACKWARD, FP16, "symmetric_kl"), "forward", "sm_100"): 8,
 }
 # barriers in a loop over tiles that are known: the bias changes its layout in every turn
 KNOWN_BARRIERS = {("finish", BF16_BIAS): 6}

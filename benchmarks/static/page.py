@@ -77,6 +77,7 @@ def page(report: Report) -> str:
     """The whole page."""
     n_cols = DENSE[TRAIN].n_cols
     found = list(chosen(report))
+    others = [chip for chip in dict.fromkeys(p.chip for p in report.predictions) if chip != CHIP]
     header = [
         "loss",
         f"{N_ROWS} tokens, ms",
@@ -116,7 +117,7 @@ def page(report: Report) -> str:
         "sweeps, L2's bandwidth and power limits.",
         "",
         _usage(report.rows),
-        f"Every form, dtype and target, and four more chips: [{TABLES}]({TABLES}). Made by",
+        f"Every form, dtype and target, and {', '.join(others)}: [{TABLES}]({TABLES}). Made by",
         f"{made_by(report)}.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -141,7 +141,14 @@ def run(options: argparse.Namespace) -> Report:
     console = make_console()
     began = time.monotonic()
     with progress_bar(console, len(work) + 2) as step:
-        rows, predictions = count_all(work, options.jobs, step)
+        done = iter(range(len(work)))
+
+        def count_step(text: str) -> None:
+            step(text)
+            if (n := next(done)) % 50 == 0 and not console.is_terminal:
+                console.print(f"{n} of {len(work)}, {(time.monotonic() - began) / 60:.1f} minutes")
+
+        rows, predictions = count_all(work, options.jobs, count_step)
         step("cache model")
         cache = model_cache(divergences, targets)
         step("other packages")

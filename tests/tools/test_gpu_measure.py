@@ -30,7 +30,6 @@ from benchmarks.static.launches import (
     EVAL,
     ODD,
     TRAIN,
-    Entry,
     entries,
 )
 from benchmarks.static.roofline import predict
@@ -168,8 +167,7 @@ def test_predictions_stand_beside_measurements(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_measured_is_counted():
-    """What the measurements ask of the counts has a line in their matrix; the dense losses' forward
-    alone and gradient in the backward have one for jensen_shannon, not for the KL divergences."""
+    """What the measurements ask of the counts has a line in their matrix."""
     options = parse_dense([*measure.DENSE, "--device", "cpu"])
     cases = select_cases("cuda", True, options.losses, options.shapes, options.dtype)
     small = [Case(loss, *s, BF16) for s in graphs.SHAPES for loss in graphs.SMALL_LOSSES]
@@ -182,9 +180,7 @@ def test_what_is_measured_is_counted():
         wanted += [forms.FormRecord(case="", **who, **vars(c)) for c in CASES_GPU]
     found = [entry for record in wanted if (entry := beside.counted_as(record))]
     counted = set(entries("sm_90"))
-    kinds = product((EVAL, BACKWARD), ("forward_kl", "reverse_kl"))
-    missing = {Entry("dense", form, BF16, divergence) for form, divergence in kinds}
-    assert set(found) - counted == missing
+    assert not set(found) - counted
     assert {(e.kernel, e.form) for e in set(found) & counted} == {
         *product(["dense"], (TRAIN, ODD, EVAL, BACKWARD)), ("token", ENTROPY), ("topk", BUCKET),
     }  # fmt: skip
