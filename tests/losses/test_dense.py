@@ -8,14 +8,25 @@ from distill_ops import (
     AlphaBeta,
     ForwardKL,
     JensenShannon,
+    ReverseKL,
     distillation_loss,
 )
-from tests.support.cases import DIVERGENCES, LABELS, OPTIONS, TOKENS, VIEWS
+from tests.support.cases import (
+    BOOL_MASK,
+    DIVERGENCES,
+    FLOAT_MASK,
+    LABELS,
+    OPTIONS,
+    TOKENS,
+    VIEWS,
+)
+from tests.support.covering import pairwise
 from tests.support.helpers import assert_close, check, make_logits, moved, run, run_reference
 
 pytest.importorskip("triton")
 
 
+@pytest.mark.covering("option", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, backend, device):
@@ -28,8 +39,37 @@ def test_options(divergence, option, backend, device):
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend, **options)
 
 
+AXES = {
+    "temperature": [1.0, 0.3, 2.5],
+    "scale_by_temperature_squared": [False, True],
+    "over": ["mean", "sum", "none", 17, torch.tensor(11)],  # a reduction, or a mean's normalizer
+    "loss_mask": [None, BOOL_MASK, FLOAT_MASK],
+    "hard_label_weight": [None, 0.0, 0.4],  # None: no labels either
+    "vocab_size": [None, 29],
+    "gradient": ["auto", "backward"],
+    "infinities": ["drop", "propagate"],
+}
+ROWS = pairwise(AXES)
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.3)], ids=str)
+def test_pairs_of_options(divergence, row, backend, device):
+    """Any two values of two options meet, with a closed moment and without."""
+    options = moved(ROWS[row], device)
+    over = options.pop("over")
+    options |= {"reduction": over} if isinstance(over, str) else {"normalizer": over}
+    if options["hard_label_weight"] is None:
+        del options["hard_label_weight"]
+    else:
+        options["labels"] = LABELS.to(device)
+    student, teacher = make_logits((*TOKENS, 33), device=device)
+    check(distillation_loss, student, teacher, divergence=divergence, backend=backend, **options)
+
+
 # V: less than a vector; less than a tile; several tiles and a tail, odd (peeled loads).
 # N: a lone row; more rows than programs.
+@pytest.mark.covering("dtype n_cols", "n_rows n_cols", "divergence dtype")
 @pytest.mark.parametrize("n_cols", [7, 127, 4099])
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,12 +93,14 @@ def test_one_column(n_rows, dtype, backend, device):
         assert (ours.gradient.abs() <= eps).all()
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_aligned_rows_and_whole_tiles(divergence, backend, device):
     student, teacher = make_logits((5, 4096), dtype=torch.bfloat16, device=device)
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
 
 
+@pytest.mark.covering("dtypes", "divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize(
     "dtypes",
@@ -103,6 +145,7 @@ def test_leading_shapes(leading, reduction, backend, device):
         assert ours.gradient.shape == student.shape
 
 
+@pytest.mark.covering("student_view n_cols", "student_view teacher_view")
 @pytest.mark.parametrize("n_cols", [24, 37])
 @pytest.mark.parametrize("student_view", VIEWS)
 @pytest.mark.parametrize("teacher_view", ["same", "contiguous"])
@@ -123,6 +166,7 @@ def test_what_lies_between_strided_rows_is_not_read(backend, device):
     assert ours.gradient.isfinite().all()
 
 
+@pytest.mark.covering("divergence.operands gradient")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_dropped_tokens_are_not_read(divergence, gradient, backend, device):
@@ -221,6 +265,7 @@ def test_no_gradient_is_made_where_none_is_wanted(n_cols, backend, device):
         assert_close("loss", loss, eager.loss, truth.loss)
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_both_gradient_modes_give_the_same_bits(divergence, backend, device):
     for upstream in (1.0, 0.5):
@@ -268,6 +313,7 @@ def test_many_short_blocks(backend, device):
         check(distillation_loss, student[:, :-1], teacher[:, 1:], backend=backend, **options)
 
 
+@pytest.mark.covering("divergence.operands n_cols")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("n_cols", [4096, 50257])
 def test_same_bits_in_any_batch_position(divergence, n_cols):
@@ -330,6 +376,7 @@ def test_a_teacher_from_inference_mode(options, backend, device):
     assert torch.equal(ours.gradient, expected.gradient)
 
 
+@pytest.mark.covering("divergence.operands offset")
 @pytest.mark.parametrize("offset", [300.0, -3e4])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_logits_far_from_zero(divergence, offset, backend, device):

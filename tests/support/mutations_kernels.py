@@ -111,7 +111,7 @@ SWEEPS = [
     Mutation(
         "a row without a softmax has a gradient", "kernels/sweeps.py",
         "gradient += poison", "pass",
-        f"{SEMANTICS}a_row_without_a_softmax_is_nan_and_alone[triton-nan-teacher-forward-TotalVariation()]",
+        f"{SEMANTICS}rows_without_a_softmax_are_nan_and_alone[triton-forward-TotalVariation()]",
         interpreter=True,
     ),
     Mutation(
