@@ -1,5 +1,6 @@
 """Mutations of the kernels over tokens, the moments and the mixed loss."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
 DENSE = "tests/losses/test_dense.py::test_"
@@ -8,7 +9,7 @@ INPLACE = "tests/interface/test_inplace.py::test_"
 TOKENS_AND_MOMENTS = [
     Mutation(
         "soft moment not moved with the maximum",
-        "kernels/sweeps.py",
+        sources.KERNELS_SWEEPS,
         "factor_t * (moment_t + l_t * shift)",
         "factor_t * moment_t",
         f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-4099]",
@@ -16,7 +17,7 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "bfloat16 is truncated",
-        "kernels/math.py",
+        sources.KERNELS_MATH,
         "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536",
         "bits = bits & -65536",
         "tests/kernels/test_reduction.py::test_gradients_are_rounded_to_nearest",
@@ -24,7 +25,7 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "no token kept divides by 0",
-        "kernels/reduction.py",
+        sources.KERNELS_REDUCTION,
         "tl.where(tl.sum(n_kept) == 0, 1.0, tl.sum(total))",
         "tl.sum(total)",
         "tests/kernels/test_reduction.py::test_token_weights[100]",
@@ -32,7 +33,7 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "kernels: the forward's gradient is scaled up only",
-        "kernels/reduction.py",
+        sources.KERNELS_REDUCTION,
         "if upstream != 1.0:",
         "if upstream > 1.0:",
         "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
@@ -40,14 +41,14 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "kd_ratio for 1 - kd_ratio",
-        "distill_ops/integrations/minillm.py",
+        sources.MINILLM,
         "hard_label_weight=1 - args.kd_ratio",
         "hard_label_weight=args.kd_ratio",
         "tests/interface/test_minillm.py::test_get_mixed_loss",
     ),
     Mutation(
         "hard labels read overwritten logits",
-        "distill_ops/chunks.py",
+        sources.CHUNKS,
         "early = inplace and self.terms.hard and write is not None",
         "early = False",
         f"{INPLACE}same_bits_as_a_fresh_gradient[torch-ForwardKL()-hard_all]",

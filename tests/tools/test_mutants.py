@@ -43,6 +43,10 @@ def test_a_mutation_that_does_not_fit_is_named(tmp_path):
     lost = Mutation("lost", "source.py", "a = 2", "a = 3", "")
     assert lost.mistake(tmp_path) == "lost: its old text occurs 0 times in source.py, not once"
     assert "occurs 2 times" in lost._replace(old="= 1").mistake(tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "other.py").write_text("a = 2\n")
+    assert lost.mistake(tmp_path).endswith("not once; once in kernels/other.py")
+    assert "occurs 0 times in gone.py" in lost._replace(file="gone.py").mistake(tmp_path)
     assert "changes nothing" in lost._replace(old="a = 1", new="a = 1").mistake(tmp_path)
     right = lost._replace(old="a = 1")
     assert right.mistake(tmp_path) is None
