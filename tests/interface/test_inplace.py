@@ -7,9 +7,8 @@ import torch
 
 from benchmarks.memory import peak_above_inputs
 from distill_ops import JensenShannon, distillation_loss, ops
-from distill_ops.autograd import dense_loss_inplace
 from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import make_logits, moved
+from tests.support.helpers import captured, make_logits, moved
 
 OPTIONS = {
     "plain": {},
@@ -140,11 +139,16 @@ def test_autograd_notices_the_overwriting(gradient, backend, device):
             other.backward()
 
 
-@pytest.mark.parametrize("gradient", ["forward", "backward"])
-def test_logits_changed_before_the_backward(gradient, backend, device):
+def logits_and_loss(gradient, backend, device):
     student, teacher = make_logits((3, 20), device=device)
     logits = student.requires_grad_() * 1.0
-    loss = distillation_loss(logits, teacher, inplace=True, gradient=gradient, backend=backend)
+    options = {"inplace": True, "gradient": gradient, "backend": backend}
+    return logits, distillation_loss(logits, teacher, **options)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_logits_changed_before_the_backward(gradient, backend, device):
+    logits, loss = logits_and_loss(gradient, backend, device)
     with torch.no_grad():
         logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -153,9 +157,7 @@ def test_logits_changed_before_the_backward(gradient, backend, device):
 
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_one_backward_only(gradient, backend, device):
-    student, teacher = make_logits((3, 20), device=device)
-    logits = student.requires_grad_() * 1.0
-    loss = distillation_loss(logits, teacher, inplace=True, gradient=gradient, backend=backend)
+    _, loss = logits_and_loss(gradient, backend, device)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="first backward used up"):
         loss.backward()
@@ -258,19 +260,12 @@ def test_activation_checkpoint(reentrant):
 @pytest.mark.parametrize("option", ["plain", "hard", "backward"])
 def test_opcheck(option, backend, device):
     """On inputs without grad: an operator that mutates its input has no formula for autograd."""
-    captured = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def capture(*arguments):
-            captured.append(arguments)
-            return dense_loss_inplace(*arguments)
-
-        patch.setattr("distill_ops.losses.dense_loss_inplace", capture)
-        student, teacher = make_logits((*TOKENS, 33), device=device)
-        logits = student.clone().requires_grad_() * 1.0
-        options = moved(OPTIONS[option], device)
-        distillation_loss(logits, teacher, inplace=True, backend=backend, **options)
-    shared = (student, *captured[0][1 : ops.N_SHARED])
+    student, teacher = make_logits((*TOKENS, 33), device=device)
+    logits = student.clone().requires_grad_() * 1.0
+    options = moved(OPTIONS[option], device)
+    call = lambda: distillation_loss(logits, teacher, inplace=True, backend=backend, **options)
+    _, given = captured("distill_ops.losses.dense_loss_inplace", call)
+    shared = (student, *given[1 : ops.N_SHARED])
     torch.library.opcheck(ops.dense_loss_inplace_op, (*shared, False))
     statistics = ops.dense_loss(*shared, "backward", False)[2]
     upstream = torch.tensor(0.5, device=device)

@@ -126,34 +126,41 @@ def fake_gpu(monkeypatch):
         yield
 
 
-def fake_calls(monkeypatch, option, mode, **more):
-    """What the forward and the backward of an option launch: lists of the kernels' names."""
-    student, teacher, options = arguments_on("cuda", option)
-    options |= more
+def launches_of(monkeypatch, module, operators, call, mode):
+    """What a call and its backward launch, lists of the kernels' names; and PyTorch's operations.
+
+    ``operators``: where ``module`` has its differentiable operator, the loss and gradient without
+    autograd, and how many arguments these share."""
+    name, loss, gradient, n_shared = operators
     captured = []
 
-    def dense_loss(*arguments):
-        captured.append((arguments, ops.dense_loss(*arguments)))
+    def operator(*arguments):
+        captured.append((arguments, loss(*arguments)))
         return captured[0][1]
 
-    monkeypatch.setattr(losses, "dense_loss", dense_loss)
-    monkeypatch.setattr(losses, "gradient_mode", lambda *_: mode)
-
-    def forward():
-        return distillation_loss(student, teacher, **options)
+    monkeypatch.setattr(module, name, operator)
+    monkeypatch.setattr(module, "gradient_mode", lambda *_: mode)
 
     def backward():
-        arguments, (loss, _, kept) = captured[0]
-        upstream = torch.empty(loss.shape, device="cuda")
+        arguments, (result, _, kept) = captured[0]
+        upstream = torch.empty(result.shape, device="cuda")
         if mode == ops.BACKWARD:
-            ops.dense_gradient(*arguments[: ops.N_SHARED], kept, upstream)
+            gradient(*arguments[:n_shared], kept, upstream)
         elif mode == ops.FORWARD:
             differentiation.scale_(kept, upstream, "triton")
 
     with ComputingOperations() as computing:
-        launches = [aot.record(call, FACTS) for call in (forward, backward)]
+        launches = [aot.record(part, FACTS) for part in (call, backward)]
     names = [[launch.kernel.__name__ for launch in made] for made in launches]
     return *names, computing.names
+
+
+def fake_calls(monkeypatch, option, mode, **more):
+    """:func:`launches_of` the dense loss with an option."""
+    student, teacher, options = arguments_on("cuda", option)
+    operators = ("dense_loss", ops.dense_loss, ops.dense_gradient, ops.N_SHARED)
+    call = lambda: distillation_loss(student, teacher, **options, **more)
+    return launches_of(monkeypatch, losses, operators, call, mode)
 
 
 # a gradient of "none" made in the forward is refused: the incoming gradients are not known
@@ -221,31 +228,14 @@ def test_nothing_is_read_for_metrics(fake_gpu, monkeypatch):
 
 
 def fake_topk_calls(monkeypatch, option, mode, **more):
-    """As :func:`fake_calls`, of the top-k loss."""
+    """:func:`launches_of` the top-k loss with an option."""
     student, _, options = arguments_on("cuda", option)
     teacher = [torch.empty(*TOKENS, 5, device="cuda"), torch.empty(*TOKENS, 5, device="cuda").int()]
-    captured = []
-
-    def loss(*arguments):
-        captured.append((arguments, topk_ops.topk_loss(*arguments)))
-        return captured[0][1]
-
-    monkeypatch.setattr(topk, "differentiable_topk_loss", loss)
-    monkeypatch.setattr(topk, "gradient_mode", lambda *_: mode)
-
-    def backward():
-        arguments, (loss, _, kept) = captured[0]
-        upstream = torch.empty(loss.shape, device="cuda")
-        if mode == ops.BACKWARD:
-            topk_ops.topk_gradient(*arguments[: topk_ops.N_SHARED], kept, upstream)
-        elif mode == ops.FORWARD:
-            differentiation.scale_(kept, upstream, "triton")
-
-    with ComputingOperations() as computing:
-        calls = (lambda: topk_distillation_loss(student, *teacher, **options, **more), backward)
-        launches = [aot.record(call, FACTS) for call in calls]
-    names = [[launch.kernel.__name__ for launch in made] for made in launches]
-    return *names, computing.names
+    operators = (
+        "differentiable_topk_loss", topk_ops.topk_loss, topk_ops.topk_gradient, topk_ops.N_SHARED,
+    )  # fmt: skip
+    call = lambda: topk_distillation_loss(student, *teacher, **options, **more)
+    return launches_of(monkeypatch, topk, operators, call, mode)
 
 
 TOPK_CASES = [

@@ -7,7 +7,7 @@ import torch._dynamo.testing
 import distill_ops
 from distill_ops import SymmetricKL, autograd, distillation_loss, ops
 from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import make_logits, moved, run
+from tests.support.helpers import captured, make_logits, moved, run
 
 OPTIONS = {
     "forward": {},
@@ -24,17 +24,7 @@ OPTIONS = {
 
 def arguments_of(call):
     """What a call of the public function hands to the operator."""
-    captured = []
-    original = autograd.dense_loss
-
-    def capture(*arguments):
-        captured.append(arguments)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill_ops.losses.dense_loss", capture)
-        call()
-    return captured[0]
+    return captured("distill_ops.losses.dense_loss", call)[1]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 
 from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import make_logits, moved, run, topk_of
+from tests.support.helpers import captured, make_logits, moved, run, topk_of
 
 pytest.importorskip("triton")
 
@@ -29,17 +29,8 @@ def make_topk(shape=(*TOKENS, 33), k=5, device="cpu"):
 
 def call_and_arguments(student, *others, **options):
     """The result, and what the public function hands to the operator."""
-    captured = []
-    original = topk_ops.differentiable_topk_loss
-
-    def capture(*arguments):
-        captured.append(arguments)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill_ops.topk.differentiable_topk_loss", capture)
-        result = topk_distillation_loss(student, *others, **options)
-    return result, captured[0]
+    call = lambda: topk_distillation_loss(student, *others, **options)
+    return captured("distill_ops.topk.differentiable_topk_loss", call)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -2,29 +2,19 @@
 
 import torch
 
-from distill_ops import (
-    AlphaBeta,
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SoftCrossEntropy,
-    SymmetricKL,
-    TotalVariation,
-)
+import distill_ops
 
 DIVERGENCES = [
-    SoftCrossEntropy(),
-    ForwardKL(),
-    ReverseKL(),
-    JensenShannon(0.5),
-    JensenShannon(0.1),
-    SymmetricKL(0.3),
-    SkewForwardKL(0.1),
-    SkewReverseKL(0.2),
-    TotalVariation(),
-    AlphaBeta(0.2, 0.7),
+    distill_ops.SoftCrossEntropy(),
+    distill_ops.ForwardKL(),
+    distill_ops.ReverseKL(),
+    distill_ops.JensenShannon(0.5),
+    distill_ops.JensenShannon(0.1),
+    distill_ops.SymmetricKL(0.3),
+    distill_ops.SkewForwardKL(0.1),
+    distill_ops.SkewReverseKL(0.2),
+    distill_ops.TotalVariation(),
+    distill_ops.AlphaBeta(0.2, 0.7),
 ]
 
 TOKENS = (2, 3)

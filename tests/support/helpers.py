@@ -1,10 +1,13 @@
 """Inputs and the numeric rule that every test shares."""
 
+import importlib
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 
+import distill_ops
 from distill_ops import reference, topk_distillation_loss
 from distill_ops.divergences import as_divergence
 from distill_ops.paths import working_dtype
@@ -176,3 +179,28 @@ def check_topk(student, log_p, ids, **options):
     )
     assert_close_to_reference(ours, eager, truth, topk_condition(student, log_p, ids, options))
     return ours
+
+
+def captured(function, call):
+    """The result of ``call()``, and what it hands to the function of that dotted name."""
+    module, name = function.rsplit(".", 1)
+    original, given = getattr(importlib.import_module(module), name), []
+
+    def capture(*arguments):
+        given.append(arguments)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, capture)
+        return call(), given[0]
+
+
+def assert_values_are_read_in_debug_mode_only(call):
+    """``call()`` is given tensors on meta, which hold no values."""
+    call()
+    distill_ops.set_debug(True)
+    try:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call()
+    finally:
+        distill_ops.set_debug(False)
