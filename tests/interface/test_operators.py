@@ -27,6 +27,7 @@ def arguments_of(call):
     return captured("distill_ops.losses.dense_loss", call)[1]
 
 
+@pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
     options = moved(OPTIONS[option], device)

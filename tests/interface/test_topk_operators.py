@@ -33,6 +33,7 @@ def call_and_arguments(student, *others, **options):
     return captured("distill_ops.topk.differentiable_topk_loss", call)
 
 
+@pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
     options = moved(OPTIONS[option], device)
@@ -145,6 +146,7 @@ def test_vmap_over_independent_problems():
     assert torch.equal(mapped, torch.stack(looped))
 
 
+@pytest.mark.covering("divergence tail", "option")
 @pytest.mark.parametrize("option", ["forward", "mask", "hard"])
 @pytest.mark.parametrize("tail", ["bucket", "ignore"])
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "reverse_kl", "alpha_beta"])

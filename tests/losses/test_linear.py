@@ -20,6 +20,7 @@ SMALL = 1680  # bytes that hold blocks of three tokens, with a softcap of two
 # What the interpreter is slow at runs in the richer of two forms alone.
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", EVERY, ids=str)
 def test_divergences(divergence, backend, device):
     for options in [CAPPED] if backend == "triton" else [{}, CAPPED]:

@@ -41,6 +41,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.covering("kind", "option")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_token(kind, option, backend, device):
@@ -64,6 +65,7 @@ def test_each_token_has_its_own(kind, backend, device):
             torch.testing.assert_close(alone, together.loss[i, j], rtol=3e-6, atol=0)
 
 
+@pytest.mark.covering("kind", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scalar_tensor_is_a_number(kind, dtype, backend, device):

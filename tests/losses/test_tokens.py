@@ -68,6 +68,7 @@ def hold(name, student, *arguments, backend, scales=None, **options):
 # --- log-probabilities and entropies -------------------------------------------------------------
 
 
+@pytest.mark.covering("shape dtype", "return_entropy dtype")
 @pytest.mark.parametrize(
     "shape", [(5,), (3, 33), (2, 3, 130), (4, 4096), (2, 4099), (0, 7)], ids=str
 )
@@ -152,6 +153,7 @@ def test_an_ignored_row_is_not_read(backend, device):
 # --- statistics ----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("divergence", "dtype")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics(divergence, dtype, backend, device):
@@ -161,6 +163,7 @@ def test_statistics(divergence, dtype, backend, device):
     hold("distillation_statistics", student, teacher, ids, scales=True, **options)
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 def test_statistics_with_zeros(divergence, backend, device):
     """Either model excludes columns, of ids too; the student's other terms stay unrestricted."""

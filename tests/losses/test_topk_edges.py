@@ -34,6 +34,7 @@ def check_rows(student, log_p, ids, **options):
     return ours
 
 
+@pytest.mark.covering("divergence.operands tail", "divergence")
 @pytest.mark.parametrize("tail", ["bucket", "ignore"])
 @by_name
 def test_zeros(divergence, tail, backend, device):
@@ -51,6 +52,7 @@ def test_zeros(divergence, tail, backend, device):
     assert (ours.gradient[student == -INF].nan_to_num(0) == 0).all()
 
 
+@pytest.mark.covering("divergence", "tail")
 @by_tail
 @pytest.mark.parametrize("divergence", [*SOME, EVERY[-1]], ids=lambda d: d.name)
 def test_rows_without_a_softmax_are_nan_and_alone(divergence, tail, backend, device):
@@ -101,6 +103,7 @@ def test_no_used_slot(divergence, backend, device):
         assert ours.loss[0].isnan() == nowhere
 
 
+@pytest.mark.covering("divergence", "tail")
 @by_tail
 @pytest.mark.parametrize("divergence", [ReverseKL(), SkewForwardKL(), SOME[0], SOME[2]], ids=str)
 def test_the_lowest_float_is_a_logit(divergence, tail, backend, device):
@@ -171,6 +174,7 @@ def test_logits_far_from_zero(divergence, offset, backend, device):
     check_topk(student + offset, log_p, ids, **options)
 
 
+@pytest.mark.covering("divergence tail", "gradient")
 @by_tail
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("divergence", SOME, ids=str)
