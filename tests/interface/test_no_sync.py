@@ -33,7 +33,7 @@ from distill_ops import (
     topk_distillation_loss,
     topk_ops,
 )
-from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
+from tests.support.cases import DIVERGENCES, KINDS, OPTIONS, TOKENS
 from tests.support.helpers import make_logits
 
 pytest.importorskip("triton")
@@ -175,7 +175,7 @@ CASES = [
 @pytest.mark.parametrize(("option", "mode"), CASES)
 def test_nothing_is_read_on_the_host(option, mode, fake_gpu, monkeypatch):
     """... and no kernel of PyTorch's runs: at most three launches forward, and one backward."""
-    for divergence in DIVERGENCES:
+    for divergence in KINDS:
         forward, backward, computing = fake_calls(monkeypatch, option, mode, divergence=divergence)
         dropping = {"loss_mask", "labels"} & set(OPTIONS[option])
         expected = ["weights_kernel"] if dropping else []

@@ -16,6 +16,7 @@ DIVERGENCES = [
     distill_ops.TotalVariation(),
     distill_ops.AlphaBeta(0.2, 0.7),
 ]
+KINDS = list({d.operands: d for d in reversed(DIVERGENCES)}.values())  # one for each operands
 
 TOKENS = (2, 3)
 LABELS = torch.tensor([[3, -100, 0], [6, 1, -100]])
