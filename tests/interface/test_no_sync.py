@@ -172,19 +172,23 @@ CASES = [
 ]
 
 
+def expected_launches(kernel, option, mode):
+    """Of the forward and of the backward: what a form's kernel is launched between."""
+    forward = ["weights_kernel"] if {"loss_mask", "labels"} & set(OPTIONS[option]) else []
+    forward.append(kernel)
+    if OPTIONS[option].get("reduction") != "none":
+        forward.append("total_kernel")
+    return forward, {ops.NO_GRADIENT: [], ops.FORWARD: ["scale_kernel"], ops.BACKWARD: [kernel]}[
+        mode
+    ]
+
+
 @pytest.mark.parametrize(("option", "mode"), CASES)
 def test_nothing_is_read_on_the_host(option, mode, fake_gpu, monkeypatch):
     """... and no kernel of PyTorch's runs: at most three launches forward, and one backward."""
     for divergence in KINDS:
         forward, backward, computing = fake_calls(monkeypatch, option, mode, divergence=divergence)
-        dropping = {"loss_mask", "labels"} & set(OPTIONS[option])
-        expected = ["weights_kernel"] if dropping else []
-        expected.append("dense_kernel")
-        if OPTIONS[option].get("reduction") != "none":
-            expected.append("total_kernel")
-        assert forward == expected
-        made = {ops.NO_GRADIENT: [], ops.FORWARD: ["scale_kernel"], ops.BACKWARD: ["dense_kernel"]}
-        assert backward == made[mode]
+        assert (forward, backward) == expected_launches("dense_kernel", option, mode)
         assert computing == []
 
 
@@ -255,13 +259,7 @@ def test_nothing_is_read_for_the_top_k(option, mode, fake_gpu, monkeypatch):
         forward, backward, computing = fake_topk_calls(
             monkeypatch, option, mode, divergence=divergence, tail=tail
         )
-        expected = ["weights_kernel"] if {"loss_mask", "labels"} & set(OPTIONS[option]) else []
-        expected.append("topk_kernel")
-        if OPTIONS[option].get("reduction") != "none":
-            expected.append("total_kernel")
-        assert forward == expected
-        made = {ops.NO_GRADIENT: [], ops.FORWARD: ["scale_kernel"], ops.BACKWARD: ["topk_kernel"]}
-        assert backward == made[mode]
+        assert (forward, backward) == expected_launches("topk_kernel", option, mode)
         assert computing == []
 
 

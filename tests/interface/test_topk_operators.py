@@ -5,7 +5,14 @@ import torch
 import torch._dynamo.testing
 
 from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import captured, make_logits, moved, run, topk_of
+from tests.support.helpers import (
+    assert_compiled_equals_eager,
+    captured,
+    make_logits,
+    moved,
+    run,
+    topk_of,
+)
 
 pytest.importorskip("triton")
 
@@ -57,20 +64,9 @@ def test_opcheck_of_the_gradient(backend, device):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_compiled_equals_eager(option):
-    """One graph, no break."""
-    options = {"divergence": "reverse_kl", **OPTIONS[option]}
-    torch.compiler.reset()
-
-    def loss_function(student, log_p, **options):
-        result = topk_distillation_loss(student * 2.0, log_p, **options)
-        return result[0] if isinstance(result, tuple) else result
-
-    compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")
     student, log_p, ids = make_topk()
-    eager = run(loss_function, student, log_p, teacher_ids=ids, **options)
-    graph = run(compiled, student, log_p, teacher_ids=ids, **options)
-    torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
+    options = {"divergence": "reverse_kl", "teacher_ids": ids, **OPTIONS[option]}
+    assert_compiled_equals_eager(topk_distillation_loss, student, log_p, **options)
 
 
 def test_compiled_with_dynamic_shapes():

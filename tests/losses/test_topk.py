@@ -215,7 +215,9 @@ def test_components(reduction, weight, backend, device):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "tail"), zip(SOME, ("bucket", "ignore", "renormalize"), strict=True), ids=str
+    ("divergence", "tail"),
+    list(zip(SOME, ("bucket", "ignore", "renormalize"), strict=True)),
+    ids=str,
 )
 @pytest.mark.parametrize("hard", [{}, {"hard_label_weight": 0.4}], ids=["soft", "hard"])
 def test_both_gradient_modes_give_the_same_bits(divergence, tail, hard, backend, device):

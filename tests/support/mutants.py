@@ -36,7 +36,12 @@ class Mutation(NamedTuple):
     old: str
     new: str
     test: str  # a pytest node id
-    interpreter: bool = False  # the test runs under TRITON_INTERPRET=1
+    kernels: bool = False  # the test is one of kernels, though its id does not say "triton"
+
+    @property
+    def interpreter(self) -> bool:
+        """Whether the test runs under TRITON_INTERPRET=1."""
+        return self.kernels or "[triton" in self.test
 
     def mistake(self, tree: Path) -> str | None:
         """Why the mutation does not fit the sources, or None."""

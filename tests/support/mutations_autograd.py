@@ -39,12 +39,12 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     Mutation(
         "kernels: number as normalizer ignored", sources.PATHS,
         "over = options.denominator\n    if n_rows", "pass\n    if n_rows",
-        f"{OPTIONS}[triton-ForwardKL()-normalizer]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-normalizer]",
     ),
     Mutation(
         "kernels: no rows over a normalizer of 0", sources.PATHS,
         "over = 1.0  # loss 0, as where no token is kept", "pass",
-        f"{DENSE}no_token_at_all[triton]", interpreter=True,
+        f"{DENSE}no_token_at_all[triton]",
     ),
     Mutation(
         "kernels: the forward's gradient is not scaled", sources.DIFFERENTIATION,
@@ -101,7 +101,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     Mutation(
         "float64 goes to the kernels", sources.LOSSES,
         "        if wide:", "        if False:",
-        "tests/interface/test_validation.py::test_triton_on_float64", interpreter=True,
+        "tests/interface/test_validation.py::test_triton_on_float64", kernels=True,
     ),
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ INPLACE_GRADIENT = [
     Mutation(
         "no version bump in the forward", sources.OPS,
         "arguments[N_SHARED])\n    increment_version(inputs.student)", "arguments[N_SHARED])",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]", interpreter=True,
+        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
         "in place on a view of a parameter", sources.CHECKS,
@@ -124,7 +124,7 @@ INPLACE_GRADIENT = [
     Mutation(
         "no version bump in the backward", sources.OPS,
         "student)\n    increment_version(student)", "student)",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]", interpreter=True,
+        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
     ),
     Mutation(
         "no version bump of the scaling", sources.AUTOGRAD,
@@ -162,12 +162,12 @@ INPLACE_GRADIENT = [
         "a view's gradient begins where its memory does", sources.KERNELS_DENSE,
         '**gradient_rows.arguments("gradient")',
         '**gradient_rows._replace(start=0).arguments("gradient")',
-        f"{INPLACE}views[triton-forward-later columns]", interpreter=True,
+        f"{INPLACE}views[triton-forward-later columns]",
     ),
     Mutation(
         "strides that need a copy are not refused", sources.KERNELS_DENSE,
         "        if not layouts[0].is_in(student):\n            raise", "        if False:\n            raise",
-        f"{INPLACE}strides_that_the_kernels_cannot_reach", interpreter=True,
+        f"{INPLACE}strides_that_the_kernels_cannot_reach", kernels=True,
     ),
 ]  # fmt: skip
 
@@ -175,7 +175,7 @@ PARAMETERS_AND_DECLARED = [
     Mutation(
         "kernels: the first token's parameter for all", sources.KERNELS_DENSE,
         "position = tl.cast(row, tl.int64) * STRIDES[i]", "position = tl.cast(row, tl.int64) * 0",
-        "tests/losses/test_parameters.py::test_each_token_has_its_own[triton-symmetric_kl]", interpreter=True,
+        "tests/losses/test_parameters.py::test_each_token_has_its_own[triton-symmetric_kl]",
     ),
     Mutation(
         "parameters are not looked at", sources.DIVERGENCES,

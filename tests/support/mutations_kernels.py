@@ -34,7 +34,7 @@ FORMULAS = [
     Mutation(
         "the ratio of the exponents without the sums'", sources.KERNELS_COLUMNS,
         "(y_t - y_s) + log_quotient(l_s, l_t) * LOG2E", "y_t - y_s",
-        f"{OPTIONS}[triton-{SKEW}-plain]", interpreter=True,
+        f"{OPTIONS}[triton-{SKEW}-plain]",
     ),
     Mutation(
         "alpha-beta not divided by alpha", sources.KERNELS_DIVERGENCES,
@@ -57,80 +57,76 @@ SWEEPS = [
     Mutation(
         "columns before the row are read", sources.KERNELS_SWEEPS,
         "inside = (position >= lead) & (position < lead + n_cols)", "inside = position < lead + n_cols",
-        f"{DENSE}shapes_and_dtypes[triton-ForwardKL()-torch.bfloat16-3-127]", interpreter=True,
+        f"{DENSE}shapes_and_dtypes[triton-ForwardKL()-torch.bfloat16-3-127]",
     ),
     Mutation(
         "columns after the row are 0, not -inf", sources.KERNELS_SWEEPS,
         "mask=inside, other=-INFINITY", "mask=inside, other=0.0",
-        f"{OPTIONS}[triton-ForwardKL()-plain]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-plain]",
     ),
     Mutation(
         "a lone partial tile is done twice", sources.KERNELS_SWEEPS,
         "tail = ((lead + n_cols) % BLOCK > 0) & (end >= first)", "tail = (lead + n_cols) % BLOCK > 0",
-        f"{DENSE}strides[triton-same-shifted-37]", interpreter=True,
+        f"{DENSE}strides[triton-same-shifted-37]",
     ),
     Mutation(
         "values outside the row are summed", sources.KERNELS_COLUMNS,
         "value = tl.where(inside, value, 0.0)", "pass",
-        f"{OPTIONS}[triton-ForwardKL()-plain]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-plain]",
     ),
     Mutation(
         "reverse moment not moved with the maximum", sources.KERNELS_SWEEPS,
         "factor_s * (moment_s + l_s * shift)", "factor_s * moment_s",
-        f"{DENSE}shapes_and_dtypes[triton-ReverseKL()-torch.float32-3-4099]", interpreter=True,
+        f"{DENSE}shapes_and_dtypes[triton-ReverseKL()-torch.float32-3-4099]",
     ),
     Mutation(
         "lanes' moments not moved together", sources.KERNELS_SWEEPS,
         "factor_t * (moment_t + lanes_l_t * shift)", "factor_t * moment_t",
-        f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-40]", interpreter=True,
+        f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-40]",
     ),
     Mutation(
         "normaliser folded into one number", sources.KERNELS_COLUMNS,
         "return fma(y, LN2, -log_l), prob",
         "folded = fma(x, over_t, -(m * over_t + log_l))\n"
         "        return folded, tl.exp(folded)",
-        f"{DENSE}logits_far_from_zero[triton-SoftCrossEntropy()--30000.0]", interpreter=True,
+        f"{DENSE}logits_far_from_zero[triton-SoftCrossEntropy()--30000.0]",
     ),
     Mutation(
         "no guard of a tile of -inf", sources.KERNELS_SWEEPS,
         "safe_m = finite_or_zero(new_m)", "safe_m = new_m",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-ForwardKL()-first_tiles]",
-        interpreter=True,
     ),
     Mutation(
         "kernels: reverse KL's student is not restricted", sources.KERNELS_SWEEPS,
         "x_s = tl.where(x_t == -INFINITY, -INFINITY, x_s)", "pass",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-ReverseKL()-teacher]",
-        interpreter=True,
     ),
     Mutation(
         "dropped terms keep their slope", sources.KERNELS_COLUMNS,
         "slope = tl.where(dead, 0.0, slope)", "pass",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-SoftCrossEntropy()-student]",
-        interpreter=True,
     ),
     Mutation(
         "a row without a softmax has a gradient", sources.KERNELS_SWEEPS,
         "gradient += poison", "pass",
         f"{SEMANTICS}rows_without_a_softmax_are_nan_and_alone[triton-forward-TotalVariation()]",
-        interpreter=True,
     ),
     Mutation(
         "hard label's column shifted by one", sources.KERNELS_SWEEPS,
         "tl.where(position == label_position, 1.0, 0.0)",
         "tl.where(position == label_position + 1, 1.0, 0.0)",
-        f"{OPTIONS}[triton-ForwardKL()-hard]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-hard]",
     ),
     Mutation(
         "gradient of dropped tokens is not 0", sources.KERNELS_SWEEPS,
         "zero = tl.zeros([LANES, WIDTH], gradient_row.dtype.element_ty)",
         "zero = tl.full([LANES, WIDTH], 1.0, gradient_row.dtype.element_ty)",
-        f"{OPTIONS}[triton-ForwardKL()-bool_mask]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-bool_mask]",
     ),
     Mutation(
         "gradient beyond vocab_size is not written", sources.KERNELS_SWEEPS,
         "elif start < n_cols:", "elif start > n_cols:",
-        f"{OPTIONS}[triton-ForwardKL()-vocab_size]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-vocab_size]",
     ),
 ]  # fmt: skip
 
@@ -139,55 +135,53 @@ DENSE_KERNEL = [
         "nearly equal rows' losses from the moments", sources.KERNELS_DENSE,
         "if loss < NEARLY_EQUAL:", "if loss < -1.0:",
         "tests/losses/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton--30000.0-none]",
-        interpreter=True,
     ),
     Mutation(
         "the series of p / q - 1 to its first term", sources.KERNELS_MATH,
         "1.0 + log_ratio * (0.5 + log_ratio * (1.0 / 6.0))", "1.0 + log_ratio * 0.0",
         "tests/losses/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton-0.0-forward]",
-        interpreter=True,
     ),
     Mutation(
         "rows of a view by one stride", sources.KERNELS_DENSE,
         "row // n_inner * outer_stride + row % n_inner * inner_stride", "row * inner_stride",
-        f"{DENSE}strides[triton-same-shifted-24]", interpreter=True,
+        f"{DENSE}strides[triton-same-shifted-24]",
     ),
     Mutation(
         "kernels: tokens of weight 0 are read", sources.KERNELS_DENSE,
         "if weight != 0.0:", "if weight == weight:",
-        f"{DENSE}dropped_tokens_are_not_read[triton-forward-ForwardKL()]", interpreter=True,
+        f"{DENSE}dropped_tokens_are_not_read[triton-forward-ForwardKL()]",
     ),
     Mutation(
         "kernels: gradient not divided by the temperature", sources.KERNELS_DENSE,
         "scale * (1.0 - hard_weight) * divergence_scale * over_t",
         "scale * (1.0 - hard_weight) * divergence_scale",
-        f"{OPTIONS}[triton-ForwardKL()-temperature]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-temperature]",
     ),
     Mutation(
         "the kept weight is not divided", sources.KERNELS_DENSE,
         "tl.store(kept + STATISTICS - 1, scale)", "tl.store(kept + STATISTICS - 1, weight)",
-        f"{OPTIONS}[triton-ForwardKL()-gradient_backward]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-gradient_backward]",
     ),
     Mutation(
         "the hard label's normaliser at the temperature", sources.KERNELS_DENSE,
         "tempered = hard and formula.temperature != 1", "tempered = False",
-        f"{OPTIONS}[triton-ForwardKL()-hard_temperature]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-hard_temperature]",
     ),
     Mutation(
         "rows are peeled in deterministic mode", sources.KERNELS_DENSE,
         "if not aligned and not torch.are_deterministic_algorithms_enabled():", "if not aligned:",
-        f"{DENSE}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]", interpreter=True,
+        f"{DENSE}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]",
     ),
     Mutation(
         "per-token upstream gradients by one", sources.KERNELS_DENSE,
         "upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)",
         "upstream_stride=0",
-        f"{OPTIONS}[triton-ForwardKL()-none]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-none]",
     ),
     Mutation(
         "components of the second row onwards", sources.KERNELS_DENSE,
         "tl.store(components_ptr + n_rows + row, hard_loss)", "tl.store(components_ptr + row, hard_loss)",
-        f"{DENSE}components[triton-0.3-mean]", interpreter=True,
+        f"{DENSE}components[triton-0.3-mean]",
     ),
     Mutation(
         "16-byte loads that the compiler cannot prove", sources.KERNELS_DENSE,
@@ -202,22 +196,22 @@ DENSE_KERNEL = [
     Mutation(
         "no token kept over a normalizer of 0", sources.KERNELS_REDUCTION,
         "loss = tl.where(tl.sum(n_kept) == 0, 0.0, loss)", "pass",
-        f"{DENSE}a_zero_normalizer_without_kept_tokens[triton]", interpreter=True,
+        f"{DENSE}a_zero_normalizer_without_kept_tokens[triton]",
     ),
     Mutation(
         "kernels: ignored labels count", sources.KERNELS_REDUCTION,
         "weight = tl.where(label == ignore_index, 0.0, weight)", "pass",
-        f"{OPTIONS}[triton-ForwardKL()-labels_drop]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-labels_drop]",
     ),
     Mutation(
         "leading dimensions always collapse", sources.KERNELS_LAYOUT,
         "if left != n * right:", "if False:",
-        f"{DENSE}strides[triton-same-shifted-24]", interpreter=True,
+        f"{DENSE}strides[triton-same-shifted-24]",
     ),
     Mutation(
         "every misalignment matches", sources.KERNELS_LAYOUT,
         "return all((a - b) % ALIGNMENT == 0 for a, b in pairs)", "return True",
-        f"{DENSE}strides[triton-contiguous-later-37]", interpreter=True,
+        f"{DENSE}strides[triton-contiguous-later-37]",
     ),
     Mutation(
         "two programs where the cache holds one", sources.KERNELS_LAUNCH,
@@ -242,17 +236,16 @@ METRICS = [
         "tl.minimum(top_s, tl.min(tl.where(x_s == m_s, position, NOWHERE), axis=1))",
         "tl.minimum(top_s, tl.max(tl.where(x_s == m_s, position, 0), axis=1))",
         "tests/losses/test_metrics.py::test_agreement_of_ties_and_of_the_last_column[triton]",
-        interpreter=True,
     ),
     Mutation(
         "half the mixture twice", sources.KERNELS_METRICS,
         "log2_of_normal(0.5 + 0.5 * ratio)", "log2_of_normal(1.0 + ratio)",
-        "tests/losses/test_metrics.py::test_equal_models[triton]", interpreter=True,
+        "tests/losses/test_metrics.py::test_equal_models[triton]",
     ),
     Mutation(
         "an infinite divergence is finite", sources.KERNELS_METRICS,
         "tl.where((x_s == -INFINITY) & (p > 0), INFINITY, p * log_ratio)", "p * log_ratio",
-        "tests/losses/test_metrics.py::test_infinite_logits[triton]", interpreter=True,
+        "tests/losses/test_metrics.py::test_infinite_logits[triton]",
     ),
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ LINEAR_FORM = [
         "linear: masked hidden states are read", sources.HEADS,
         "return hidden if unread is None else hidden.masked_fill(unread[rows, None], 0.0)",
         "return hidden",
-        f"{LINEAR}masked_tokens_are_not_read[triton-mask]", interpreter=True,
+        f"{LINEAR}masked_tokens_are_not_read[triton-mask]",
     ),
     Mutation(
         "linear: a frozen head's gradient is made", sources.HEADS,
@@ -49,7 +49,7 @@ LINEAR_FORM = [
     Mutation(
         "linear: more tokens than kept_tokens pass unnoticed", sources.LINEAR_OPS,
         "(~unread).sum() > bound", "(~unread).sum() > n_rows",
-        f"{LINEAR}too_many_kept_tokens[triton]", interpreter=True,
+        f"{LINEAR}too_many_kept_tokens[triton]",
     ),
     Mutation(
         "linear: the incoming gradients of masked tokens alone", sources.LINEAR_OPS,
@@ -69,17 +69,17 @@ LINEAR_FORM = [
     Mutation(
         "linear: strides of a stored teacher's slots ignored", sources.PATHS,
         "x.contiguous().view(shape)", "x.reshape(shape)",
-        f"{FORMS}topk_of_the_first_slots_that_are_stored[triton-views0]", interpreter=True,
+        f"{FORMS}topk_of_the_first_slots_that_are_stored[triton-views0]",
     ),
     Mutation(
         "linear: the bias is not scaled", sources.KERNELS_HEAD,
         "other=0.0).to(tl.float32) * scale", "other=0.0).to(tl.float32)",
-        f"{LINEAR}divergences[triton-ForwardKL()]", interpreter=True,
+        f"{LINEAR}divergences[triton-ForwardKL()]",
     ),
     Mutation(
         "linear: tanh of a small number by exponentials", sources.KERNELS_MATH,
         "tl.where(size < 0.25, series", "tl.where(size < 0.0, series",
-        f"{KERNELS}tanh", interpreter=True,
+        f"{KERNELS}tanh", kernels=True,
     ),
     Mutation(
         "linear: strides that the compiler cannot prove", sources.KERNELS_HEAD,

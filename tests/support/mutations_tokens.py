@@ -13,7 +13,6 @@ TOKENS_AND_MOMENTS = [
         "factor_t * (moment_t + l_t * shift)",
         "factor_t * moment_t",
         f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-4099]",
-        interpreter=True,
     ),
     Mutation(
         "bfloat16 is truncated",
@@ -21,7 +20,7 @@ TOKENS_AND_MOMENTS = [
         "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536",
         "bits = bits & -65536",
         "tests/kernels/test_reduction.py::test_gradients_are_rounded_to_nearest",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "no token kept divides by 0",
@@ -29,7 +28,7 @@ TOKENS_AND_MOMENTS = [
         "tl.where(tl.sum(n_kept) == 0, 1.0, tl.sum(total))",
         "tl.sum(total)",
         "tests/kernels/test_reduction.py::test_token_weights[100]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "kernels: the forward's gradient is scaled up only",
@@ -37,7 +36,7 @@ TOKENS_AND_MOMENTS = [
         "if upstream != 1.0:",
         "if upstream > 1.0:",
         "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "kd_ratio for 1 - kd_ratio",

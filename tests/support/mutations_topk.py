@@ -11,52 +11,49 @@ TOPK_MUTATIONS = [
     Mutation(
         "top-k: the K count as columns outside", sources.KERNELS_OUTSIDE,
         "tl.where((bits & mask) != 0, -INFINITY, x)", "x",
-        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]", interpreter=True,
+        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
     Mutation(
         "top-k: a row's marks stay for the next", sources.KERNELS_TOPK,
         "                unmark(words, position, used)\n", "                pass\n",
-        f"{TOPK}more_rows_than_programs[triton-JensenShannon(beta=0.3)-bucket]", interpreter=True,
+        f"{TOPK}more_rows_than_programs[triton-JensenShannon(beta=0.3)-bucket]",
     ),
     Mutation(
         "top-k: scratch memory is not cleared", sources.KERNELS_TOPK,
         "        clear(words, n_words, LANES)\n", "",
-        f"{TOPK}scratch_memory_may_hold_anything", interpreter=True,
+        f"{TOPK}scratch_memory_may_hold_anything", kernels=True,
     ),
     Mutation(
         "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_OUTSIDE,
         " >> (first & 7)", "",
-        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]", interpreter=True,
+        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
     Mutation(
         "top-k: the rest stays where the K cover the vocabulary", sources.KERNELS_TOPK,
         "tl.where(covered, -INFINITY, tl.log(rest))", "tl.log(rest)",
         f"{EDGES}no_rest_where_the_k_cover_the_vocabulary[triton-JensenShannon(beta=0.3)]",
-        interpreter=True,
     ),
     Mutation(
         "top-k: the teacher's sum in float32", sources.KERNELS_TOPK,
         "tl.exp(log_p.to(tl.float64))", "tl.exp(log_p)",
-        f"{EDGES}the_teacher_s_rest_is_not_float32_s_rounding[triton]", interpreter=True,
+        f"{EDGES}the_teacher_s_rest_is_not_float32_s_rounding[triton]",
     ),
     Mutation(
         "top-k: the label's entry is left out", sources.KERNELS_TOPK,
         "entry - hard_scale", "entry",
         f"{TOPK}labels_inside_and_outside_the_k[triton-JensenShannon(beta=0.3)-bucket-1.0]",
-        interpreter=True,
     ),
     Mutation(
         "top-k: any id is written to", sources.KERNELS_TOPK,
         "used = (token_id >= 0) & (token_id < n_cols)", "used = token_id >= 0",
         f"{EDGES}ids_that_nobody_checked_are_nan[bucket]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "top-k: slopes outside are not kept for the backward", sources.KERNELS_TOPK,
         "tl.store(kept + 3, outside_slope)", "tl.store(kept + 3, 0.0)",
         f"{TOPK}both_gradient_modes_give_the_same_bits[triton-soft-AlphaBeta(alpha=0.2, beta=0.7)"
         "-renormalize]",
-        interpreter=True,
     ),
     Mutation(
         "top-k, CPU: an unused slot takes column 0 from the rest", sources.TOPK_HOST,
