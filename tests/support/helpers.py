@@ -24,6 +24,15 @@ def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, de
     return tuple((x / math.sqrt(2) + offset).to(dtype).to(device) for x in pair)
 
 
+def make_ids(shape, n_cols, *, seed=3, device="cpu", ignored=True):
+    """Token ids, one of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, n_cols, shape, generator=generator)
+    if ignored and ids.numel() > 2:
+        ids.view(-1)[1] = -100
+    return ids.to(device)
+
+
 def moved(options, device):
     """Options with their tensors on a device."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}

@@ -5,6 +5,7 @@ from tests.support.mutants import Mutation
 
 OPTIONS = "tests/losses/test_dense.py::test_options"
 DENSE = "tests/losses/test_dense.py::test_"
+GRADIENTS = "tests/losses/test_dense_gradients.py::test_"
 OPERATORS = "tests/interface/test_operators.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 INPLACE = "tests/interface/test_inplace.py::test_"
@@ -55,17 +56,17 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     Mutation(
         "host: the forward's gradient is scaled up only", sources.DIFFERENTIATION,
         "if factor != 1:", "if factor > 1:",
-        f"{DENSE}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
+        f"{GRADIENTS}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
     ),
     Mutation(
         "a second backward scales again", sources.DIFFERENTIATION,
         "ctx.spent = True\n    for gradient", "for gradient",
-        f"{DENSE}backward_twice[torch]",
+        f"{GRADIENTS}backward_twice[torch]",
     ),
     Mutation(
         "double backward is silent", sources.DIFFERENTIATION,
         "if torch.is_grad_enabled():", "if False:",
-        f"{DENSE}second_derivative_is_an_error[torch]",
+        f"{GRADIENTS}second_derivative_is_an_error[torch]",
     ),
     Mutation(
         "components require grad", sources.DIFFERENTIATION,
@@ -76,7 +77,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         "inference tensors are saved", sources.DIFFERENTIATION,
         "t if not traced and t is not None and t.is_inference() else None for t in tensors",
         "None for t in tensors",
-        f"{DENSE}a_teacher_from_inference_mode[torch-options1]",
+        f"{GRADIENTS}a_teacher_from_inference_mode[torch-options1]",
     ),
     Mutation(
         "the fake keeps no gradient", sources.OPS,

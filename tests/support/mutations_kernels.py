@@ -5,6 +5,7 @@ from tests.support.mutants import Mutation
 
 OPTIONS = "tests/losses/test_dense.py::test_options"
 DENSE = "tests/losses/test_dense.py::test_"
+GRADIENTS = "tests/losses/test_dense_gradients.py::test_"
 SEMANTICS = "tests/oracle/test_dense.py::test_"
 AHEAD_OF_TIME = "tests/compiled/test_dense.py::test_"
 SKEW = "SkewForwardKL(alpha=0.1)"
@@ -82,7 +83,7 @@ SWEEPS = [
     Mutation(
         "lanes' moments not moved together", sources.KERNELS_SWEEPS,
         "factor_t * (moment_t + lanes_l_t * shift)", "factor_t * moment_t",
-        f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-40]",
+        f"{GRADIENTS}no_gradient_is_made_where_none_is_wanted[triton-40]",
     ),
     Mutation(
         "normaliser folded into one number", sources.KERNELS_COLUMNS,
@@ -170,7 +171,7 @@ DENSE_KERNEL = [
     Mutation(
         "rows are peeled in deterministic mode", sources.KERNELS_DENSE,
         "if not aligned and not torch.are_deterministic_algorithms_enabled():", "if not aligned:",
-        f"{DENSE}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]",
+        f"{GRADIENTS}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]",
     ),
     Mutation(
         "per-token upstream gradients by one", sources.KERNELS_DENSE,

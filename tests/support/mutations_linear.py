@@ -4,6 +4,7 @@ from tests.support import sources
 from tests.support.mutants import Mutation
 
 LINEAR = "tests/losses/test_linear.py::test_"
+LINEAR_GRADIENTS = "tests/losses/test_linear_gradients.py::test_"
 BLOCKS = "tests/losses/test_linear_blocks.py::test_"
 FORMS = "tests/losses/test_linear_forms.py::test_"
 KERNELS = "tests/kernels/test_head.py::test_"
@@ -38,7 +39,7 @@ LINEAR_FORM = [
     Mutation(
         "linear: a frozen head's gradient is made", sources.HEADS,
         "if self.wanted.weight:", "if True:",
-        f"{LINEAR}only_wanted_gradients_are_made[torch-('student_hidden',)]",
+        f"{LINEAR_GRADIENTS}only_wanted_gradients_are_made[torch-('student_hidden',)]",
     ),
     Mutation(
         "linear: losses of the kept tokens at the front", sources.LINEAR_OPS,
