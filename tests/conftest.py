@@ -12,6 +12,7 @@ full``, with ``DISTILL_OPS_FULL=1`` (which the first two set), and where a test 
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import chain
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 from tests.support import FULL_VARIABLE, full
 from tests.support.covering import mark_the_rest
+from tests.support.interpreter import look_for_builtins_once
 from tests.support.mutations import MUTATIONS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,8 +33,12 @@ SHARES = {
     "others": ["oracle", "kernels", "interface", "tools"],
 }
 
-if INTERPRETING:
-    torch.set_num_threads(1)  # the suite's other processes have the other cores
+# the suite's processes share the cores, and threads that wait for each other keep them busy
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+if INTERPRETING and find_spec("triton"):
+    look_for_builtins_once()
 
 
 def pytest_addoption(parser):

@@ -13,13 +13,12 @@ from tests.support.machine_code import CHIPS, some, stack_and_loops
 
 pytest.importorskip("triton")
 
-from benchmarks.static_kernels import TRAIN
-from benchmarks.static_report import BF16
-from benchmarks.static_targets import QUANTITIES, verdict
 from distill_ops.kernels import launch, metrics, reduction
 from distill_ops.kernels.layout import row_layouts
 
-from benchmarks import static_kernels
+from benchmarks.static.kernels import entry_rows
+from benchmarks.static.launches import BF16, TRAIN, Entry
+from benchmarks.static.limits import QUANTITIES, verdict
 from distill_ops import JensenShannon, SoftCrossEntropy
 from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count
@@ -91,11 +90,7 @@ def test_dense_kernel_for_amd(divergence, form):
 def test_instructions_of_one_divergence():
     """The limit on the page, of code compiled here; the others' are in its JSON."""
     target = aot.TARGETS["sm_90"]
-    (launched,) = static_kernels.FORMS[TRAIN].launches(JensenShannon(), target)
-    row = static_kernels.dense_row(
-        launched, target, count(launched, target),
-        divergence="jensen_shannon", form=TRAIN, dtype=BF16,
-    )  # fmt: skip
+    _, (row,) = entry_rows(Entry("dense", TRAIN, BF16, "jensen_shannon"), target)
     quantity = "instructions"
     assert verdict("jensen_shannon", quantity, getattr(row, QUANTITIES[quantity])) is None
 

@@ -51,11 +51,10 @@ def assert_inplace_equals_fresh(student, teacher, **options):
     assert not fresh[2]
 
 
+@pytest.mark.covering("option", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_same_bits_as_a_fresh_gradient(divergence, option, backend, device):
-    if backend == "triton" and divergence not in DIVERGENCES[:5:2] and option != "plain":
-        pytest.skip("the options' code does not depend on the divergence: slow in the interpreter")
     options = moved(OPTIONS[option], device) | {"divergence": divergence, "backend": backend}
     student, teacher = make_logits((*TOKENS, 33), device=device)
     if option == "hard_only":
@@ -70,6 +69,7 @@ def test_same_bits_as_a_fresh_gradient(divergence, option, backend, device):
     assert_inplace_equals_fresh(student, teacher, **options)
 
 
+@pytest.mark.covering("n_cols", "dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n_cols", [64, 77, 1500])
 def test_half_precision(dtype, n_cols, backend, device):
@@ -87,6 +87,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.covering("view", "gradient")
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_views(view, gradient, backend, device):
@@ -107,6 +108,7 @@ def test_views(view, gradient, backend, device):
     assert torch.equal(whole.detach().flatten()[outside], student.flatten()[outside])
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_infinite_rows(divergence, backend, device):
     """Rows that are done a second time must not read what the first time wrote."""
@@ -140,11 +142,16 @@ def test_autograd_notices_the_overwriting(gradient, backend, device):
             other.backward()
 
 
-@pytest.mark.parametrize("gradient", ["forward", "backward"])
-def test_logits_changed_before_the_backward(gradient, backend, device):
+def logits_and_loss(gradient, backend, device):
     student, teacher = make_logits((3, 20), device=device)
     logits = student.requires_grad_() * 1.0
-    loss = distillation_loss(logits, teacher, inplace=True, gradient=gradient, backend=backend)
+    options = {"inplace": True, "gradient": gradient, "backend": backend}
+    return logits, distillation_loss(logits, teacher, **options)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_logits_changed_before_the_backward(gradient, backend, device):
+    logits, loss = logits_and_loss(gradient, backend, device)
     with torch.no_grad():
         logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -153,9 +160,7 @@ def test_logits_changed_before_the_backward(gradient, backend, device):
 
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_one_backward_only(gradient, backend, device):
-    student, teacher = make_logits((3, 20), device=device)
-    logits = student.requires_grad_() * 1.0
-    loss = distillation_loss(logits, teacher, inplace=True, gradient=gradient, backend=backend)
+    _, loss = logits_and_loss(gradient, backend, device)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="first backward used up"):
         loss.backward()
@@ -255,6 +260,7 @@ def test_activation_checkpoint(reentrant):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", ["plain", "hard", "backward"])
 def test_opcheck(option, backend, device):
     """On inputs without grad: an operator that mutates its input has no formula for autograd."""

@@ -47,6 +47,7 @@ def loss_of(leaves, **options):
     )
 
 
+@pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
     leaves = make_pair(bias=True, device=device).trained(("student_hidden", "student_weight"))

@@ -32,7 +32,7 @@ from distill_ops.operators import saving
 from distill_ops.operators.dense import dense_loss
 from distill_ops.operators.register import LossOperator, Plan
 from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
-from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
+from tests.support.cases import DIVERGENCES, KINDS, OPTIONS, TOKENS
 from tests.support.helpers import make_logits
 
 pytest.importorskip("triton")
@@ -161,7 +161,7 @@ def fake_calls(monkeypatch, forward, mode):
             saving.scale_(kept[0], upstream, "triton")
 
     with ComputingOperations() as computing:
-        launches = [aot.record(call, FACTS) for call in (forward, backward)]
+        launches = [aot.record(part, FACTS) for part in (forward, backward)]
     names = [[launch.kernel.__name__ for launch in made] for made in launches]
     return *names, computing.names
 
@@ -203,7 +203,7 @@ CASES = [
 
 @pytest.mark.parametrize(("option", "mode"), CASES)
 def test_nothing_is_read_on_the_host(option, mode, fake_gpu, monkeypatch):
-    for divergence in DIVERGENCES:
+    for divergence in KINDS:
         found = dense_calls(monkeypatch, option, mode, divergence=divergence)
         assert_launches(found, "dense_kernel", option, mode)
 

@@ -27,6 +27,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.covering("kind", "options")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.name)
 def test_declared_divergence_on_every_path(kind, options, backend, device):
@@ -70,6 +71,7 @@ def test_declared_parameters():
 # --- check_divergence ------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("name", "backend")
 @pytest.mark.parametrize("name", [*BUILT_IN, *(kind.name for kind in RIGHT)])
 def test_check_passes_for_right_divergences(name, backend):
     report = check_divergence(name)
@@ -92,6 +94,7 @@ def test_check_with_per_token_parameters(backend, device):
     assert check_divergence(distill_ops.SymmetricKL(weight)).slope_error < 1e-10
 
 
+@pytest.mark.covering("divergence", "backend")
 @pytest.mark.parametrize(
     "divergence",
     [

@@ -6,16 +6,26 @@ import torch
 import distill_ops
 from distill_ops import (
     AlphaBeta,
-    ForwardKL,
     JensenShannon,
+    ReverseKL,
     distillation_loss,
 )
-from tests.support.cases import DIVERGENCES, LABELS, OPTIONS, TOKENS, VIEWS
+from tests.support.cases import (
+    BOOL_MASK,
+    DIVERGENCES,
+    FLOAT_MASK,
+    LABELS,
+    OPTIONS,
+    TOKENS,
+    VIEWS,
+)
+from tests.support.covering import pairwise
 from tests.support.helpers import assert_close, check, make_logits, moved, run, run_reference
 
 pytest.importorskip("triton")
 
 
+@pytest.mark.covering("option", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, backend, device):
@@ -28,8 +38,37 @@ def test_options(divergence, option, backend, device):
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend, **options)
 
 
+AXES = {
+    "temperature": [1.0, 0.3, 2.5],
+    "scale_by_temperature_squared": [False, True],
+    "over": ["mean", "sum", "none", 17, torch.tensor(11)],  # a reduction, or a mean's normalizer
+    "loss_mask": [None, BOOL_MASK, FLOAT_MASK],
+    "hard_label_weight": [None, 0.0, 0.4],  # None: no labels either
+    "vocab_size": [None, 29],
+    "gradient": ["auto", "backward"],
+    "infinities": ["drop", "propagate"],
+}
+ROWS = pairwise(AXES)
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(0.3)], ids=str)
+def test_pairs_of_options(divergence, row, backend, device):
+    """Any two values of two options meet, with a closed moment and without."""
+    options = moved(ROWS[row], device)
+    over = options.pop("over")
+    options |= {"reduction": over} if isinstance(over, str) else {"normalizer": over}
+    if options["hard_label_weight"] is None:
+        del options["hard_label_weight"]
+    else:
+        options["labels"] = LABELS.to(device)
+    student, teacher = make_logits((*TOKENS, 33), device=device)
+    check(distillation_loss, student, teacher, divergence=divergence, backend=backend, **options)
+
+
 # V: less than a vector; less than a tile; several tiles and a tail, odd (peeled loads).
 # N: a lone row; more rows than programs.
+@pytest.mark.covering("dtype n_cols", "n_rows n_cols", "divergence dtype")
 @pytest.mark.parametrize("n_cols", [7, 127, 4099])
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,12 +92,14 @@ def test_one_column(n_rows, dtype, backend, device):
         assert (ours.gradient.abs() <= eps).all()
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_aligned_rows_and_whole_tiles(divergence, backend, device):
     student, teacher = make_logits((5, 4096), dtype=torch.bfloat16, device=device)
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
 
 
+@pytest.mark.covering("dtypes", "divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize(
     "dtypes",
@@ -95,7 +136,7 @@ def test_float64_on_the_torch_path(wide):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_leading_shapes(leading, reduction, backend, device):
     student, teacher = make_logits((*leading, 19), device=device)
-    for divergence in DIVERGENCES[:4]:
+    for divergence in DIVERGENCES[2:4]:
         ours = check(
             distillation_loss, student, teacher,
             divergence=divergence, backend=backend, reduction=reduction,
@@ -103,6 +144,7 @@ def test_leading_shapes(leading, reduction, backend, device):
         assert ours.gradient.shape == student.shape
 
 
+@pytest.mark.covering("student_view n_cols", "student_view teacher_view")
 @pytest.mark.parametrize("n_cols", [24, 37])
 @pytest.mark.parametrize("student_view", VIEWS)
 @pytest.mark.parametrize("teacher_view", ["same", "contiguous"])
@@ -111,8 +153,7 @@ def test_strides(n_cols, student_view, teacher_view, backend, device):
     student, teacher = VIEWS[student_view](student), VIEWS[student_view](teacher)
     if teacher_view == "contiguous":
         teacher = teacher.contiguous()
-    for divergence in (ForwardKL(), JensenShannon(0.3)):
-        check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
+    check(distillation_loss, student, teacher, divergence="jensen_shannon", backend=backend)
 
 
 def test_what_lies_between_strided_rows_is_not_read(backend, device):
@@ -123,6 +164,7 @@ def test_what_lies_between_strided_rows_is_not_read(backend, device):
     assert ours.gradient.isfinite().all()
 
 
+@pytest.mark.covering("divergence.operands gradient")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_dropped_tokens_are_not_read(divergence, gradient, backend, device):
@@ -206,93 +248,12 @@ def test_components(reduction, weight, backend, device):
         assert_close(name, mine.detach(), theirs.detach(), true.detach())
 
 
-@pytest.mark.parametrize("n_cols", [40, 4099])
-def test_no_gradient_is_made_where_none_is_wanted(n_cols, backend, device):
-    student, teacher = make_logits((3, n_cols), device=device)
-    for divergence in DIVERGENCES:
-        options = {"divergence": divergence, "backend": backend}
-        loss = distillation_loss(student, teacher, **options)
-        assert not loss.requires_grad
-        with torch.no_grad():
-            quiet = distillation_loss(student.clone().requires_grad_(), teacher, **options)
-        assert not quiet.requires_grad
-        truth = run_reference(student, teacher, double=True, divergence=divergence)
-        eager = run_reference(student, teacher, double=False, divergence=divergence)
-        assert_close("loss", loss, eager.loss, truth.loss)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_both_gradient_modes_give_the_same_bits(divergence, backend, device):
-    for upstream in (1.0, 0.5):
-        gradients = []
-        for gradient in ("forward", "backward"):
-            student, teacher = make_logits((4, 513), dtype=torch.bfloat16, device=device)
-            student.requires_grad_()
-            loss = distillation_loss(
-                student, teacher, divergence=divergence, gradient=gradient, backend=backend
-            )
-            (loss * upstream).backward()
-            gradients.append(student.grad)
-        assert torch.equal(*gradients)
-
-
-def test_backward_twice(backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    student.requires_grad_()
-    loss = distillation_loss(student, teacher, gradient="backward", backend=backend)
-    loss.backward(retain_graph=True)
-    once = student.grad.clone()
-    loss.backward()
-    assert torch.equal(student.grad, once + once)
-    for upstream in (1.0, 0.5):
-        loss = distillation_loss(student, teacher, gradient="forward", backend=backend) * upstream
-        loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="gradient='backward'"):
-            loss.backward()
-
-
-def test_second_derivative_is_an_error(backend, device):
-    for gradient in ("forward", "backward"):
-        student, teacher = make_logits((3, 40), device=device)
-        student.requires_grad_()
-        loss = distillation_loss(student, teacher, gradient=gradient, backend=backend)
-        with pytest.raises(RuntimeError, match="second derivative"):
-            torch.autograd.grad(loss, student, create_graph=True)
-
-
 def test_many_short_blocks(backend, device):
     """A shifted view of many short sequences: rows that two strides reach."""
-    student, teacher = make_logits((50, 3, 40), device=device)
-    mask = (torch.arange(100, device=device) % 3 > 0).view(50, 2)
+    student, teacher = make_logits((16, 3, 40), device=device)
+    mask = (torch.arange(32, device=device) % 3 > 0).view(16, 2)
     for options in ({}, {"loss_mask": mask}, {"reduction": "none", "loss_mask": mask}):
         check(distillation_loss, student[:, :-1], teacher[:, 1:], backend=backend, **options)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-@pytest.mark.parametrize("n_cols", [4096, 50257])
-def test_same_bits_in_any_batch_position(divergence, n_cols):
-    """Of the CPU path; the kernels hold it where rows are aligned, or in deterministic mode."""
-    student, teacher = make_logits((7, n_cols))
-    options = {"divergence": divergence, "reduction": "none"}
-    together = run(distillation_loss, student, teacher, upstream_seed=None, **options)
-    for rows in ([3], [6, 3], [0, 1, 2, 3, 4]):
-        part = run(distillation_loss, student[rows], teacher[rows], upstream_seed=None, **options)
-        assert torch.equal(part.loss, together.loss[rows])
-        assert torch.equal(part.gradient, together.gradient[rows])
-
-
-@pytest.mark.parametrize("n_cols", [48, 49])
-def test_same_bits_in_any_batch_position_in_deterministic_mode(n_cols, backend, device):
-    student, teacher = make_logits((7, n_cols), device=device)
-    options = {"divergence": "jensen_shannon", "reduction": "none", "backend": backend}
-    torch.use_deterministic_algorithms(True)
-    try:
-        together = run(distillation_loss, student, teacher, upstream_seed=None, **options)
-        part = run(distillation_loss, student[3:5], teacher[3:5], upstream_seed=None, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(part.loss, together.loss[3:5])
-    assert torch.equal(part.gradient, together.gradient[3:5])
 
 
 def test_no_token_at_all(backend, device):
@@ -312,24 +273,7 @@ def test_no_token_at_all(backend, device):
         assert loss == 0
 
 
-def test_components_do_not_share_memory_with_the_loss(backend, device):
-    student, teacher = make_logits((2, 7), device=device)
-    result = distillation_loss(student, teacher, return_components=True, backend=backend)
-    kept = result.divergence.clone()
-    result.loss.div_(4)
-    assert torch.equal(result.divergence, kept)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient": "backward"}, {"reduction": "none"}])
-def test_a_teacher_from_inference_mode(options, backend, device):
-    student, teacher = make_logits((3, 20), device=device)
-    with torch.inference_mode():
-        inferred = teacher.clone()
-    ours = run(distillation_loss, student, inferred, backend=backend, **options)
-    expected = run(distillation_loss, student, teacher, backend=backend, **options)
-    assert torch.equal(ours.gradient, expected.gradient)
-
-
+@pytest.mark.covering("divergence.operands", "offset")
 @pytest.mark.parametrize("offset", [300.0, -3e4])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_logits_far_from_zero(divergence, offset, backend, device):
@@ -338,12 +282,3 @@ def test_logits_far_from_zero(divergence, offset, backend, device):
     Over several rows: the logits' own spacing is 2**-9 at 3e4, and a single one may be lucky."""
     student, teacher = make_logits((32, 257), offset=offset, device=device)
     check(distillation_loss, student, teacher, divergence=divergence, backend=backend)
-
-
-def test_same_bits_every_time(backend, device):
-    student, teacher = make_logits((5, 3001), dtype=torch.bfloat16, device=device)
-    first = run(distillation_loss, student, teacher, backend=backend)
-    for _ in range(3):
-        again = run(distillation_loss, student, teacher, backend=backend)
-        assert torch.equal(again.loss, first.loss)
-        assert torch.equal(again.gradient, first.gradient)

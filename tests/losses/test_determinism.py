@@ -69,6 +69,9 @@ def labels_of(logits):
     return labels
 
 
+@pytest.mark.covering(
+    "divergence.operands deterministic_mode", "option deterministic_mode", "divergence"
+)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_ten_runs_on_the_cpu_path(divergence, option, deterministic_mode, threads, monkeypatch):
@@ -82,6 +85,7 @@ def test_ten_runs_on_the_cpu_path(divergence, option, deterministic_mode, thread
     assert distinct == 0
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_one_thread_and_two(divergence, threads):
     """Few runs: where other processes have the cores, threads that wait for each other are slow."""
@@ -95,6 +99,7 @@ def test_one_thread_and_two(divergence, threads):
         assert all(map(torch.equal, results[0], result))
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_a_lone_row_is_not_split_among_threads(divergence, threads):
     """PyTorch sums a single long row in parts, one a thread; a row among others it does not."""
@@ -107,6 +112,7 @@ def test_a_lone_row_is_not_split_among_threads(divergence, threads):
     assert torch.equal(alone.gradient, together.gradient[:1])
 
 
+@pytest.mark.covering("divergence", "option")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("option", ["forward", "hard"])
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4], ids=str)

@@ -271,6 +271,7 @@ print(peak, (hidden.numel() + weight.numel()) * dtype.itemsize)
 """
 
 
+@pytest.mark.covering("dtype", "gradient")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("gradient", "softcap"), [("forward", None), ("backward", 30.0)])
 def test_peak_memory(dtype, gradient, softcap):

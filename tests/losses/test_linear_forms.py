@@ -114,12 +114,14 @@ def check_topk(backend, device, *, head=None, shape=(7, 16, 90), k=5, budget=Non
     return hold(ours, theirs, tensors)
 
 
+@pytest.mark.covering("divergence", "tail")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
 def test_topk(divergence, tail, backend, device):
     check_topk(backend, device, divergence=divergence, tail=tail)
 
 
+@pytest.mark.covering("head", "gradient")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_topk_heads(head, gradient, backend, device):
@@ -198,6 +200,7 @@ def check_tokens(backend, device, *, head=None, shape=(7, 16, 90), budget=None, 
     return hold(ours, theirs, tensors)
 
 
+@pytest.mark.covering("head", "dtype return_entropy")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("return_entropy", [True, False], ids=["entropy", "alone"])

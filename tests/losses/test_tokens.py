@@ -9,20 +9,11 @@ import distill_ops
 from distill_ops import SymmetricKL, reference
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import renyi_like
-from tests.support.helpers import assert_close, make_logits, to_float64
-from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
+from tests.support.helpers import assert_close, make_ids, make_logits, to_float64
 
 INF = float("inf")
 DIVERGENCES = [*(kind() for kind in BUILT_IN.values()), renyi_like()]
 DIFFERENTIABLE = ("divergence", "student_log_prob", "student_entropy")
-
-
-def make_ids(shape, n_cols, *, seed=3, device="cpu", ignored=True):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, n_cols, shape, generator=generator)
-    if ignored and ids.numel() > 2:
-        ids.view(-1)[1] = -100
-    return ids.to(device)
 
 
 def gradients(function, student, arguments, options):
@@ -69,6 +60,7 @@ def hold(name, student, *arguments, backend, scales=None, **options):
 # --- log-probabilities and entropies -------------------------------------------------------------
 
 
+@pytest.mark.covering("shape dtype", "return_entropy dtype")
 @pytest.mark.parametrize(
     "shape", [(5,), (3, 33), (2, 3, 130), (4, 4096), (2, 4099), (0, 7)], ids=str
 )
@@ -153,6 +145,7 @@ def test_an_ignored_row_is_not_read(backend, device):
 # --- statistics ----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("divergence", "dtype")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics(divergence, dtype, backend, device):
@@ -162,6 +155,7 @@ def test_statistics(divergence, dtype, backend, device):
     hold("distillation_statistics", student, teacher, ids, scales=True, **options)
 
 
+@pytest.mark.covering("divergence.operands")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
 def test_statistics_with_zeros(divergence, backend, device):
     """Either model excludes columns, of ids too; the student's other terms stay unrestricted."""
@@ -251,85 +245,6 @@ def test_mixture(weight, dtype, backend, device):
         weight = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     options = {"temperature": 1.4, "backend": backend}
     hold("mixture_token_log_probs", student, teacher, ids, weight, **options)
-
-
-# --- as PyTorch's operators are expected to behave -----------------------------------------------
-
-FUNCTIONS = {
-    "token_log_probs": lambda s, t, ids, **options: distill_ops.token_log_probs(s, ids, **options),
-    "distillation_statistics": lambda s, t, ids, **options: (
-        distill_ops.distillation_statistics(s, t, ids, **options).student_entropy
-    ),
-    "mixture_token_log_probs": lambda s, t, ids, **options: distill_ops.mixture_token_log_probs(
-        s, t, ids, 0.3, **options
-    ),
-}
-each_function = pytest.mark.parametrize("function", list(FUNCTIONS.values()), ids=FUNCTIONS)
-
-
-@each_function
-def test_a_second_backward_and_no_second_derivative(function, backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
-    leaf = student.requires_grad_()
-    result = function(leaf, teacher, ids, backend=backend).sum()
-    (first,) = torch.autograd.grad(result, leaf, retain_graph=True)
-    (second,) = torch.autograd.grad(result, leaf, retain_graph=True)
-    assert torch.equal(first, second)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(result, leaf, create_graph=True)
-
-
-@each_function
-def test_transforms_are_refused(function, backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
-    call = lambda s: function(s, teacher, ids, backend=backend).sum()
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(call)(student)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(call, (student,), (student,))
-
-
-@each_function
-def test_compile_without_a_break(function, backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
-    call = lambda s: function(s, teacher, ids, backend=backend).sum()
-    grads = []
-    for made in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        leaf = student.clone().requires_grad_()
-        made(leaf).backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
-
-
-def test_ids_made_under_inference_mode(backend, device):
-    """A rollout's: they cannot be saved for the backward, and cannot change either."""
-    student, teacher = make_logits((3, 40), device=device)
-    with torch.inference_mode():
-        ids = make_ids((3,), 40, device=device)
-    for function in FUNCTIONS.values():
-        leaf = student.clone().requires_grad_()
-        function(leaf, teacher, ids, backend=backend).sum().backward()
-        assert leaf.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", ["token_log_probs", "distillation_statistics"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_opcheck(name, keep, backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    student.requires_grad_(keep)
-    options = {"temperature": 1.5, "backend": backend}
-    if name == "token_log_probs":
-        arguments, options["return_entropy"] = [student], True
-    else:
-        arguments = [student, teacher]
-        options["divergence"] = SymmetricKL(torch.full((3,), 0.3, device=device))
-    call = getattr(distill_ops, name), *arguments, make_ids((3,), 40, device=device)
-    opcheck_of_the_loss(*call, **options)
-    if keep:
-        opcheck_of_the_gradient(*call, **options)
 
 
 def test_same_bits_alone_and_among_others(backend, device):

@@ -40,6 +40,7 @@ def make_topk(shape, k, temperature=1.0, seed=0, dtype=torch.float32, device="cp
     return student, *topk_of(teacher.float(), k, temperature)
 
 
+@pytest.mark.covering("divergence.operands tail", "divergence")
 @by_tail
 @by_name
 def test_value_and_gradient(divergence, tail, backend, device):
@@ -47,6 +48,7 @@ def test_value_and_gradient(divergence, tail, backend, device):
     check_topk(*inputs, divergence=divergence, tail=tail, backend=backend)
 
 
+@pytest.mark.covering("divergence tail", "k tail")
 @by_tail
 @pytest.mark.parametrize("k", [1, 21])  # the latter all columns: no rest
 @pytest.mark.parametrize("divergence", SOME, ids=str)
@@ -97,6 +99,7 @@ def test_labels_inside_and_outside_the_k(divergence, tail, temperature, backend,
 
 
 # V: less than a vector; one tile and a tail; several tiles and a tail, odd; whole tiles
+@pytest.mark.covering("dtype n_cols", "divergence")
 @pytest.mark.parametrize("n_cols", [7, 1031, 4099, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", SOME[::2], ids=str)
@@ -211,7 +214,9 @@ def test_components(reduction, weight, backend, device):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "tail"), zip(SOME, ("bucket", "ignore", "renormalize"), strict=True), ids=str
+    ("divergence", "tail"),
+    list(zip(SOME, ("bucket", "ignore", "renormalize"), strict=True)),
+    ids=str,
 )
 @pytest.mark.parametrize("hard", [{}, {"hard_label_weight": 0.4}], ids=["soft", "hard"])
 def test_both_gradient_modes_give_the_same_bits(divergence, tail, hard, backend, device):

@@ -15,6 +15,7 @@ DIVERGENCES = [
     for name, kind in BUILT_IN.items()
     for parameters in PARAMETERS.get(name, [()])
 ]
+KINDS = list({d.operands: d for d in reversed(DIVERGENCES)}.values())  # one for each operands
 
 TOKENS = (2, 3)
 LABELS = torch.tensor([[3, -100, 0], [6, 1, -100]])

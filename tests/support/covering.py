@@ -2,7 +2,7 @@
 
 ``@pytest.mark.covering("row divergence.operands", "divergence")`` keeps cases of a test so that every
 combination of a row and a kind of operands, and every divergence, occurs in one: each string names
-axes (parameters, or attributes of theirs) whose values are to meet. For each backend by itself.
+axes (parameters, or attributes of theirs) whose values are to meet. For each backend by itself, unless ``backend`` is among the axes.
 """
 
 from itertools import combinations, product
@@ -68,7 +68,9 @@ def mark_the_rest(items, full, always):
     functions = {}
     for item in items:
         if item.get_closest_marker("covering") is not None:
-            backend = item.callspec.params.get("backend")
+            groups = item.get_closest_marker("covering").args
+            split = not any("backend" in group.split() for group in groups)
+            backend = item.callspec.params.get("backend") if split else None
             functions.setdefault((item.parent.nodeid, item.originalname, backend), []).append(item)
     for same in functions.values():
         (groups,) = {item.get_closest_marker("covering").args for item in same}

@@ -3,8 +3,10 @@
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 
+import distill_ops
 from distill_ops import reference, topk_distillation_loss
 from distill_ops.divergences.base import as_divergence
 from distill_ops.problem import working_dtype
@@ -16,6 +18,15 @@ def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, de
     common, student, teacher = torch.randn(3, *shape, generator=generator) * scale
     pair = (common + student, common + teacher)
     return tuple((x / math.sqrt(2) + offset).to(dtype).to(device) for x in pair)
+
+
+def make_ids(shape, n_cols, *, seed=3, device="cpu", ignored=True):
+    """Token ids, one of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, n_cols, shape, generator=generator)
+    if ignored and ids.numel() > 2:
+        ids.view(-1)[1] = -100
+    return ids.to(device)
 
 
 def moved(options, device):
@@ -173,3 +184,28 @@ def check_topk(student, log_p, ids, **options):
     )
     assert_close_to_reference(ours, eager, truth, topk_condition(student, log_p, ids, options))
     return ours
+
+
+def assert_compiled_equals_eager(loss_function, student, teacher, **options):
+    """One graph, no break, of a loss of logits that a model made."""
+    torch.compiler.reset()
+
+    def step(student, teacher, **options):
+        result = loss_function(student * 2.0, teacher, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager, graph = (run(f, student, teacher, **options) for f in (step, compiled))
+    torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
+
+
+def assert_values_are_read_in_debug_mode_only(call):
+    """``call()`` is given tensors on meta, which hold no values."""
+    call()
+    distill_ops.set_debug(True)
+    try:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call()
+    finally:
+        distill_ops.set_debug(False)

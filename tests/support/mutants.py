@@ -36,13 +36,25 @@ class Mutation(NamedTuple):
     old: str
     new: str
     test: str  # a pytest node id
-    interpreter: bool = False  # the test runs under TRITON_INTERPRET=1
+    kernels: bool = False  # the test is one of kernels, though its id does not say "triton"
+
+    @property
+    def interpreter(self) -> bool:
+        """Whether the test runs under TRITON_INTERPRET=1."""
+        return self.kernels or "[triton" in self.test
 
     def mistake(self, tree: Path) -> str | None:
         """Why the mutation does not fit the sources, or None."""
-        count = (tree / self.file).read_text().count(self.old)
+        file = tree / self.file
+        count = file.read_text().count(self.old) if file.exists() else 0
         if count != 1:
-            return f"{self.name}: its old text occurs {count} times in {self.file}, not once"
+            others = [
+                str(other.relative_to(tree))
+                for folder in ("distill_ops", "kernels") for other in (tree / folder).rglob("*.py")
+                if other != file and other.read_text().count(self.old) == 1
+            ]  # fmt: skip
+            elsewhere = f"; once in {', '.join(sorted(others))}" if others else ""
+            return f"{self.name}: its old text occurs {count} times in {self.file}, not once{elsewhere}"
         return f"{self.name}: changes nothing" if self.old == self.new else None
 
     def apply(self, tree: Path) -> None:

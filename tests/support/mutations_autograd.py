@@ -1,9 +1,11 @@
 """Mistakes around the computation: launches, autograd, the gradient in place, declared divergences."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
 OPTIONS = "tests/losses/test_dense.py::test_options"
 DENSE = "tests/losses/test_dense.py::test_"
+GRADIENTS = "tests/losses/test_dense_gradients.py::test_"
 OPERATORS = "tests/interface/test_operators.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 INPLACE = "tests/interface/test_inplace.py::test_"
@@ -12,187 +14,187 @@ DECLARED = "tests/losses/test_declared.py::test_"
 GPU_HOST_CODE_AND_AUTOGRAD = [
     # the Triton path's host code
     Mutation(
-        "the weights' sum is read on the host", "distill_ops/paths.py",
+        "the weights' sum is read on the host", sources.PATHS,
         'over = total if options.reduction == "mean" else over',
         'over = total.item() if options.reduction == "mean" else over',
         f"{NO_SYNC}on_the_host[labels_drop-none]",
     ),
     Mutation(
-        "backward reads its incoming gradient", "distill_ops/differentiation.py",
+        "backward reads its incoming gradient", sources.DIFFERENTIATION,
         'if gradient.device.type == "cpu":', "if True:",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
     Mutation(
-        "a launch too many", "distill_ops/paths.py",
+        "a launch too many", sources.PATHS,
         "return reduction.total(",
         "reduction.total(losses, components, tokens.weights, tokens.denominator)\n"
         "    return reduction.total(",
         f"{NO_SYNC}on_the_host[plain-forward]",
     ),
     Mutation(
-        "a kernel of PyTorch's beside ours", "distill_ops/paths.py",
+        "a kernel of PyTorch's beside ours", sources.PATHS,
         "losses = new(n_rows, dtype=torch.float32)",
         "losses = new(n_rows, dtype=torch.float32).zero_()",
         f"{NO_SYNC}on_the_host[plain-forward]",
     ),
     Mutation(
-        "kernels: number as normalizer ignored", "distill_ops/paths.py",
+        "kernels: number as normalizer ignored", sources.PATHS,
         "over = options.denominator\n    if n_rows", "pass\n    if n_rows",
-        f"{OPTIONS}[triton-ForwardKL()-normalizer]", interpreter=True,
+        f"{OPTIONS}[triton-ForwardKL()-normalizer]",
     ),
     Mutation(
-        "kernels: no rows over a normalizer of 0", "distill_ops/paths.py",
+        "kernels: no rows over a normalizer of 0", sources.PATHS,
         "over = 1.0  # loss 0, as where no token is kept", "pass",
-        f"{DENSE}no_token_at_all[triton]", interpreter=True,
+        f"{DENSE}no_token_at_all[triton]",
     ),
     Mutation(
-        "kernels: the forward's gradient is not scaled", "distill_ops/differentiation.py",
+        "kernels: the forward's gradient is not scaled", sources.DIFFERENTIATION,
         "reduction.scale_(gradient, upstream)", "pass",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
     # autograd and tracing
     Mutation(
-        "host: the forward's gradient is scaled up only", "distill_ops/differentiation.py",
+        "host: the forward's gradient is scaled up only", sources.DIFFERENTIATION,
         "if factor != 1:", "if factor > 1:",
-        f"{DENSE}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
+        f"{GRADIENTS}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
     ),
     Mutation(
-        "a second backward scales again", "distill_ops/differentiation.py",
+        "a second backward scales again", sources.DIFFERENTIATION,
         "ctx.spent = True\n    for gradient", "for gradient",
-        f"{DENSE}backward_twice[torch]",
+        f"{GRADIENTS}backward_twice[torch]",
     ),
     Mutation(
-        "double backward is silent", "distill_ops/differentiation.py",
+        "double backward is silent", sources.DIFFERENTIATION,
         "if torch.is_grad_enabled():", "if False:",
-        f"{DENSE}second_derivative_is_an_error[torch]",
+        f"{GRADIENTS}second_derivative_is_an_error[torch]",
     ),
     Mutation(
-        "components require grad", "distill_ops/differentiation.py",
+        "components require grad", sources.DIFFERENTIATION,
         "ctx.mark_non_differentiable(components, *kept)", "ctx.mark_non_differentiable(*kept)",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "inference tensors are saved", "distill_ops/differentiation.py",
+        "inference tensors are saved", sources.DIFFERENTIATION,
         "t if not traced and t is not None and t.is_inference() else None for t in tensors",
         "None for t in tensors",
-        f"{DENSE}a_teacher_from_inference_mode[torch-options1]",
+        f"{GRADIENTS}a_teacher_from_inference_mode[torch-options1]",
     ),
     Mutation(
-        "the fake keeps no gradient", "distill_ops/ops.py",
+        "the fake keeps no gradient", sources.OPS,
         "new_empty(inputs.student.shape if mode == FORWARD else 0)", "new_empty(0)",
         f"{OPERATORS}opcheck_of_the_loss[torch-forward]",
     ),
     Mutation(
-        "torch.func is not refused", "distill_ops/differentiation.py",
+        "torch.func is not refused", sources.DIFFERENTIATION,
         "if interpreter.key() in (TransformType.Grad, TransformType.Jvp):", "if False:",
         f"{OPERATORS}transforms_that_cannot_work_are_refused[torch]",
     ),
     Mutation(
-        "float16 gradients are made before the loss scale", "distill_ops/losses.py",
+        "float16 gradients are made before the loss scale", sources.LOSSES,
         'reduction == "none" or float16', 'reduction == "none"',
         f"{OPERATORS}float16_gradients_survive_a_loss_scale[torch]",
     ),
     Mutation(
-        "temperature instead of its square", "distill_ops/paths.py",
+        "temperature instead of its square", sources.PATHS,
         "temperature**2 if", "temperature if",
         f"{OPTIONS}[torch-ForwardKL()-temperature_squared]",
     ),
     Mutation(
-        "float64 goes to the kernels", "distill_ops/losses.py",
+        "float64 goes to the kernels", sources.LOSSES,
         "        if wide:", "        if False:",
-        "tests/interface/test_validation.py::test_triton_on_float64", interpreter=True,
+        "tests/interface/test_validation.py::test_triton_on_float64", kernels=True,
     ),
 ]  # fmt: skip
 
 INPLACE_GRADIENT = [
     Mutation(
-        "no version bump in the forward", "distill_ops/ops.py",
+        "no version bump in the forward", sources.OPS,
         "arguments[N_SHARED])\n    increment_version(inputs.student)", "arguments[N_SHARED])",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]", interpreter=True,
+        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
-        "in place on a view of a parameter", "distill_ops/checks.py",
+        "in place on a view of a parameter", sources.CHECKS,
         "base = student_logits._base", "base = None",
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "saved tensors unpacked twice", "distill_ops/differentiation.py",
+        "saved tensors unpacked twice", sources.DIFFERENTIATION,
         "list(kept[n_saved:])", "list(ctx.saved_tensors[n_saved:])",
         f"{OPERATORS}saved_tensors_are_unpacked_once[dense, none]",
     ),
     Mutation(
-        "no version bump in the backward", "distill_ops/ops.py",
+        "no version bump in the backward", sources.OPS,
         "student)\n    increment_version(student)", "student)",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]", interpreter=True,
+        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
     ),
     Mutation(
-        "no version bump of the scaling", "distill_ops/autograd.py",
+        "no version bump of the scaling", sources.AUTOGRAD,
         "upstream, backend_of(ctx))\n        ops.increment_version(student)",
         "upstream, backend_of(ctx))",
         f"{NO_SYNC}through_autograd[plain-forward-inplace]",
     ),
     Mutation(
-        "the logits are overwritten a second time", "distill_ops/autograd.py",
+        "the logits are overwritten a second time", sources.AUTOGRAD,
         "ctx.spent = True\n            ops.dense_gradient_inplace_op", "ops.dense_gradient_inplace_op",
         f"{INPLACE}one_backward_only[torch-backward]",
     ),
     Mutation(
-        "rows done again read what the first time wrote", "distill_ops/host.py",
+        "rows done again read what the first time wrote", sources.HOST,
         "None if matrix is None else matrix[bad] for matrix in group",
         "None if matrix is None else matrix for matrix in group",
         f"{INPLACE}infinite_rows[torch-ForwardKL()]",
     ),
     Mutation(
-        "a leaf is overwritten", "distill_ops/checks.py",
+        "a leaf is overwritten", sources.CHECKS,
         "if student_logits.is_leaf or", "if False or",
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "the teacher is overwritten", "distill_ops/checks.py",
+        "the teacher is overwritten", sources.CHECKS,
         "if start < other_end and other_start < end:", "if False:",
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "written where no gradient is wanted", "distill_ops/losses.py",
+        "written where no gradient is wanted", sources.LOSSES,
         "inplace = inplace and mode != NO_GRADIENT", "mode = FORWARD if inplace else mode",
         f"{INPLACE}nothing_is_written_without_a_gradient[torch]",
     ),
     Mutation(
-        "a view's gradient begins where its memory does", "kernels/dense.py",
+        "a view's gradient begins where its memory does", sources.KERNELS_DENSE,
         '**gradient_rows.arguments("gradient")',
         '**gradient_rows._replace(start=0).arguments("gradient")',
-        f"{INPLACE}views[triton-forward-later columns]", interpreter=True,
+        f"{INPLACE}views[triton-forward-later columns]",
     ),
     Mutation(
-        "strides that need a copy are not refused", "kernels/dense.py",
+        "strides that need a copy are not refused", sources.KERNELS_DENSE,
         "        if not layouts[0].is_in(student):\n            raise", "        if False:\n            raise",
-        f"{INPLACE}strides_that_the_kernels_cannot_reach", interpreter=True,
+        f"{INPLACE}strides_that_the_kernels_cannot_reach", kernels=True,
     ),
 ]  # fmt: skip
 
 PARAMETERS_AND_DECLARED = [
     Mutation(
-        "kernels: the first token's parameter for all", "kernels/dense.py",
+        "kernels: the first token's parameter for all", sources.KERNELS_DENSE,
         "position = tl.cast(row, tl.int64) * STRIDES[i]", "position = tl.cast(row, tl.int64) * 0",
-        "tests/losses/test_parameters.py::test_each_token_has_its_own[triton-symmetric_kl]", interpreter=True,
+        "tests/losses/test_parameters.py::test_each_token_has_its_own[triton-symmetric_kl]",
     ),
     Mutation(
-        "parameters are not looked at", "distill_ops/divergences.py",
+        "parameters are not looked at", sources.DIVERGENCES,
         "inside = domain.low < value < domain.high", "inside = True",
         f"{DECLARED}declared_parameters",
     ),
     Mutation(
-        "a slope is never wrong", "distill_ops/verify.py",
+        "a slope is never wrong", sources.VERIFY,
         "SLOPE_TOLERANCE = 1e-8", "SLOPE_TOLERANCE = 1e8",
         f"{DECLARED}check_refuses[swapped_sign]",
     ),
     Mutation(
-        "a limit is never infinite", "distill_ops/verify.py",
+        "a limit is never infinite", sources.VERIFY,
         'if grows.any() and side != "both":', "if False:",
         f"{DECLARED}check_refuses[undeclared_infinity]",
     ),
     Mutation(
-        "local variables are not refused", "distill_ops/declare.py",
+        "local variables are not refused", sources.DECLARE,
         "if function.__closure__:", "if False:",
         f"{DECLARED}a_function_with_local_variables_is_refused",
     ),

@@ -1,5 +1,6 @@
 """Mistakes of the CPU path and of the checks."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
 OPTIONS = "tests/losses/test_dense.py::test_options"
@@ -11,146 +12,146 @@ DISTRIBUTED = "tests/interface/test_distributed.py::test_a_step_of_two_processes
 
 CPU_PATH = [
     Mutation(
-        "host: ignored labels count", "distill_ops/paths.py",
+        "host: ignored labels count", sources.PATHS,
         "kept = labels != options.ignore_index", "kept = labels == labels",
         f"{OPTIONS}[torch-ForwardKL()-labels_drop]",
     ),
     Mutation(
-        "host: mean over rows, not weights", "distill_ops/paths.py",
+        "host: mean over rows, not weights", sources.PATHS,
         "inputs.n_rows if weights is None else weights.sum()", "inputs.n_rows",
         f"{OPTIONS}[torch-ForwardKL()-float_mask]",
     ),
     Mutation(
-        "host: normalizer ignored", "distill_ops/paths.py",
+        "host: normalizer ignored", sources.PATHS,
         "over = inputs.normalizer.to(dtype)", "over = weights.sum()",
         f"{DISTRIBUTED}[DDP-soft-1]",
     ),
     Mutation(
-        "host: no guard of an empty batch", "distill_ops/paths.py",
+        "host: no guard of an empty batch", sources.PATHS,
         "if inputs.n_rows == 0 or (weights is not None and not weights.any()):",
         "if inputs.n_rows == 0:",
         f"{DENSE}no_kept_token[torch-mask-mean]",
     ),
     Mutation(
-        "host: temperature squared lost", "distill_ops/paths.py",
+        "host: temperature squared lost", sources.PATHS,
         "divergence_loss = divergence_loss * options.divergence_scale", "pass",
         f"{OPTIONS}[torch-ForwardKL()-temperature_squared]",
     ),
     Mutation(
-        "host: gradient not divided by the temperature", "distill_ops/paths.py",
+        "host: gradient not divided by the temperature", sources.PATHS,
         "options.divergence_scale / options.temperature)", "options.divergence_scale)",
         f"{OPTIONS}[torch-ForwardKL()-temperature]",
     ),
     Mutation(
-        "host: components swapped", "distill_ops/paths.py",
+        "host: components swapped", sources.PATHS,
         "[weighted(divergence_loss), weighted(hard_loss)]",
         "[weighted(hard_loss), weighted(divergence_loss)]",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "host: hard and soft weights swapped", "distill_ops/paths.py",
+        "host: hard and soft weights swapped", sources.PATHS,
         "loss = (1 - w) * divergence_loss + w * hard_loss",
         "loss = w * divergence_loss + (1 - w) * hard_loss",
         f"{OPTIONS}[torch-ForwardKL()-hard]",
     ),
     Mutation(
-        "a float64 teacher is rounded", "distill_ops/paths.py",
+        "a float64 teacher is rounded", sources.PATHS,
         "return working_dtype(self.student, self.teacher)", "return working_dtype(self.student)",
         f"{DENSE}float64_on_the_torch_path[teacher]",
     ),
     Mutation(
-        "host: tokens of weight 0 are read", "distill_ops/host.py",
+        "host: tokens of weight 0 are read", sources.HOST,
         "keep = None if weights is None else weights != 0", "keep = None",
         f"{DENSE}dropped_tokens_are_not_read[torch-forward-ForwardKL()]",
     ),
     Mutation(
-        "host: gradient of dropped tokens is not 0", "distill_ops/host.py",
+        "host: gradient of dropped tokens is not 0", sources.HOST,
         "(~here).nonzero().squeeze(-1), 0)", "(~here).nonzero().squeeze(-1), 1)",
         f"{DENSE}dropped_tokens_are_not_read[torch-forward-ForwardKL()]",
     ),
     Mutation(
-        "host: gradient beyond vocab_size is not 0", "distill_ops/host.py",
+        "host: gradient beyond vocab_size is not 0", sources.HOST,
         "gradient[..., n_cols:] = 0", "gradient[..., n_cols:] = 1",
         f"{OPTIONS}[torch-ForwardKL()-vocab_size]",
     ),
     Mutation(
-        "host: rows with infinities are not done again", "distill_ops/host.py",
+        "host: rows with infinities are not done again", sources.HOST,
         "if not finite and guards != ROW_BY_ROW:",
         "if False:",
         f"{SEMANTICS}infinite_logits_propagate[torch-ForwardKL()-padding]",
     ),
     Mutation(
-        "host: a lone row is split among threads", "distill_ops/chunks.py",
+        "host: a lone row is split among threads", sources.CHUNKS,
         "if values.shape[0] == 1:", "if False:",
         f"{DETERMINISM}a_lone_row_is_not_split_among_threads[ForwardKL()]",
     ),
     Mutation(
-        "host: forward KL's sign", "distill_ops/closed_forms.py",
+        "host: forward KL's sign", sources.CLOSED_FORMS,
         "chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).mul_(p)",
         "chunk.finite_log(log_q).sub_(chunk.finite_log(log_p)).mul_(p)",
         f"{OPTIONS}[torch-ForwardKL()-plain]",
     ),
     Mutation(
-        "host: reverse KL is not restricted", "distill_ops/closed_forms.py",
+        "host: reverse KL is not restricted", sources.CLOSED_FORMS,
         "masked_fill_(chunk.teacher == NEG_INF, NEG_INF)",
         "masked_fill_(chunk.student == NEG_INF, NEG_INF)",
         f"{SEMANTICS}infinite_logits_are_dropped[torch-forward-ReverseKL()-teacher]",
     ),
     Mutation(
-        "host: symmetric KL's weights swapped", "distill_ops/closed_forms.py",
+        "host: symmetric KL's weights swapped", sources.CLOSED_FORMS,
         "mixed = p.mul_(weight - 1)", "mixed = p.mul_(-weight)",
         f"{OPTIONS}[torch-SymmetricKL(weight=0.3)-plain]",
     ),
     Mutation(
-        "host: skew reverse KL's slope without its share", "distill_ops/closed_forms.py",
+        "host: skew reverse KL's slope without its share", sources.CLOSED_FORMS,
         "share = torch.exp(log_q_over_m, out=free).mul_(alpha)",
         "share = torch.exp(log_q_over_m, out=free).mul_(0)",
         f"{OPTIONS}[torch-SkewReverseKL(alpha=0.2)-plain]",
     ),
     Mutation(
-        "host: skew KL's slope without 1 - alpha", "distill_ops/closed_forms.py",
+        "host: skew KL's slope without 1 - alpha", sources.CLOSED_FORMS,
         "log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)",
         "log_p_over_m.exp_().mul_(q).mul_(-chunk.scale)",
         f"{OPTIONS}[torch-SkewForwardKL(alpha=0.1)-plain]",
     ),
     Mutation(
-        "host: the mixture's weights swapped", "distill_ops/closed_forms.py",
+        "host: the mixture's weights swapped", sources.CLOSED_FORMS,
         "exp_().sub_(1).mul_(of_student)", "exp_().sub_(1).mul_(of_teacher)",
         f"{OPTIONS}[torch-SkewReverseKL(alpha=0.2)-plain]",
     ),
     Mutation(
-        "host: total variation twice", "distill_ops/closed_forms.py",
+        "host: total variation twice", sources.CLOSED_FORMS,
         "difference.sign_().mul_(0.5 * chunk.scale)", "difference.sign_().mul_(chunk.scale)",
         f"{OPTIONS}[torch-TotalVariation()-plain]",
     ),
     Mutation(
-        "host: the backward of softmax writes to strided memory", "distill_ops/chunks.py",
+        "host: the backward of softmax writes to strided memory", sources.CHUNKS,
         "gradient.dtype == self.terms.dtype and gradient.is_contiguous()",
         "gradient.dtype == self.terms.dtype",
         f"{OPTIONS}[torch-ForwardKL()-vocab_size]",
     ),
     Mutation(
-        "host: beta for 1 - beta", "distill_ops/closed_forms.py",
+        "host: beta for 1 - beta", sources.CLOSED_FORMS,
         "of_student.mul_((beta - 1) * chunk.scale)",
         "of_student.mul_(-beta * chunk.scale)",
         f"{OPTIONS}[torch-JensenShannon(beta=0.1)-plain]",
     ),
     Mutation(
-        "host: dropped terms keep their slope", "distill_ops/closed_forms.py",
+        "host: dropped terms keep their slope", sources.CLOSED_FORMS,
         "chunk.finite_log(log_q)\n    chunk.without_student_zeros(p)",
         "chunk.finite_log(log_q)",
         f"{SEMANTICS}infinite_logits_are_dropped[torch-forward-SoftCrossEntropy()-student]",
     ),
     Mutation(
-        "host: hard labels at the temperature", "distill_ops/chunks.py",
+        "host: hard labels at the temperature", sources.CHUNKS,
         "self.logits(self.student, 1.0, work)", "self.logits(self.student, self.terms.temperature, work)",
         f"{OPTIONS}[torch-ForwardKL()-hard_temperature]",
     ),
     Mutation(
-        "host: a row without a softmax vanishes", "distill_ops/chunks.py",
+        "host: a row without a softmax vanishes", sources.CHUNKS,
         "value = value.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)",
         "value = value.masked_fill(dead, 0.0)",
-        f"{SEMANTICS}a_row_without_a_softmax_is_nan_and_alone[torch-all -inf-student-forward-ForwardKL()]",
+        f"{SEMANTICS}rows_without_a_softmax_are_nan_and_alone[torch-forward-ForwardKL()]",
     ),
 ]  # fmt: skip
 
@@ -158,37 +159,37 @@ BAD_INPUT = "tests/interface/test_validation.py::test_bad_input"
 
 CHECKS = [
     Mutation(
-        "a mask that requires grad", "distill_ops/checks.py",
+        "a mask that requires grad", sources.CHECKS,
         '_constant("loss_mask", loss_mask, "detach it")', "pass",
         f"{BAD_INPUT}[loss_mask requires grad.*detach]",
     ),
     Mutation(
-        "a vocabulary of no column", "distill_ops/checks.py",
+        "a vocabulary of no column", sources.CHECKS,
         "if not 1 <= vocab_size <= widest:", "if not 0 <= vocab_size <= widest:",
         f"{BAD_INPUT}[vocab_size must lie in]",
     ),
     Mutation(
-        "the first label beyond the vocabulary", "distill_ops/checks.py",
+        "the first label beyond the vocabulary", sources.CHECKS,
         "(labels >= n_cols)", "(labels > n_cols)",
         f"{BAD_INPUT}[labels must lie in [0, 5) .*got 5]",
     ),
     Mutation(
-        "labels are checked on the GPU", "distill_ops/checks.py",
+        "labels are checked on the GPU", sources.CHECKS,
         "not _readable(labels, loss_mask)", "False",
         f"{NO_SYNC}on_the_host[hard-none]",
     ),
     Mutation(
-        "parameters are checked on the GPU", "distill_ops/checks.py",
+        "parameters are checked on the GPU", sources.CHECKS,
         "not _readable(value, loss_mask, labels)", "False",
         f"{NO_SYNC}of_parameters[per token-none]",
     ),
     Mutation(
-        "beta = 1 is not the reverse KL", "distill_ops/divergences.py",
+        "beta = 1 is not the reverse KL", sources.DIVERGENCES,
         "return ReverseKL() if is_number(self.beta, 1) else self", "return self",
         f"{SEMANTICS}end_points_are_the_kls[torch]",
     ),
     Mutation(
-        "the teacher trains", "distill_ops/integrations/minillm.py",
+        "the teacher trains", sources.MINILLM,
         "    teacher_model.eval()\n", "",
         "tests/interface/test_minillm.py::test_get_distil_loss",
     ),

@@ -1,42 +1,42 @@
 """Mutations of the kernels over tokens, the moments and the mixed loss."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
-DENSE = "tests/losses/test_dense.py::test_"
+GRADIENTS = "tests/losses/test_dense_gradients.py::test_"
 INPLACE = "tests/interface/test_inplace.py::test_"
 
 TOKENS_AND_MOMENTS = [
     Mutation(
         "soft moment not moved with the maximum",
-        "kernels/sweeps.py",
+        sources.KERNELS_SWEEPS,
         "factor_t * (moment_t + l_t * shift)",
         "factor_t * moment_t",
-        f"{DENSE}no_gradient_is_made_where_none_is_wanted[triton-4099]",
-        interpreter=True,
+        f"{GRADIENTS}no_gradient_is_made_where_none_is_wanted[triton-4099]",
     ),
     Mutation(
         "bfloat16 is truncated",
-        "kernels/math.py",
+        sources.KERNELS_MATH,
         "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536",
         "bits = bits & -65536",
         "tests/kernels/test_reduction.py::test_gradients_are_rounded_to_nearest",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "no token kept divides by 0",
-        "kernels/reduction.py",
+        sources.KERNELS_REDUCTION,
         "tl.where(tl.sum(n_kept) == 0, 1.0, tl.sum(total))",
         "tl.sum(total)",
         "tests/kernels/test_reduction.py::test_token_weights[100]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "kernels: the forward's gradient is scaled up only",
-        "kernels/reduction.py",
+        sources.KERNELS_REDUCTION,
         "if upstream != 1.0:",
         "if upstream > 1.0:",
         "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
         "kernels: what lies behind the gradient's whole vectors is not scaled",
@@ -56,14 +56,14 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "kd_ratio for 1 - kd_ratio",
-        "distill_ops/integrations/minillm.py",
+        sources.MINILLM,
         "hard_label_weight=1 - args.kd_ratio",
         "hard_label_weight=args.kd_ratio",
         "tests/interface/test_minillm.py::test_get_mixed_loss",
     ),
     Mutation(
         "hard labels read overwritten logits",
-        "distill_ops/chunks.py",
+        sources.CHUNKS,
         "early = inplace and self.terms.hard and write is not None",
         "early = False",
         f"{INPLACE}same_bits_as_a_fresh_gradient[torch-ForwardKL()-hard_all]",

@@ -1,5 +1,6 @@
 """Mutations of the top-k loss: its kernel, its CPU path, its operators."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
 TOPK = "tests/losses/test_topk.py::test_"
@@ -8,72 +9,69 @@ OPERATORS = "tests/interface/test_topk_operators.py::test_"
 
 TOPK_MUTATIONS = [
     Mutation(
-        "top-k: the K count as columns outside", "kernels/outside.py",
+        "top-k: the K count as columns outside", sources.KERNELS_OUTSIDE,
         "tl.where((bits & mask) != 0, -INFINITY, x)", "x",
-        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]", interpreter=True,
+        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
     Mutation(
-        "top-k: a row's marks stay for the next", "kernels/topk.py",
+        "top-k: a row's marks stay for the next", sources.KERNELS_TOPK,
         "                unmark(words, position, used)\n", "                pass\n",
-        f"{TOPK}more_rows_than_programs[triton-JensenShannon(beta=0.3)-bucket]", interpreter=True,
+        f"{TOPK}more_rows_than_programs[triton-JensenShannon(beta=0.3)-bucket]",
     ),
     Mutation(
-        "top-k: scratch memory is not cleared", "kernels/topk.py",
+        "top-k: scratch memory is not cleared", sources.KERNELS_TOPK,
         "        clear(words, n_words, LANES)\n", "",
-        f"{TOPK}scratch_memory_may_hold_anything", interpreter=True,
+        f"{TOPK}scratch_memory_may_hold_anything", kernels=True,
     ),
     Mutation(
-        "top-k: bits of float32 vectors are taken from the byte's start", "kernels/outside.py",
+        "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_OUTSIDE,
         " >> (first & 7)", "",
-        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]", interpreter=True,
+        f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
     Mutation(
-        "top-k: the rest stays where the K cover the vocabulary", "kernels/topk.py",
+        "top-k: the rest stays where the K cover the vocabulary", sources.KERNELS_TOPK,
         "tl.where(covered, -INFINITY, tl.log(rest))", "tl.log(rest)",
         f"{EDGES}no_rest_where_the_k_cover_the_vocabulary[triton-JensenShannon(beta=0.3)]",
-        interpreter=True,
     ),
     Mutation(
-        "top-k: the teacher's sum in float32", "kernels/topk.py",
+        "top-k: the teacher's sum in float32", sources.KERNELS_TOPK,
         "tl.exp(log_p.to(tl.float64))", "tl.exp(log_p)",
-        f"{EDGES}the_teacher_s_rest_is_not_float32_s_rounding[triton]", interpreter=True,
+        f"{EDGES}the_teacher_s_rest_is_not_float32_s_rounding[triton]",
     ),
     Mutation(
-        "top-k: the label's entry is left out", "kernels/topk.py",
+        "top-k: the label's entry is left out", sources.KERNELS_TOPK,
         "entry - hard_scale", "entry",
         f"{TOPK}labels_inside_and_outside_the_k[triton-JensenShannon(beta=0.3)-bucket-1.0]",
-        interpreter=True,
     ),
     Mutation(
-        "top-k: any id is written to", "kernels/topk.py",
+        "top-k: any id is written to", sources.KERNELS_TOPK,
         "used = (token_id >= 0) & (token_id < n_cols)", "used = token_id >= 0",
         f"{EDGES}ids_that_nobody_checked_are_nan[bucket]",
-        interpreter=True,
+        kernels=True,
     ),
     Mutation(
-        "top-k: slopes outside are not kept for the backward", "kernels/topk.py",
+        "top-k: slopes outside are not kept for the backward", sources.KERNELS_TOPK,
         "tl.store(kept + 3, outside_slope)", "tl.store(kept + 3, 0.0)",
         f"{TOPK}both_gradient_modes_give_the_same_bits[triton-soft-AlphaBeta(alpha=0.2, beta=0.7)"
         "-renormalize]",
-        interpreter=True,
     ),
     Mutation(
-        "top-k, CPU: an unused slot takes column 0 from the rest", "distill_ops/topk_host.py",
+        "top-k, CPU: an unused slot takes column 0 from the rest", sources.TOPK_HOST,
         "torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)", "ids.clamp(min=0)",
         f"{EDGES}unused_slots_are_as_if_absent[torch-JensenShannon(beta=0.3)-bucket]",
     ),
     Mutation(
-        "top-k, CPU: a token without slots loses column 0", "distill_ops/topk_host.py",
+        "top-k, CPU: a token without slots loses column 0", sources.TOPK_HOST,
         "    out[:, :1] = torch.where((rows.ids", "    out[:, :0] = torch.where((rows.ids",
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
     Mutation(
-        "top-k: slots are looked at on the GPU", "distill_ops/checks.py",
+        "top-k: slots are looked at on the GPU", sources.CHECKS,
         "if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):", "if hard_label_weight < 1:",
         "tests/interface/test_no_sync.py::test_nothing_is_read_for_the_top_k[plain-forward]",
     ),
     Mutation(
-        "top-k: the tail is lost on the way", "distill_ops/topk_ops.py",
+        "top-k: the tail is lost on the way", sources.TOPK_OPS,
         "self.ids, self.tail)", 'self.ids, "bucket")',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
