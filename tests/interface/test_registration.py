@@ -146,10 +146,12 @@ def test_fake_and_compile(toy):
     torch.testing.assert_close(x.grad, again.grad)
 
 
-def test_vmap(toy):
-    x = torch.randn(5, 3, 4)
-    mapped = torch.func.vmap(lambda x: call(toy, x, NO_GRADIENT))(x)
-    torch.testing.assert_close(mapped, torch.stack([truth(row) for row in x]))
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap(toy, dim):
+    """Over any dimension; the weight and the factors are not mapped."""
+    x = torch.randn(4, 4, 4)
+    mapped = torch.func.vmap(lambda x: call(toy, x, NO_GRADIENT), dim)(x)
+    torch.testing.assert_close(mapped, torch.stack([truth(row) for row in x.unbind(dim)]))
 
 
 @pytest.mark.parametrize("made", [FORWARD, BACKWARD])
@@ -263,6 +265,20 @@ def test_hops_to_the_launch(name, monkeypatch):
         aot.record(lambda: called(student, teacher), aot.TARGETS["sm_90"].facts)
     assert found
     assert all(0 < len(hops) <= MOST_HOPS[name] for hops in found), found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["topk_distillation_loss", "linear_distillation_loss", "linear_topk_distillation_loss"],
+)
+def test_options_that_a_function_goes_without_are_refused(name):
+    student, teacher = make_logits((4, 33))
+    original = getattr(distill_ops, name)
+    with (
+        mock.patch.object(distill_ops, name, lambda *a: original(*a, infinities="propagate")),
+        pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'infinities'"),
+    ):
+        FUNCTIONS[name](student, teacher)
 
 
 def test_signatures():
