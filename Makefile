@@ -8,6 +8,10 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,examples,dev]"
 	touch $@
 
+$(VENV)/ready-full: $(VENV)/ready
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[trl]"
+	touch $@
+
 setup: $(VENV)/ready
 
 bench: setup
@@ -16,11 +20,24 @@ bench: setup
 test: setup
 	$(RUN) -m pytest
 
-test-full: setup
+test-full: $(VENV)/ready-full
 	$(RUN) -m pytest --full
+
+# Both within 11 minutes on an H100. Where nothing can be installed, with a Python that has PyTorch,
+# Triton and pytest and in which this package is installed: make test-gpu GPU_RUN=python3
+GPU_RUN ?= $(RUN)
+
+test-gpu: $(if $(filter $(RUN),$(GPU_RUN)),setup)
+	status=0; \
+	$(GPU_RUN) -m benchmarks.gpu.check || status=1; \
+	$(GPU_RUN) -m benchmarks.gpu.measure || status=1; \
+	exit $$status
 
 static: setup
 	$(RUN) -m benchmarks.static
+
+report: setup
+	$(RUN) -m benchmarks.report --readme README.md --page docs/benchmarks.md
 
 accuracy: setup
 	$(RUN) -m benchmarks.accuracy
@@ -38,4 +55,4 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test test-full static accuracy mutants check example example-offline
+.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline

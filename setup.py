@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "distill_ops/__init__.py").read_text())[1]
@@ -20,22 +20,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "distill_ops",
-        "distill_ops.analysis",
-        "distill_ops.integrations",
-        "distill_ops.kernels",
-        "distill_ops.reference",
-    ],
+    packages=[*find_packages(include=["distill_ops", "distill_ops.*"]), "distill_ops.kernels"],
     package_dir={"distill_ops.kernels": "kernels"},
     package_data={"distill_ops": ["py.typed"]},
-    install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3"],
+    install_requires=["torch>=2.11", "typing_extensions>=4.8", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         # PyTorch's CUDA builds bring the Triton that they were built with
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "test": [*TEST, "triton>=3.6; platform_system == 'Linux'"],
         "bench": BENCH,
         "examples": EXAMPLES,
+        # its experimental trainers change from release to release: the one that the recipe runs with
+        "trl": ["trl==1.16.0"],
         "dev": ["ruff==0.17.6"],
     },
 )

@@ -1,5 +1,8 @@
-"""Side-by-side measurements of the dense losses: ``python -m benchmarks``, from the repo root.
+"""Measurements and counts, run from the repository's root.
 
-``python -m benchmarks.report FILE.json`` makes the README's table out of the JSON, and
-``python -m benchmarks.overhead`` prints the cost in Python of one call.
+``python -m benchmarks``: the dense losses beside eager PyTorch, torch.compile and peers;
+``benchmarks.forms``: the other forms; ``benchmarks.accuracy``: the numeric rule;
+``benchmarks.static``: what the compiled kernels cost; ``benchmarks.report``: README's table and
+docs/benchmarks.md; ``benchmarks.losses.overhead``: the cost in Python of one call;
+``benchmarks.gpu.check`` and ``benchmarks.gpu.measure``: what is run on a GPU.
 """

@@ -10,16 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import overhead, plot
-from .cases import DTYPES, LOSSES, Shape, select_cases
-from .harness import run_case, stages
-from .machine import add_device_argument, describe, device_name, machine_line
-from .providers import PROVIDERS
-from .records import FAILED, OURS, Record, save
-from .screen import case_table, left_out, make_console, overhead_table, progress_bar, summary_table
-from .timing import Budget
+from .core.machine import RESULTS, add_device_argument, describe, device_name, machine_line
+from .core.records import FAILED, OURS, save
+from .core.screen import left_out, make_console, progress_bar
+from .core.timing import Budget
+from .losses import overhead, plot
+from .losses.cases import DTYPES, LOSSES, Shape, select_cases
+from .losses.harness import run_case, stages
+from .losses.providers import PROVIDERS
+from .losses.records import Record
+from .losses.tables import case_table, overhead_table, summary_table
 
-RESULTS = Path(__file__).parent / "results"
 # of a case's forward + backward; its forward alone gets half
 BUDGET = Budget(seconds=6.0, min_rounds=5, max_rounds=100)
 QUICK_BUDGET = Budget(seconds=1.0, min_rounds=3, max_rounds=30)
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             console.print(case_table(new))
             records += new
+            if options.json:
+                save(options.json, records, facts)  # as far as it came
     for line in left_out(records):
         console.print(line, markup=False)
     console.print(summary_table(records))

@@ -1,164 +1,154 @@
-"""The README's tables out of a run's JSON: ``python -m benchmarks.report FILE [--readme README]``."""
+"""README's benchmark picture and table, and docs/benchmarks.md, out of the JSON of runs.
+
+``python -m benchmarks.report --readme README.md --page docs/benchmarks.md``; without these two it
+prints the table. Nothing is measured, and no figure is typed.
+"""
 
 import argparse
-import re
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from .machine import machine_line
-from .providers import PROVIDERS
-from .records import (
-    COMPILE,
-    EAGER,
-    OURS,
-    OURS_BACKWARD,
-    OURS_INPLACE,
-    OVERHEAD,
-    Record,
-    find,
-    group_by_case,
-    load,
-    ours_against,
-)
-from .screen import mebibytes, number
+from .core.machine import RESULTS, machine_line
+from .core.markdown import markdown_table, replace_marked
+from .core.records import EAGER, OURS, Measured, find, group_by_case, load
+from .core.screen import mebibytes, number
+from .losses import forms_report, plot
+from .losses import report as dense_report
+from .losses.forms import FormRecord
+from .losses.records import COMPILE, Record, timed_training
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-WAYS = {OURS: "forward", OURS_BACKWARD: "backward", OURS_INPLACE: "in place"}
-NOT_PEERS = (EAGER, "native", COMPILE, *WAYS)
+# the README's lines: dense losses at the first shape, and the first case of (form, loss)
+DENSE = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+FORMS = (
+    ("linear", "forward_kl"),
+    ("linear", "jensen_shannon"),
+    ("topk", "forward_kl"),
+    ("linear_topk", "forward_kl"),
+    ("tokens", "log_prob"),
+)
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], n_names: int) -> list[str]:
-    """``n_names`` columns of names, the others of numbers."""
-    alignment = ["---"] * n_names + ["---:"] * (len(header) - n_names)
-    return ["| " + " | ".join(row) + " |" for row in (header, alignment, *rows)]
+def _chosen(
+    dense: Sequence[Record], forms: Sequence[FormRecord]
+) -> list[tuple[str, list[Measured]]]:
+    """The README's lines: a name, and the records of one case."""
+    cases = list(group_by_case(timed_training(dense)).values())
+    form_cases = list(group_by_case(r for r in forms if r.measured).values())
+    lines = []
+    for loss in DENSE:
+        lines += [(loss, case) for case in cases if case[0].loss == loss][:1]
+    for form, loss in FORMS:
+        found = [case for case in form_cases if (case[0].form, case[0].loss) == (form, loss)]
+        lines += [(f"{form} {loss}", case) for case in found[:1]]
+    return lines
 
 
-def _row(records: Sequence[Record], providers: Sequence[str]) -> list[str]:
-    """A case's line; dashes for what was not measured."""
-    first = records[0]
-    timed = {name: find(records, provider=name, mode="train") for name in providers}
+def readme_table(dense: Sequence[Record], forms: Sequence[FormRecord]) -> list[str]:
+    """A line for each loss that a reader asks for first."""
 
-    def peak(name: str) -> str:
-        return mebibytes(timed[name] and timed[name].peak_bytes)
+    def row(name: str, case: Sequence[Measured]) -> list[str]:
+        eager, compiled, ours = (find(case, provider=p) for p in (EAGER, COMPILE, OURS))
+        ratio = eager.median_ms / ours.median_ms if eager and ours else None
+        return [
+            name,
+            case[0].shape,
+            *(number(record and record.median_ms) for record in (eager, compiled, ours)),
+            number(ratio, "x"),
+            *(mebibytes(record and record.peak_bytes) for record in (eager, ours)),
+        ]
 
-    return [
-        first.loss,
-        f"[{first.tokens}, {first.vocab}] {first.dtype}",
-        *(number(record and record.median_ms) for record in timed.values()),
-        number(ours_against(EAGER, records), "x"),
-        number(ours_against(COMPILE, records), "x"),
-        number(timed[OURS] and timed[OURS].copy_fraction),
-        peak(EAGER),
-        peak(OURS),
-    ]
-
-
-def _gradient_lines(cases: Iterable[Sequence[Record]]) -> list[str]:
-    """How the gradient is held: a row for each loss, at the first shape that was timed so."""
-    shape, rows = None, []
-    for records in cases:
-        ways = [find(records, provider=name, mode="train") for name in WAYS]
-        here = records[0].tokens, records[0].vocab, records[0].dtype
-        if not all(ways) or here != (shape or here):
-            continue
-        shape = here
-        forward, _, inplace = ways
-        rows.append(
-            [
-                forward.loss,
-                *(number(way.median_ms) for way in ways),
-                number(forward.median_ms / inplace.median_ms, "x"),
-                *(mebibytes(way.peak_bytes) for way in ways),
-                *(mebibytes(way.kept_bytes) for way in ways),
-            ]
-        )
-    if not rows:
-        return []
-    tokens, vocab, dtype = shape
     header = [
-        f"[{tokens}, {vocab}] {dtype}",
-        *(f"{way}, ms" for way in WAYS.values()),
-        "in place vs forward",
-        *(f"peak MiB, {way}" for way in WAYS.values()),
-        *(f"kept MiB, {way}" for way in WAYS.values()),
-    ]
-    return [
-        *markdown_table(header, rows, n_names=1),
-        "",
-        "The three ways to hold the gradient: made in the forward in a buffer of its own (the "
-        'default), `gradient="backward"`, `inplace=True`. Peak: above the inputs, the gradient '
-        "included; kept: above the inputs, between forward and backward.",
-    ]
+        "loss", "tokens, (hidden,) vocabulary", "eager, ms", "torch.compile, ms",
+        "distill_ops, ms", "vs eager", "peak MiB, eager", "peak MiB, distill_ops",
+    ]  # fmt: skip
+    rows = [row(name, case) for name, case in _chosen(dense, forms)]
+    return markdown_table(header, rows, n_names=2)
 
 
-def _overhead_line(records: Sequence[Record]) -> str:
-    first = records[0]
-    ratios = ", ".join(
-        f"{r.loss} {number(1 / r.times_baseline)}" for r in records if r.provider == OURS
-    )
-    return (
-        f"Python overhead, as a multiple of `kl_div(log_softmax(s), softmax(t))` forward + backward "
-        f"on [{first.tokens}, {first.vocab}]: {ratios}."
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.resolve().parent)).as_posix()
+
+
+def readme_part(
+    dense: Sequence[Record],
+    forms: Sequence[FormRecord],
+    facts: dict[str, object],
+    forms_facts: dict[str, object],
+    picture: str,
+    page: str,
+) -> str:
+    """What stands between README's markers; ``picture`` and ``page`` are links."""
+    return "\n".join(
+        [
+            f"![forward + backward, every loss]({picture})",
+            "",
+            *readme_table(dense, forms),
+            "",
+            "Forward + backward, medians of interleaved rounds; peak: above the inputs, gradients "
+            f"included; –: not measured. On {machine_line(facts)}; the forms beside the dense one at "
+            f"commit {forms_facts['commit']}. Every case, the peers, and the three ways to hold a "
+            f"gradient: [benchmarks]({page}).",
+        ]
     )
 
 
-def markdown(records: Sequence[Record], facts: dict[str, object]) -> str:
-    """A row for each case, ours beside eager, torch.compile and the peers that were timed; a row
-    for each loss, ours in its three ways to hold the gradient; the captions and the overhead."""
-    cases = group_by_case(records)
-    overhead = cases.pop(OVERHEAD, None)
-    measured = [r for group in cases.values() for r in group if r.measured]
-    rounds = [r.rounds for r in measured if r.mode == "train"]
-    timed = {r.provider for r in measured}
-    peers = [name for name in PROVIDERS if name in timed and name not in NOT_PEERS]
-    providers = [EAGER, COMPILE, *peers, OURS]
-    header = [
-        "loss",
-        "logits",
-        *(f"{PROVIDERS[name].label}, ms" for name in providers),
-        "vs eager",
-        "vs torch.compile",
-        "of a copy",
-        "peak MiB, eager",
-        "peak MiB, ours",
-    ]
-    lines = [
-        *markdown_table(header, (_row(group, providers) for group in cases.values()), n_names=2),
-        "",
-        f"Forward + backward, medians of {min(rounds)} or more rounds in which "
-        "every provider runs once; memory above the inputs, gradient included; “of a copy”: reading "
-        "both logits and writing the gradient at the speed of a copy would be 1.",
-    ]
-    if ways := _gradient_lines(cases.values()):
-        lines += ["", *ways]
-    lines += ["", f"`{facts['command']}` on {machine_line(facts)}."]
-    if overhead:
-        lines += ["", _overhead_line(overhead)]
-    return "\n".join(lines)
-
-
-def replace_marked(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
-    """Put ``new`` between the markers.
-
-    Raises:
-        ValueError: the text does not hold the two markers, once and in this order.
-    """
-    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    if text.count(begin) != 1 or text.count(end) != 1 or not pattern.search(text):
-        raise ValueError(f"expected {begin} and, after it, {end}, once each")
-    return pattern.sub(lambda _: f"{begin}\n{new}\n{end}", text)
+def page(
+    dense: tuple[Sequence[Record], dict[str, object]],
+    forms: tuple[Sequence[FormRecord], dict[str, object]],
+    picture: str,
+) -> str:
+    """docs/benchmarks.md."""
+    return "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            "Made by `python -m benchmarks.report` from the JSON in `benchmarks/results/`. Every "
+            "provider is checked against the float64 reference before it is timed.",
+            "",
+            "## Dense losses",
+            "",
+            f"![forward + backward, every loss]({picture})",
+            "",
+            dense_report.markdown(*dense),
+            "",
+            "## From hidden states, from a top-k teacher, of single tokens",
+            "",
+            forms_report.markdown(*forms),
+            "",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("json", type=Path, help="what python -m benchmarks wrote")
-    parser.add_argument("--readme", type=Path, help=f"replace what lies between {BEGIN} and {END}")
+    add = parser.add_argument
+    add("json", type=Path, nargs="?", default=RESULTS / "cpu.json", help="of python -m benchmarks")
+    add(
+        "--forms",
+        type=Path,
+        default=RESULTS / "forms-cpu.json",
+        help="of python -m benchmarks.forms",
+    )
+    add("--readme", type=Path, help=f"replace what lies between {BEGIN} and {END}")
+    add("--page", type=Path, help="write every table there, and the picture beside the JSON")
     options = parser.parse_args(arguments)
-    table = markdown(*load(options.json))
-    print(table)
+    dense, facts = load(options.json, Record)
+    forms = load(options.forms, FormRecord)
+    picture = options.json.resolve().with_suffix(".png")
+    print("\n".join(readme_table(dense, forms[0])))
+    if options.page:
+        plot.draw(picture, dense, f"{facts['command']}\n{machine_line(facts)}")
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        text = page((dense, facts), forms, _link(picture, options.page))
+        options.page.write_text(text, encoding="utf-8")
     if options.readme:
+        every = (options.page or options.readme.parent / "docs/benchmarks.md").resolve()
+        links = _link(picture, options.readme), _link(every, options.readme)
         text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(replace_marked(text, table), encoding="utf-8")
+        part = readme_part(dense, forms[0], facts, forms[1], *links)
+        options.readme.write_text(replace_marked(text, part, BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

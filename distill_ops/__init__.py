@@ -3,11 +3,20 @@
 See :func:`distillation_loss`."""
 
 from . import reference
-from .checks import set_debug
-from .declare import declare_divergence
-from .divergences import (
+from .analysis.verify import DivergenceReport, check_divergence
+from .api.dense import DistillationLoss, distillation_loss
+from .api.estimators import reverse_kl_estimate
+from .api.linear import LinearDistillationLoss, linear_distillation_loss
+from .api.linear_tokens import linear_token_log_probs
+from .api.linear_topk import linear_topk_distillation_loss
+from .api.metrics import distillation_metrics
+from .api.statistics import distillation_statistics
+from .api.tokens import mixture_token_log_probs, token_log_probs
+from .api.topk import topk_distillation_loss
+from .checks.values import set_debug
+from .divergences.base import Divergence
+from .divergences.built_in import (
     AlphaBeta,
-    Divergence,
     ForwardKL,
     JensenShannon,
     ReverseKL,
@@ -17,18 +26,10 @@ from .divergences import (
     SymmetricKL,
     TotalVariation,
 )
-from .estimators import reverse_kl_estimate
-from .linear import LinearDistillationLoss, linear_distillation_loss
-from .linear_token import linear_token_log_probs
-from .linear_topk import linear_topk_distillation_loss
-from .losses import DistillationLoss, distillation_loss
-from .metrics import DistillationMetrics, distillation_metrics
-from .reference import DistillationStatistics, LossComponents
-from .teacher_dataset import TeacherTopKDataset
-from .teacher_store import TeacherTopK, save_teacher_topk, teacher_topk
-from .token import distillation_statistics, mixture_token_log_probs, token_log_probs
-from .topk import topk_distillation_loss
-from .verify import DivergenceReport, check_divergence
+from .divergences.declared import declare_divergence
+from .problem import DistillationMetrics, DistillationStatistics, LossComponents
+from .teacher.dataset import TeacherTopKDataset
+from .teacher.store import TeacherTopK, save_teacher_topk, teacher_topk
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,8 @@ LEFT_OUT |= {"pydoc_data"}
 
 
 class Batch(NamedTuple):
-    """What a training step reads. Labels are aligned with the logits: shifted by one already."""
+    """What a training step reads. Labels are aligned with the logits: shifted by one already (of
+    Hugging Face labels the losses would take ``labels[:, 1:]``, and ``logits[:, :-1]``)."""
 
     input_ids: torch.Tensor  # [batch, length]
     labels: torch.Tensor  # [batch, length]; IGNORE past a document's end

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from report import GREY, LIMIT, console
+from report import GREY, LIMIT, console, save_figure
 from rich.table import Table
 
 LIVE, STORED = "live teacher", "stored teacher"
@@ -192,16 +192,7 @@ def draw(record: dict, path: Path) -> None:
     draw_step(figure.add_subplot(grid[:, 1]), record)
     draw_total(figure.add_subplot(grid[:2, 2]), record)
     draw_sizes(figure.add_subplot(grid[2, 2]), record)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    config, machine, versions = record["config"], record["machine"], record["versions"]
-    figure.suptitle(
-        f"{config['batch_size']} x {config['length']} tokens a step, vocabulary "
-        f"{config['vocab_size']}, float32, {machine['torch_threads']} threads of {machine['cpu']}, "
-        f"torch {versions['torch']}, {record['date'][:10]}",
-        fontsize=10, color=GREY, x=0.01, ha="left",
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
+    save_figure(figure, record, path)
 
 
 def main() -> None:

@@ -69,35 +69,32 @@ class OfflineConfig(Config):
         return f"distill_text, {self.teacher_steps} steps, seed {self.seed}"
 
 
+def options_of_loss(batch: Batch, config: OfflineConfig) -> dict:
+    """What both students' losses are called with."""
+    return {
+        "divergence": "forward_kl",
+        "loss_mask": batch.loss_mask,
+        "labels": batch.labels,
+        "hard_label_weight": config.hard_label_weight,
+        "temperature": config.temperature,
+        "return_components": True,
+    }
+
+
 def live_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, batch: Batch, config: OfflineConfig
 ) -> LossComponents:
-    return distill_ops.distillation_loss(
-        student_logits,
-        teacher_logits,
-        divergence="forward_kl",
-        loss_mask=batch.loss_mask,
-        labels=batch.labels,
-        hard_label_weight=config.hard_label_weight,
-        temperature=config.temperature,
-        return_components=True,
-    )
+    options = options_of_loss(batch, config)
+    return distill_ops.distillation_loss(student_logits, teacher_logits, **options)
 
 
 def stored_loss(
     student_logits: torch.Tensor, teacher: TeacherTopK, batch: Batch, config: OfflineConfig
 ) -> LossComponents:
+    # "bucket": the rest of the vocabulary is one more outcome
+    options = {**options_of_loss(batch, config), "tail": "bucket"}
     return distill_ops.topk_distillation_loss(
-        student_logits,
-        teacher.log_probs,
-        teacher.ids,
-        tail="bucket",  # the rest of the vocabulary is one more outcome
-        divergence="forward_kl",
-        loss_mask=batch.loss_mask,
-        labels=batch.labels,
-        hard_label_weight=config.hard_label_weight,
-        temperature=config.temperature,
-        return_components=True,
+        student_logits, teacher.log_probs, teacher.ids, **options
     )
 
 

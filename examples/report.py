@@ -112,6 +112,20 @@ def show(record: dict) -> None:
     )
 
 
+def save_figure(figure: Figure, record: dict, path: Path) -> None:
+    """Write the figure under a line that says on what its record was made."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    config, machine, versions = record["config"], record["machine"], record["versions"]
+    figure.suptitle(
+        f"{config['batch_size']} x {config['length']} tokens a step, vocabulary "
+        f"{config['vocab_size']}, float32, {machine['torch_threads']} threads of {machine['cpu']}, "
+        f"torch {versions['torch']}, {record['date'][:10]}",
+        fontsize=10, color=GREY, x=0.01, ha="left",
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
 def draw(record: dict, path: Path) -> None:
     """Loss curves and their difference on the left, times and memory on the right."""
     names = [EAGER, OURS]
@@ -167,16 +181,7 @@ def draw(record: dict, path: Path) -> None:
 
     for axes in (time_axes, memory_axes):
         axes.margins(y=0.08)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    config, machine, versions = record["config"], record["machine"], record["versions"]
-    figure.suptitle(
-        f"{config['batch_size']} x {config['length']} tokens a step, vocabulary "
-        f"{config['vocab_size']}, float32, {machine['torch_threads']} threads of {machine['cpu']}, "
-        f"torch {versions['torch']}, {record['date'][:10]}",
-        fontsize=10, color=GREY, x=0.01, ha="left",
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
+    save_figure(figure, record, path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``value_and_slope`` of each built-in divergence: one function each (semantics.md, section 2).
 
 A function receives, for one column or a tile of columns, what the divergence's ``operands`` name
-(``columns.py``), then its parameters:
+(``terms.py``), then its parameters:
 
 * ``log_q``, ``log_p``: the natural logarithms of the student's and the teacher's probability;
 * ``q``, ``p``: the probabilities;

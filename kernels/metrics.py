@@ -8,23 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .columns import both_exponents, paired_softmax, softmax
-from .dense import device_facts, first_position, plan, row_offset
 from .layout import row_layouts
 from .math import INFINITY, LN2, LOG2E, log2_of_normal
-from .sweeps import (
-    NO_MOMENT,
-    NOWHERE,
-    PEELED,
-    normalise,
-    read,
-    tile,
-    whole_tiles,
-)
+from .rows import first_position, row_offset, rows_launch
+from .sweeps import NO_MOMENT, NOWHERE, PEELED, normalise, read, tile, whole_tiles
+from .terms import both_exponents, paired_softmax, softmax
 
 # sums of a row: forward and reverse KL, Jensen-Shannon, total variation, sum of min(p, q), entropies
-SUMS = 7
+N_SUMS = 7
 
 
 @triton.jit
@@ -69,7 +60,7 @@ def metrics_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     STUDENT_MATCHED: tl.constexpr, TEACHER_MATCHED: tl.constexpr,
 ):  # fmt: skip
-    """SUMS numbers a row to ``sums`` [SUMS, n_rows], and whether the rows' maxima are one column."""
+    """N_SUMS numbers a row to ``sums`` [N_SUMS, n_rows], and whether the rows' maxima are one column."""
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
         teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
@@ -106,7 +97,7 @@ def run(
     teacher: torch.Tensor,  # [..., V]
     temperature: float,
     n_cols: int,
-    sums: torch.Tensor,  # [SUMS, N] float32
+    sums: torch.Tensor,  # [N_SUMS, N] float32
     agreement: torch.Tensor,  # [N] uint8
 ) -> None:
     """Launch the metrics kernel."""
@@ -114,25 +105,13 @@ def run(
     n_rows = sums.shape[1]
     if n_rows == 0:
         return
-    ends, matched, budget = plan(layouts, n_cols, n_cols)
-    sizes = student.element_size(), teacher.element_size()
-    choice = launch.dense_launch(
-        n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(student.device)
-    )
     student_rows, teacher_rows = layouts
-    metrics_kernel[(choice.n_programs,)](
-        **student_rows.arguments("student"),
-        **teacher_rows.arguments("teacher"),
+    rows = {"student": student_rows, "teacher": teacher_rows}
+    grid, arguments = rows_launch(rows, [student, teacher], n_rows, n_cols, n_cols)
+    metrics_kernel[grid](
+        **arguments,
         sums_ptr=sums,
         agreement_ptr=agreement,
         n_inner=n_inner,
-        n_rows=n_rows,
-        n_cols=n_cols,
         over_t=1.0 / temperature,
-        LANES=choice.lanes,
-        WIDTH=choice.width,
-        ENDS=ends.value,
-        STUDENT_MATCHED=matched[0],
-        TEACHER_MATCHED=matched[1],
-        **choice.options(),
     )

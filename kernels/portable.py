@@ -73,7 +73,30 @@ _TENSOR_TWINS = {}  # plain function -> its own PyTorch text, or None to rebuild
 
 
 def device_function(function=None, *, tensor_twin=None):
-    """Compile ``function`` for the device; ``tensor_twin`` replaces its body on tensors."""
+    """Compile a function that a divergence's own function may call.
+
+    ``function`` by Triton for a GPU, and its text on PyTorch tensors; ``tensor_twin`` replaces that.
+    A function of a file goes in; what device functions and divergences call comes out.
+
+    Example:
+        In a file, as Triton reads the function's text there::
+
+            import torch
+            from distill_ops import declare_divergence, distillation_loss
+            from distill_ops.language import device_function, tl
+
+            @device_function
+            def geometric_mean(log_q, log_p):
+                return tl.exp(0.5 * (log_q + log_p))
+
+            @declare_divergence
+            def bhattacharyya(log_q, log_p, q, p):
+                mean = geometric_mean(log_q, log_p)
+                return 0.5 * (q + p) - mean, 0.5 * (q - mean)
+
+            student, teacher = torch.zeros(3, 40), torch.randn(3, 40)
+            loss = distillation_loss(student, teacher, divergence=bhattacharyya())
+    """
     if function is None:
         return functools.partial(device_function, tensor_twin=tensor_twin)
     _TENSOR_TWINS[function] = tensor_twin

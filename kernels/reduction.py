@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import reduction_block
+from .launch import LOAD_BYTES, reduction_block
 from .math import from_float32
 
 
@@ -63,18 +63,33 @@ def total_kernel(
     tl.store(target, loss)
 
 
+@triton.jit
+def scale_at(pointers, upstream, inside):
+    """``gradient *= upstream`` at these places, rounded once."""
+    scaled = tl.load(pointers, mask=inside).to(tl.float32) * upstream
+    tl.store(pointers, from_float32(scaled, pointers.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["n_elements"])
-def scale_kernel(gradient_ptr, upstream_ptr, n_elements, BLOCK: tl.constexpr):
-    """``gradient *= upstream`` in place; where upstream is 1 memory is left alone."""
+def scale_kernel(
+    gradient_ptr, upstream_ptr, n_elements,
+    VECTORS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``gradient *= upstream`` in place; where upstream is 1 memory is left alone.
+
+    Blocks of ``[VECTORS, WIDTH]`` whole vectors, so that accesses are 16 bytes wide whatever the
+    length; the fewer than WIDTH elements behind them are the last program's."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     if upstream != 1.0:
-        n_blocks = tl.cdiv(tl.cast(n_elements, tl.int64), BLOCK)
-        for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-            position = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            inside = position < n_elements
-            gradient = tl.load(gradient_ptr + position, mask=inside).to(tl.float32)
-            scaled = from_float32(gradient * upstream, gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + position, scaled, mask=inside)
+        n_vectors = tl.cast(n_elements, tl.int64) // WIDTH
+        lane = tl.arange(0, VECTORS)
+        for block in range(tl.program_id(0), tl.cdiv(n_vectors, VECTORS), tl.num_programs(0)):
+            vector = tl.cast(block, tl.int64) * VECTORS + lane
+            position = vector[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            scale_at(gradient_ptr + position, upstream, (vector < n_vectors)[:, None])
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            position = n_vectors * WIDTH + lane
+            scale_at(gradient_ptr + position, upstream, position < n_elements)
 
 
 def token_weights(
@@ -133,7 +148,10 @@ def total(
 def scale_(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
     """``gradient *= upstream`` for a contiguous gradient and a 0-d upstream, read on the device."""
     n_elements = gradient.numel()
-    block = 4096
-    n_programs = min(triton.cdiv(n_elements, block), 1024)  # a few programs a multiprocessor
+    width = LOAD_BYTES // gradient.element_size()
+    vectors = 512  # two 16-byte loads a thread
+    n_programs = min(triton.cdiv(n_elements, vectors * width), 1024)  # a few a multiprocessor
     if n_programs:
-        scale_kernel[(n_programs,)](gradient, upstream, n_elements, BLOCK=block, num_warps=8)
+        scale_kernel[(n_programs,)](
+            gradient, upstream, n_elements, VECTORS=vectors, WIDTH=width, num_warps=8
+        )

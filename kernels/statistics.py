@@ -11,22 +11,13 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .columns import OPERANDS, columns
-from .dense import (
-    MOMENTS,
-    Formula,
-    device_facts,
-    first_position,
-    parameter_strides,
-    plan,
-    row_offset,
-    row_parameters,
-    row_statistics,
-)
 from .layout import row_layouts, uniform_rows
 from .math import LOG2E, fma
+from .row_loss import row_statistics
+from .rows import MOMENTS, Formula, first_position, row_offset, row_parameters, rows_launch
 from .sweeps import NOWHERE, PEELED, fill_zero, read, tile, whole_tiles, write
-from .token import (
+from .terms import column_terms
+from .token_row import (
     token_coefficients,
     token_gradient,
     token_gradient_tile,
@@ -49,7 +40,7 @@ def combined_tile(
     m, c, a, b, token_position, own = token
     x_s = read(student_row, position, inside, MASKED, False)
     x_t = read(teacher_row, position, inside, MASKED, False)
-    _, slope, q = columns(
+    _, slope, q = column_terms(
         x_s, x_t, inside, row, parameters,
         VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, False,
     )  # fmt: skip
@@ -211,22 +202,19 @@ def run(
     if n_rows == 0:
         return
     n_cols = student.shape[-1]
-    layouts.append(layouts[0] if gradient is None else uniform_rows(gradient, n_inner))
-    ends, matched, budget = plan(layouts, n_cols, n_cols)
-    sizes = student.element_size(), teacher.element_size()
-    choice = launch.dense_launch(
-        n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(student.device)
-    )
-    student_rows, teacher_rows, gradient_rows = layouts
+    student_rows, teacher_rows = layouts
+    rows = {"student": student_rows, "teacher": teacher_rows, "gradient": student_rows}
+    if gradient is not None:
+        rows["gradient"] = uniform_rows(gradient, n_inner)
+    grid, arguments = rows_launch(rows, [student, teacher], n_rows, n_cols, n_cols)
     filler = student  # stands for a pointer that the kernel's form does not read
     dense_statistics, token_statistics = statistics or (filler, filler)
     of_divergence, of_log_prob, _, of_entropy, _ = (
         (filler,) * OUTPUTS if upstream is None else upstream
     )
-    statistics_kernel[(choice.n_programs,)](
-        **student_rows.arguments("student"),
-        **teacher_rows.arguments("teacher"),
-        **gradient_rows.arguments("gradient"),
+    statistics_kernel[grid](
+        **arguments,
+        **formula.arguments(),
         ids_ptr=ids,
         outputs_ptr=filler if outputs is None else outputs,
         agreement_ptr=filler if agreement is None else agreement,
@@ -236,24 +224,8 @@ def run(
         upstream_log_prob_ptr=of_log_prob,
         upstream_entropy_ptr=of_entropy,
         n_inner=n_inner,
-        n_rows=n_rows,
-        n_cols=n_cols,
-        over_t=1.0 / formula.temperature,
         ignore_index=ignore_index,
-        parameters=formula.parameters,
-        VALUE_AND_SLOPE=formula.value_and_slope,
-        OPERANDS=OPERANDS[formula.operands],
-        PARAMETER_STRIDES=parameter_strides(formula.parameters),
         MOMENT=MOMENTS[formula.moment],
-        DROP=formula.drop,
-        RESTRICT=formula.restrict,
         WRITE_STATISTICS=gradient is None and statistics is not None,
         WRITE_GRADIENT=gradient is not None,
-        LANES=choice.lanes,
-        WIDTH=choice.width,
-        ENDS=ends.value,
-        STUDENT_MATCHED=matched[0],
-        TEACHER_MATCHED=matched[1],
-        GRADIENT_MATCHED=matched[2],
-        **choice.options(),
     )

@@ -22,8 +22,8 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .columns import STUDENT, columns, softmax
 from .math import INFINITY, LOG2E, fma, from_float32, rounded_product, to_float32
+from .terms import STUDENT, column_terms, softmax
 
 NOWHERE = tl.constexpr(2147483647)  # the position of no column
 LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
@@ -250,7 +250,7 @@ def reduce_tile(
     loss, total_slope = sums
     x_s = read(student_row, position, inside, MASKED, KEEP)
     x_t = read(teacher_row, position, inside, MASKED, KEEP)
-    value, slope, _ = columns(
+    value, slope, _ = column_terms(
         x_s, x_t, inside, row, parameters,
         VALUE_AND_SLOPE, OPERANDS, KEEP, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
     )  # fmt: skip
@@ -298,7 +298,7 @@ def differentiate_tile(
     x_s = read(student_row, position, inside, MASKED, False)
     if DIVERGENCE:
         x_t = read(teacher_row, position, inside, MASKED, False)
-        value, slope, q = columns(
+        value, slope, q = column_terms(
             x_s, x_t, inside, row, parameters,
             VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip

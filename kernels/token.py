@@ -1,140 +1,17 @@
-"""Log-probabilities and entropies of a row's tokens, and their gradient.
-
-With ``x`` a logit, ``m`` the row's maximum, ``y = (x - m) / T`` and ``l = sum(exp(y))``, the token's
-log-probability is ``y_id - log(l)`` and the entropy ``H = log(l) - sum(exp(y) * y) / l``, in which no
-two terms cancel: one sweep. Their gradient for upstream gradients ``g`` and ``h``,
-
-    (g (1[j = id] - q_j) - h q_j (log(q_j) + H)) / T    with    q_j = exp(y_j) / l,
-
-is ``exp(y_j) * (a + b * y_j)`` with numbers ``a`` and ``b`` of the row, but at the token itself, which
-is written over it.
-
-There is one form of each loop, for every row: taking the maximum from a logit costs one instruction
-more than folding it into the scale does, and neither -inf nor the lowest float needs a guard then.
-"""
+"""Log-probabilities and entropies of tokens, and their gradient: the launches (``token_row.py``)."""
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .dense import device_facts, first_position, plan, row_offset
 from .layout import row_layouts, uniform_rows
-from .math import INFINITY, LN2, LOG2E, from_float32
-from .sweeps import (
-    LOWEST,
-    NOWHERE,
-    PEELED,
-    UNROLL,
-    combine_lanes,
-    fill_zero,
-    read,
-    rescale,
-    tile,
-    whole_tiles,
-    write,
-)
+from .math import LOG2E
+from .rows import first_position, row_offset, rows_launch
+from .sweeps import PEELED, fill_zero
+from .token_row import token_gradient, token_log_prob, token_sweep
 
 KEPT = tl.constexpr(launch.TOKEN_STATISTICS)
-
-
-@triton.jit
-def token_tile(
-    state, row, position, inside, c,
-    MASKED: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    m, l, moment, top = state
-    x = read(row, position, inside, MASKED, KEEP)
-    if TOP:  # the first of a lane's maxima, in whatever order the tiles come
-        tile_m = tl.max(x, axis=1)
-        found = tl.min(tl.where(x == tile_m[:, None], position, NOWHERE), axis=1)
-        top = tl.where(tile_m > m, found, tl.where(tile_m == m, tl.minimum(found, top), top))
-    m, factor, shift, y = rescale(m, l, x, c, True)
-    e = tl.exp2(y)
-    if ENTROPY:  # no 0 * inf where a logit, or the maximum so far, is -inf
-        term = e * tl.maximum(y, LOWEST)
-        moment = factor * (moment + l * tl.maximum(shift, LOWEST)) + tl.sum(term, axis=1)
-    return m, l * factor + tl.sum(e, axis=1), moment, top
-
-
-@triton.jit
-def token_sweep(
-    row, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-    KEEP: tl.constexpr, ENTROPY: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """A row's maximum, sum of exponentials, entropy in nats (ENTROPY), and the position of the
-    first of its maxima (TOP; NOWHERE without a finite logit)."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    zero = tl.zeros([LANES], tl.float32)
-    low = tl.full([LANES], -INFINITY, tl.float32)
-    state = (low, zero, zero, tl.full([LANES], NOWHERE, tl.int32))
-    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        state = token_tile(state, row, position, inside, c, False, KEEP, ENTROPY, TOP)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        state = token_tile(state, row, position, inside, c, True, KEEP, ENTROPY, TOP)
-    lanes_m, lanes_l, moment, top = state
-    m, l, factor, shift = combine_lanes(lanes_m, lanes_l, c, True)
-    top = tl.min(tl.where(lanes_m == m, top, NOWHERE), axis=0)
-    entropy = 0.0
-    if ENTROPY:
-        moment = tl.sum(factor * (moment + lanes_l * tl.maximum(shift, LOWEST)), axis=0)
-        entropy = tl.log(l) - tl.fdiv(moment, l) * LN2
-    return m, l, entropy, top
-
-
-@triton.jit
-def token_log_prob(x, m, l, over_t):
-    """Of a logit of the row."""
-    return (x.to(tl.float32) - m) * over_t - tl.log(l)
-
-
-@triton.jit
-def token_coefficients(l, entropy, over_t, upstream, upstream_entropy):
-    """``a`` and ``b`` of the gradient ``exp2(y) * (a + b * y)``, for ``y`` in base 2."""
-    over = tl.fdiv(over_t, l)
-    surprise = entropy - tl.log(l)
-    return -(upstream + upstream_entropy * surprise) * over, -upstream_entropy * over * LN2
-
-
-@triton.jit
-def token_gradient_tile(x, m, c, a, b, ENTROPY: tl.constexpr):
-    """Gradient of a tile of logits, but for the token's own ``upstream / T``."""
-    y = (x - m) * c
-    e = tl.exp2(y)
-    if ENTROPY:
-        return e * (tl.maximum(y, LOWEST) * b + a)
-    else:
-        return e * a
-
-
-@triton.jit
-def token_gradient(
-    row, gradient_row, lead, n_cols, token_id, m, l, entropy, over_t, upstream, upstream_entropy,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Write a row's gradient, which may be over its logits."""
-    c = over_t * LOG2E
-    a, b = token_coefficients(l, entropy, over_t, upstream, upstream_entropy)
-    known = (token_id >= 0) & (token_id < n_cols)
-    logit = tl.load(row + lead + token_id, mask=known, other=float("nan")).to(tl.float32)
-    own = token_gradient_tile(logit, m, c, a, b, ENTROPY) + upstream * over_t
-    tl.debug_barrier()  # every thread has read the logit before one overwrites it
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        x = read(row, position, inside, True, False)
-        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        write(gradient_row, position, gradient, inside, True)
-    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        x = read(row, position, inside, False, False)
-        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        write(gradient_row, position, gradient, inside, False)
-    tl.debug_barrier()  # the token's own entry goes over what another thread wrote there
-    own = from_float32(own, gradient_row.dtype.element_ty)
-    tl.store(gradient_row + lead + token_id, own, mask=known)
 
 
 @triton.jit(
@@ -216,20 +93,14 @@ def run(
     if n_rows == 0:
         return
     n_cols = logits.shape[-1]
-    if gradient is None or gradient is logits:
-        layouts.append(layouts[0])
-    else:
-        layouts.append(uniform_rows(gradient, n_inner))
-    ends, matched, budget = plan(layouts, n_cols, n_cols)
-    itemsize = logits.element_size()
-    choice = launch.dense_launch(
-        n_rows, n_cols, itemsize, n_cols * itemsize, budget, device_facts(logits.device)
-    )
-    logits_rows, gradient_rows = layouts
+    (logits_rows,) = layouts
+    rows = {"logits": logits_rows, "gradient": logits_rows}
+    if not (gradient is None or gradient is logits):
+        rows["gradient"] = uniform_rows(gradient, n_inner)
+    grid, arguments = rows_launch(rows, [logits], n_rows, n_cols, n_cols)
     filler = logits  # stands for a pointer that the kernel's form does not read
-    token_kernel[(choice.n_programs,)](
-        **logits_rows.arguments("logits"),
-        **gradient_rows.arguments("gradient"),
+    token_kernel[grid](
+        **arguments,
         ids_ptr=ids,
         log_probs_ptr=filler if log_probs is None else log_probs,
         entropies_ptr=filler if entropies is None else entropies,
@@ -237,17 +108,9 @@ def run(
         upstream_ptr=filler if upstream is None else upstream,
         upstream_entropy_ptr=filler if upstream_entropy is None else upstream_entropy,
         n_inner=n_inner,
-        n_rows=n_rows,
-        n_cols=n_cols,
         over_t=1.0 / temperature,
         ignore_index=ignore_index,
         ENTROPY=(entropies if gradient is None else upstream_entropy) is not None,
         WRITE_STATISTICS=gradient is None and statistics is not None,
         WRITE_GRADIENT=gradient is not None,
-        LANES=choice.lanes,
-        WIDTH=choice.width,
-        ENDS=ends.value,
-        LOGITS_MATCHED=matched[0],
-        GRADIENT_MATCHED=matched[1],
-        **choice.options(),
     )

@@ -24,23 +24,21 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .columns import OPERANDS as OPERAND_KINDS
-from .columns import SMALLEST, columns
-from .dense import (
+from .layout import row_layouts
+from .math import INFINITY, LOG2E, fma, from_float32
+from .rows import (
     Formula,
-    device_facts,
+    LossBuffers,
     first_position,
-    parameter_strides,
-    plan,
     row_offset,
     row_parameters,
     row_scale,
+    rows_launch,
     store_losses,
 )
-from .layout import row_layouts, uniform_rows
-from .math import INFINITY, LOG2E, fma, from_float32
-from .outside import clear, mark, spread, sum_outside, terms_outside, unmark
 from .sweeps import PEELED, fill_zero, finite_or_zero
+from .terms import SMALLEST, column_terms
+from .topk_outside import clear, mark, spread, sum_outside, terms_outside, unmark
 
 STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
 
@@ -216,7 +214,7 @@ def topk_kernel(
                 y = tl.where(lane == k, -INFINITY, y)
             if SWEPT:
                 unmark(words, position, used)
-            value, slope, q = columns(
+            value, slope, q = column_terms(
                 y, tl.where(lane == k, log_p_rest, log_p), lane <= k, (one * 0.0, l, one * 0.0, one, one),
                 row_values, VALUE_AND_SLOPE, OPERANDS, False, False, True, DROP, RESTRICT, False,
             )  # fmt: skip
@@ -280,26 +278,20 @@ def topk_kernel(
 def run(
     formula: Formula,
     tail: str,
-    additive: bool,  # the divergence's terms at p = 0 are homogeneous in q
     student: torch.Tensor,  # [..., V]
     log_probs: torch.Tensor,  # [N, K], contiguous
     ids: torch.Tensor,  # [N, K], contiguous
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
-    *,
-    gradient: torch.Tensor | None = None,  # like student, contiguous, or the student: write it
-    statistics: torch.Tensor | None = None,  # [N, STATISTICS]
-    losses: torch.Tensor | None = None,  # [N]; None: gradient from statistics and upstream
-    components: torch.Tensor | None = None,  # [2, N]
-    weights: torch.Tensor | None = None,  # [N]
-    denominator: torch.Tensor | float = 1.0,
-    upstream: torch.Tensor | None = None,  # [N] or []
+    **buffers,
 ) -> None:
-    """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone."""
+    """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone.
+
+    ``buffers`` are those of :class:`LossBuffers`."""
+    buffers = LossBuffers(**buffers)
     n_rows, k = ids.shape
     n_inner, layouts = row_layouts(student)
-    inplace = gradient is student
-    if inplace and not layouts[0].is_in(student):
+    if buffers.gradient is student and not layouts[0].is_in(student):
         raise ValueError(
             f"a gradient in place needs student logits with contiguous columns and leading dimensions "
             f"that two strides reach, got strides {student.stride()}: pass .contiguous()"
@@ -307,68 +299,32 @@ def run(
     if n_rows == 0:
         return
     width = student.shape[-1]
-    layouts.append(layouts[0] if gradient is None or inplace else uniform_rows(gradient, n_inner))
-    ends, matched, budget = plan(layouts, n_cols, width)
-    itemsize = student.element_size()
-    choice = launch.dense_launch(
-        n_rows, n_cols, itemsize, n_cols * itemsize, budget, device_facts(student.device)
-    )
+    (student_rows,) = layouts
+    rows = {"student": student_rows, "gradient": buffers.rows(student, student_rows, n_inner)}
+    grid, arguments = rows_launch(rows, [student], n_rows, n_cols, width)
     hard = formula.hard_label_weight > 0
     rest = tail == "bucket" or not formula.restrict
     own_hard = hard and (formula.temperature != 1 or not rest)
     block_k = triton.next_power_of_2(k + 1)
-    student_rows, gradient_rows = layouts
-    filler = student  # stands for a pointer that the kernel's form does not read
-    words, n_words = filler, 0
-    if losses is not None and (rest or hard):
-        n_words = launch.padded(n_cols + 8, choice.lanes * choice.width) // 32
-        words = torch.empty((choice.n_programs, n_words), dtype=torch.int32, device=student.device)
-    topk_kernel[(choice.n_programs,)](
-        **student_rows.arguments("student"),
-        **gradient_rows.arguments("gradient"),
+    words, n_words = student, 0  # student: stands for memory that is not read
+    if buffers.losses is not None and (rest or hard):
+        n_words = launch.padded(n_cols + 8, arguments["LANES"] * arguments["WIDTH"]) // 32
+        words = torch.empty((*grid, n_words), dtype=torch.int32, device=student.device)
+    topk_kernel[grid](
+        **arguments,
+        **buffers.arguments(formula, labels, student),
         log_probs_ptr=log_probs,
         ids_ptr=ids,
         words_ptr=words,
-        bitmap_ptr=words.view(torch.uint8) if n_words else filler,
+        bitmap_ptr=words.view(torch.uint8) if n_words else student,
         n_words=n_words,
-        losses_ptr=filler if losses is None else losses,
-        components_ptr=filler if components is None else components,
-        statistics_ptr=filler if statistics is None else statistics,
-        weights_ptr=filler if weights is None else weights,
-        labels_ptr=filler if labels is None else labels,
-        upstream_ptr=filler if upstream is None else upstream,
-        upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
-        denominator=denominator,
         n_inner=n_inner,
-        n_rows=n_rows,
-        n_cols=n_cols,
         width=width,
         k=k,
-        over_t=1.0 / formula.temperature,
-        divergence_scale=float(formula.divergence_scale),
-        hard_weight=float(formula.hard_label_weight),
-        parameters=formula.parameters,
-        VALUE_AND_SLOPE=formula.value_and_slope,
-        OPERANDS=OPERAND_KINDS[formula.operands],
-        PARAMETER_STRIDES=parameter_strides(formula.parameters),
         TAIL=TAILS[tail],
-        DROP=formula.drop,
-        RESTRICT=formula.restrict,
         REST=rest,
-        EACH=rest and tail != "bucket" and not additive,
-        HARD=hard,
+        EACH=rest and tail != "bucket" and not formula.additive,
         OWN_HARD=own_hard,
-        HAS_WEIGHTS=weights is not None,
-        DENOMINATOR_IN_MEMORY=isinstance(denominator, torch.Tensor),
-        WRITE_LOSS=losses is not None,
-        WRITE_STATISTICS=losses is not None and statistics is not None,
-        WRITE_GRADIENT=gradient is not None,
         BLOCK_K=block_k,
-        LANES=choice.lanes,
-        WIDTH=choice.width,
-        ENDS=ends.value,
-        UNROLL=launch.topk_unroll(block_k, choice.lanes, own_hard),
-        STUDENT_MATCHED=matched[0],
-        GRADIENT_MATCHED=matched[1],
-        **choice.options(),
+        UNROLL=launch.topk_unroll(block_k, arguments["LANES"], own_hard),
     )

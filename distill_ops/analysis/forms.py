@@ -8,11 +8,33 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops, statistics_ops, token_ops, topk_ops
-from ..divergences import Divergence
+from ..arguments import LossArguments
+from ..divergences.base import Divergence
 from ..kernels import dense, topk
-from ..paths import Options
+from ..operators.dense import dense_loss
+from ..operators.register import LossOperator, Plan
+from ..operators.statistics import distillation_statistics
+from ..operators.tokens import token_log_probs
+from ..operators.topk import topk_loss
+from ..problem import (
+    BACKWARD,
+    DenseInputs,
+    Options,
+    StatisticsInputs,
+    TokenInputs,
+    TokenOptions,
+    TopKInputs,
+)
 from . import aot, sass
+
+
+def _call(operator: LossOperator, inputs, options, made: str) -> None:
+    """An operator's forward, and its backward where the gradient is made there."""
+    plan = Plan(operator.name, made, (made != "none",))
+    outputs, kept = operator.forward(inputs, options, plan)
+    if made == BACKWARD:
+        upstreams = [x if x is None else torch.empty_like(x) for x in outputs]
+        operator.gradient(inputs, options, plan, kept, upstreams[: operator.differentiable])
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class Form:
     teacher_stride: int | None = None
     n_rows: int = 4096
 
-    def arguments(self, divergence: Divergence) -> tuple:
+    def problem(self, divergence: Divergence) -> tuple[DenseInputs, Options]:
         """The operator's arguments, on tensors without memory."""
 
         def logits(stride, dtype):
@@ -41,24 +63,18 @@ class Form:
         labels = None
         if self.hard_label_weight:
             labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
-        options = Options.of(
-            divergence, "mean", "drop", True, self.temperature, False, self.hard_label_weight, None,
-            self.vocab_size or self.n_cols, -100,
-        )  # fmt: skip
+        arguments = LossArguments(
+            temperature=self.temperature, hard_label_weight=self.hard_label_weight
+        )
+        options = Options.of(divergence, self.vocab_size or self.n_cols, "triton", arguments)
         student = logits(None, self.student_dtype)
         teacher = logits(self.teacher_stride, self.teacher_dtype)
-        return student, teacher, None, labels, None, divergence.tensors, *options.pack()
+        return DenseInputs(student, teacher, None, labels, None, divergence.tensors), options
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
         """The dense kernel's launches for one forward (and, made there, one backward)."""
-        arguments = self.arguments(divergence)
-
-        def call():
-            outputs = ops.dense_loss(*arguments, self.gradient, False)
-            if self.gradient == "backward":
-                upstream = torch.empty((), device="meta")
-                ops.dense_gradient(*arguments, outputs[2], upstream)
-
+        problem = self.problem(divergence)
+        call = lambda: _call(dense_loss, *problem, self.gradient)
         recorded = aot.record(call, target.facts)
         return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
 
@@ -71,16 +87,9 @@ def token_launches(
     n_cols: int, dtype: torch.dtype, entropy: bool, target: aot.Target, n_rows: int = 4096
 ) -> list[aot.Launch]:
     """The token kernel's launches for one forward and one backward."""
-    logits, ids = _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64)
-    options = (1.0, -100, "triton")
-
-    def call():
-        _, _, statistics = token_ops.token_log_probs(logits, ids, *options, entropy, True)
-        upstream = _meta(n_rows)
-        of_entropy = upstream if entropy else None
-        token_ops.token_gradient(logits, ids, statistics, upstream, of_entropy, *options)
-
-    return aot.record(call, target.facts)
+    inputs = TokenInputs(_meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64))
+    options = TokenOptions("triton", 1.0, -100, entropy)
+    return aot.record(lambda: _call(token_log_probs, inputs, options, BACKWARD), target.facts)
 
 
 def statistics_launches(
@@ -88,15 +97,10 @@ def statistics_launches(
 ) -> list[aot.Launch]:
     """The statistics kernel's launches for one forward and one backward."""
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
-    options = Options.of(divergence, "none", "drop", True, 1.0, False, 0.0, None, n_cols, -100)
     ids = _meta(n_rows, dtype=torch.int64)
-    shared = (student, teacher, ids, divergence.tensors, *options.pack())
-
-    def call():
-        outputs, _, *statistics = statistics_ops.distillation_statistics(*shared, True)
-        statistics_ops.statistics_gradient(*shared, *statistics, torch.empty_like(outputs))
-
-    return aot.record(call, target.facts)
+    inputs = StatisticsInputs(student, teacher, ids, divergence.tensors)
+    problem = inputs, Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
+    return aot.record(lambda: _call(distillation_statistics, *problem, BACKWARD), target.facts)
 
 
 def topk_launches(
@@ -114,21 +118,14 @@ def topk_launches(
     n_rows: int = 4096,
 ) -> list[aot.Launch]:
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
-    options = Options.of(
-        divergence, "mean", "drop", True, temperature, False, hard_label_weight, None,
-        vocab_size or n_cols, -100,
-    )  # fmt: skip
+    arguments = LossArguments(temperature=temperature, hard_label_weight=hard_label_weight)
+    options = Options.of(divergence, vocab_size or n_cols, "triton", arguments, tail)
     labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
-    arguments = (
-        _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32),
-        None, labels, None, divergence.tensors, *topk_ops.pack(options, tail),
-    )  # fmt: skip
-
-    def call():
-        kept = topk_ops.topk_loss(*arguments, gradient, False)[2]
-        if gradient == "backward":
-            topk_ops.topk_gradient(*arguments, kept, _meta())
-
+    slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
+    inputs = TopKInputs(
+        _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors
+    )
+    call = lambda: _call(topk_loss, inputs, options, gradient)
     recorded = aot.record(call, target.facts)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]
 

@@ -71,11 +71,13 @@ class Loop:
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a thread, and bytes of stack (spills included) and shared memory."""
+    """Registers a thread, bytes of stack (spills included) and shared memory, and how often a
+    register is spilled or read back."""
 
     registers: int
     stack: int
     shared: int
+    spills: int
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -92,7 +94,8 @@ def disassemble(compiled) -> tuple[list[str], Usage]:
         code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", str(cubin))
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     stack = found["STACK"] + found["LOCAL"]
-    return code.splitlines(), Usage(found["REG"], stack, found["SHARED"])
+    spills = len(re.findall(r"\s(?:LDL|STL)[.\s]", code))
+    return code.splitlines(), Usage(found["REG"], stack, found["SHARED"], spills)
 
 
 def loops_of(
@@ -142,13 +145,10 @@ def innermost_loops(code: list[str]) -> list[Loop]:
 def amd_usage(compiled) -> Usage:
     """Usage of a kernel compiled for AMD; spills to memory are part of the private segment."""
     text = compiled.asm["amdgcn"]
-    found = {
-        name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-        for name in ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
-    }
-    return Usage(
-        found["vgpr_count"], found["private_segment_fixed_size"], found["group_segment_fixed_size"]
-    )
+    names = (
+        "vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size", "vgpr_spill_count",
+    )  # fmt: skip
+    return Usage(*(int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names))
 
 
 def sweeps(loops: list[Loop]) -> dict[str, list[Loop]]:

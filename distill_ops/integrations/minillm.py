@@ -8,14 +8,30 @@ from typing import Any
 
 import torch
 
-from ..losses import distillation_loss
-from ..reference import LossComponents
+from ..api.dense import distillation_loss
+from ..problem import LossComponents
 
 IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
 
 
 def teacher_logits(teacher_model: torch.nn.Module, model_batch: dict) -> torch.Tensor:
-    """Logits ``[batch, seq, vocab]`` of the teacher in eval mode, without gradient or cache."""
+    """Logits of the teacher, in eval mode, without gradient or cache.
+
+    ``teacher_model(**model_batch, use_cache=False).logits``
+    A model and its keyword arguments go in, ``[batch, seq, vocab]`` comes out, detached.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from distill_ops.integrations.minillm import teacher_logits
+        >>> teacher = torch.nn.Linear(2, 4)
+        >>> teacher.forward = lambda hidden, use_cache: SimpleNamespace(
+        ...     logits=torch.nn.functional.linear(hidden, teacher.weight)
+        ... )
+        >>> logits = teacher_logits(teacher, {"hidden": torch.zeros(1, 3, 2)})
+        >>> logits.shape, logits.requires_grad, teacher.training
+        (torch.Size([1, 3, 4]), False, False)
+    """
     teacher_model.eval()
     with torch.no_grad():
         return teacher_model(**model_batch, use_cache=False).logits
@@ -38,24 +54,10 @@ def get_distil_loss(
     no_model_batch: dict,
     logits: torch.Tensor,
 ) -> torch.Tensor:
-    """MiniLLM's loss, ``-sum(softmax(t) * log_softmax(s))`` averaged over the tokens with a label.
+    """MiniLLM's distillation loss, with the signature of its ``finetune.py``.
 
-    Terms where the student's logit is infinite are dropped; no shift happens here, as there
-    (``no_model_batch["label"]`` is aligned with the logits).
-
-    Args:
-        args: MiniLLM's arguments; only ``model_parallel`` is read, and must be false or absent.
-        tokenizer, model: not used, as in the original.
-        teacher_model: returns an object with ``.logits`` ``[batch, seq, vocab]``.
-        model_batch: keyword arguments of the models.
-        no_model_batch: ``"label"`` ``[batch, seq]`` int64; tokens of label -100 do not count.
-        logits: the student's, ``[batch, seq, vocab]``.
-
-    Returns:
-        0-d float32 loss in nats; 0 where no token has a label.
-
-    Raises:
-        ValueError: ``args.model_parallel`` is true, or the two vocabularies differ.
+    ``-sum(softmax(t) * log_softmax(s))``, averaged over the tokens with a label; in nats.
+    Logits ``[batch, seq, vocab]``, the teacher and its batch go in, a 0-d loss comes out.
 
     Example:
         >>> import torch
@@ -71,6 +73,25 @@ def get_distil_loss(
         ... )
         >>> round(loss.item(), 4)  # log(4)
         1.3863
+
+    Terms where the student's logit is infinite are dropped. No shift happens here, nor there:
+    MiniLLM's data set has shifted ``no_model_batch["label"]`` already. With Hugging Face labels call
+    :func:`distill_ops.distillation_loss` of ``logits[:, :-1]`` and ``labels[:, 1:]``.
+
+    Args:
+        args: MiniLLM's arguments; only ``model_parallel`` is read, and must be false or absent.
+        tokenizer, model: not used, as in the original.
+        teacher_model: returns an object with ``.logits`` ``[batch, seq, vocab]``.
+        model_batch: keyword arguments of the models.
+        no_model_batch: ``"label"`` ``[batch, seq]`` int64, aligned with the logits; tokens of label
+            -100 do not count.
+        logits: the student's, ``[batch, seq, vocab]``.
+
+    Returns:
+        0-d float32 loss in nats; 0 where no token has a label.
+
+    Raises:
+        ValueError: ``args.model_parallel`` is true, or the two vocabularies differ.
     """
     _refuse_model_parallel(args)
     mask = no_model_batch["label"] != IGNORE_INDEX
@@ -84,19 +105,10 @@ def get_mixed_loss(
     no_model_batch: dict,
     logits: torch.Tensor,
 ) -> LossComponents:
-    """MiniLLM's ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, both in one pass.
+    """MiniLLM's loss of ``finetune.py``, cross-entropy and distillation in one pass.
 
-    Args:
-        args: ``kd_ratio``, a number in [0, 1]; ``model_parallel`` as in :func:`get_distil_loss`.
-        teacher_model, model_batch, no_model_batch, logits: as there. At ``kd_ratio`` 0 the
-            teacher does not run.
-
-    Returns:
-        ``LossComponents(loss, divergence, hard_label)``: the mixed loss, to call ``backward`` on,
-        and its two parts for logging.
-
-    Raises:
-        ValueError: as :func:`get_distil_loss`, or ``kd_ratio`` outside [0, 1].
+    ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, over the tokens with a label; in nats.
+    Logits ``[batch, seq, vocab]``, the teacher and its batch go in, a loss and its parts come out.
 
     Example:
         >>> import torch
@@ -112,6 +124,20 @@ def get_mixed_loss(
         >>> losses.loss.backward()
         >>> round(losses.hard_label.item(), 4)
         1.3863
+
+    MiniLLM's ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, both in one pass.
+
+    Args:
+        args: ``kd_ratio``, a number in [0, 1]; ``model_parallel`` as in :func:`get_distil_loss`.
+        teacher_model, model_batch, no_model_batch, logits: as there. At ``kd_ratio`` 0 the
+            teacher does not run.
+
+    Returns:
+        ``LossComponents(loss, divergence, hard_label)``: the mixed loss, to call ``backward`` on,
+        and its two parts for logging.
+
+    Raises:
+        ValueError: as :func:`get_distil_loss`, or ``kd_ratio`` outside [0, 1].
     """
     _refuse_model_parallel(args)
     if not 0 <= args.kd_ratio <= 1:

@@ -4,10 +4,10 @@ Needs neither Triton nor a GPU, differentiates by autograd and runs in float64: 
 every other path against it. It restates each formula instead of sharing the kernels' text.
 """
 
-from .dense import LossComponents, distillation_loss
+from ..problem import DistillationStatistics, LossComponents
+from .dense import distillation_loss
 from .linear import linear_distillation_loss, linear_token_log_probs
-from .token import (
-    DistillationStatistics,
+from .tokens import (
     distillation_statistics,
     mixture_token_log_probs,
     token_log_probs,

@@ -1,24 +1,24 @@
 """The dense loss, and what every form of it shares: terms, tokens' weights, reduction."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import Unpack
 
-from ..checks import check_arguments
-from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
+from ..arguments import (
+    Counted,
+    LossArguments,
+    LossOptions,
+    loss_arguments,
+    with_loss_options,
+)
+from ..checks.tokens import check_dense
+from ..divergences.base import Divergence
+from ..problem import LossComponents, working_dtype
 
 NEG_INF = float("-inf")
-
-
-class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats)."""
-
-    loss: torch.Tensor
-    divergence: torch.Tensor
-    hard_label: torch.Tensor
+WITHOUT = ("gradient", "backend")
 
 
 def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
@@ -135,14 +135,9 @@ def divergence_terms(
     return outcome_terms(log_q, log_p, *zeros, divergence, infinities) + poison
 
 
-def token_weights(
-    rows: torch.Tensor,
-    dtype: torch.dtype,
-    loss_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    ignore_index: int,
-) -> torch.Tensor:
+def token_weights(rows: torch.Tensor, dtype: torch.dtype, counted: Counted) -> torch.Tensor:
     """``[...]``: how much each of ``rows [..., n]`` counts; a row of weight 0 is not read."""
+    loss_mask, labels, ignore_index = counted
     weights = torch.ones(rows.shape[:-1], dtype=dtype, device=rows.device)
     if loss_mask is not None:
         weights = loss_mask.to(dtype)
@@ -153,17 +148,17 @@ def token_weights(
 
 def weighted_loss(
     student: torch.Tensor,
-    divergence_loss: torch.Tensor | None,
+    terms: torch.Tensor | None,
     weights: torch.Tensor,
-    *,
-    labels: torch.Tensor | None,
-    hard_label_weight: float,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-    return_components: bool,
+    arguments: LossArguments,
 ) -> torch.Tensor | LossComponents:
-    """Mix the divergence ``[...]`` (None where it has no share) with the hard-label loss of logits
-    ``student [..., V]``, weigh the tokens and reduce."""
+    """Sum the divergence's terms ``[..., outcomes]`` (None where it has no share), mix it with the
+    hard-label loss of logits ``student [..., V]``, weigh the tokens and reduce."""
+    hard_label_weight, reduction = arguments.hard_label_weight, arguments.reduction
+    labels, normalizer = arguments.labels, arguments.normalizer
+    divergence_loss = None if terms is None else terms.sum(-1)
+    if terms is not None and arguments.scale_by_temperature_squared:
+        divergence_loss = divergence_loss * arguments.temperature**2
     unread = weights == 0
     hard_loss = torch.zeros_like(weights)
     if divergence_loss is None:
@@ -191,34 +186,23 @@ def weighted_loss(
             return total / weights.sum()
         return total / torch.as_tensor(normalizer, dtype=weights.dtype, device=total.device)
 
-    if not return_components:
+    if not arguments.return_components:
         return reduced(loss)
     return LossComponents(
         reduced(loss), reduced(divergence_loss).detach(), reduced(hard_loss).detach()
     )
 
 
+@with_loss_options(*WITHOUT)
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
-    *,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    infinities: str = "drop",
-    vocab_size: int | None = None,
-    return_components: bool = False,
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
-    float64.
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    Logits ``[..., V]`` go in, their mean over the tokens comes out; differentiable twice.
 
     Example:
         >>> import torch
@@ -227,23 +211,20 @@ def distillation_loss(
         >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
         >>> round(reference.distillation_loss(student, teacher).item(), 6)
         1.91892
+
+    Same arguments, result and errors; half-precision logits are computed in float32, float64 in
+    float64.
     """
-    divergence, n_cols = check_arguments(
-        student_logits, teacher_logits, divergence, loss_mask, labels, ignore_index,
-        hard_label_weight, temperature, reduction, normalizer, infinities, vocab_size,
-    )  # fmt: skip
+    arguments = loss_arguments("reference.distillation_loss", options, *WITHOUT)
+    divergence, n_cols = check_dense(student_logits, teacher_logits, arguments)
     dtype = working_dtype(student_logits, teacher_logits)
-    weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
+    weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-    divergence_loss = None
-    if hard_label_weight < 1:
+    terms = None
+    if arguments.hard_label_weight < 1:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-        terms = divergence_terms(student, teacher, divergence, temperature, infinities)
-        divergence_loss = terms.sum(-1)
-        if scale_by_temperature_squared:
-            divergence_loss = divergence_loss * temperature**2
-    return weighted_loss(
-        student, divergence_loss, weights, labels=labels, hard_label_weight=hard_label_weight,
-        reduction=reduction, normalizer=normalizer, return_components=return_components,
-    )  # fmt: skip
+        terms = divergence_terms(
+            student, teacher, divergence, arguments.temperature, arguments.infinities
+        )
+    return weighted_loss(student, terms, weights, arguments)

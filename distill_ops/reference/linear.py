@@ -1,12 +1,17 @@
 """The linear form: hidden states and heads, their logits formed in full (semantics.md, 10)."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import check_head, check_linear, check_temperature, check_token_ids
-from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
-from .dense import LossComponents, distillation_loss, token_weights
-from .token import token_log_probs
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.heads import check_head, check_heads
+from ..checks.tokens import check_token_ids
+from ..checks.values import Rows, check_temperature
+from ..problem import LossComponents, working_dtype
+from .dense import distillation_loss, token_weights
+from .tokens import token_log_probs
+
+WITHOUT = ("infinities", "gradient", "backend")
 
 
 def head_logits(
@@ -32,6 +37,7 @@ def head_logits(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+@with_loss_options(*WITHOUT)
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -44,40 +50,12 @@ def linear_distillation_loss(
     teacher_bias: torch.Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    return_components: bool = False,
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
-    """:func:`distill_ops.reference.distillation_loss` of the logits of two language-model heads.
+    """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    Each model's logits are ``softcap((hidden weight^T + bias) * logit_scale)`` with
-    ``softcap(x) = c tanh(x / c)``, whose derivative is ``1 - (softcap(x) / c)**2``. They are formed
-    in float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden
-    states, weight and bias.
-
-    Args:
-        student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16 or float64; the two
-            dimensions d may differ.
-        student_weight, teacher_weight: ``[V, d]``, of the language-model heads.
-        student_bias, teacher_bias: ``[V]``.
-        student_logit_scale, teacher_logit_scale: positive factors of the logits.
-        student_softcap, teacher_softcap: c above, positive; None for no cap.
-        vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
-
-    No gradient flows to the teacher's tensors, which must not require one while gradients are
-    enabled; both of them may be None where ``hard_label_weight`` is 1. The other arguments and the
-    result are those of :func:`distill_ops.reference.distillation_loss`.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, formed in full.
+    Hidden states ``[..., d]`` and heads ``[V, d]`` go in, the loss comes out.
 
     Example:
         >>> import torch
@@ -87,7 +65,13 @@ def linear_distillation_loss(
         ...     hidden, weight, hidden, weight, divergence="forward_kl"
         ... ).item()
         0.0
+
+    Arguments, result and errors are those of :func:`distill_ops.linear_distillation_loss`
+    (docs/semantics.md, section 10), without those that say how it is computed. Logits are formed in
+    float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden states,
+    weight and bias.
     """
+    arguments = loss_arguments("reference.linear_distillation_loss", options, *WITHOUT)
     check_head(
         "student_", student_hidden, student_weight, student_bias, student_logit_scale,
         student_softcap,
@@ -95,30 +79,26 @@ def linear_distillation_loss(
     if teacher_hidden is not None and teacher_weight is not None:
         check_head(
             "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale,
-            teacher_softcap, constant=True,
+            teacher_softcap, frozen=True,
         )  # fmt: skip
-    n_cols = check_linear(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, hard_label_weight,
-        loss_mask, labels, vocab_size,
+    n_cols = check_heads(
+        Rows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
+        arguments,
     )  # fmt: skip
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    unread = token_weights(student_hidden, dtype, loss_mask, labels, ignore_index) == 0
+    unread = token_weights(student_hidden, dtype, arguments.counted) == 0
     student = head_logits(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
         unread, n_cols, dtype,
     )  # fmt: skip
     teacher = None
-    if teacher_hidden is not None:
+    if teacher_hidden is not None and teacher_weight is not None:
         teacher = head_logits(
             teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
             unread, n_cols, dtype,
         ).detach()  # fmt: skip
-    return distillation_loss(
-        student, teacher, divergence=divergence, loss_mask=loss_mask, labels=labels,
-        ignore_index=ignore_index, hard_label_weight=hard_label_weight, temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared, reduction=reduction,
-        normalizer=normalizer, return_components=return_components,
-    )  # fmt: skip
+    options.pop("vocab_size", None)  # the logits have no other columns
+    return distillation_loss(student, teacher, **options)
 
 
 def linear_token_log_probs(
@@ -133,30 +113,26 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`distill_ops.reference.token_log_probs` of a language-model head's logits.
+    """:func:`distill_ops.linear_token_log_probs` in eager PyTorch, differentiable by autograd.
 
-    The logits are those of :func:`linear_distillation_loss`; autograd gives the gradients of hidden
-    states, weight and bias.
+    ``log_softmax(softcap((hidden weight^T + bias) * logit_scale) / T)`` at the tokens' ids, in nats.
+    Hidden states ``[..., d]``, a head and ids ``[...]`` go in, ``[...]`` or a pair comes out.
 
-    Args:
-        hidden: ``[..., d]``, float32, bfloat16, float16 or float64.
-        weight: ``[V, d]``.
-        token_ids: ``[...]``, int64. Where it is ``ignore_index`` the hidden state is not read:
-            results and gradient are 0.
-        bias: ``[V]``.
-        logit_scale, softcap: positive; no cap where None.
-        temperature, return_entropy: as in :func:`distill_ops.reference.token_log_probs`.
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs = reference.linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
+        >>> [round(x, 4) for x in log_probs.tolist()]
+        [-0.6803, -0.3064]
 
-    Returns:
-        Nats, ``[...]``, float32 (float64 where a tensor is), or a pair of them.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Arguments, result and errors are those of :func:`distill_ops.linear_token_log_probs`, without those
+    that say how it is computed.
     """
     check_head("", hidden, weight, bias, logit_scale, softcap)
     check_temperature(temperature)
     n_cols = weight.shape[0]
-    check_token_ids(token_ids, hidden, n_cols, ignore_index, "hidden")
+    check_token_ids(token_ids, Rows("hidden", hidden), n_cols, ignore_index)
     dtype = working_dtype(hidden, weight)
     logits = head_logits(
         hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype

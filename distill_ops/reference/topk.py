@@ -3,19 +3,21 @@
 import math
 
 import torch
+from typing_extensions import Unpack
 
-from ..checks import check_topk
-from ..divergences import Divergence, SoftCrossEntropy
-from ..paths import working_dtype
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.slots import check_topk_logits
+from ..divergences.base import Divergence
+from ..problem import LossComponents, working_dtype
 from .dense import (
     NEG_INF,
-    LossComponents,
     outcome_terms,
     student_log_probs,
     token_weights,
     weighted_loss,
 )
 
+WITHOUT = ("infinities", "gradient", "backend")
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
 
 
@@ -77,64 +79,19 @@ def topk_terms(
     return terms(student, log_p, ids, no_teacher, divergence, temperature)
 
 
+@with_loss_options(*WITHOUT)
 def topk_distillation_loss(
     student_logits: torch.Tensor,
     teacher_log_probs: torch.Tensor | None,
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    return_components: bool = False,
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
-    """Distillation loss of student logits against a teacher's K most likely (or sampled) tokens.
+    """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
-    ``p = exp(teacher_log_probs)``, whose logarithms are at the loss's temperature already and are
-    taken as they are, the rest of the vocabulary is, by ``tail``:
-
-    - "bucket": one more outcome, ``p_rest = max(1 - sum(p), 2**-24)`` against ``q_rest``, the sum
-      of q over the columns outside the K. There is none where the K cover the vocabulary;
-    - "renormalize": p = 0 there, and p over the K rescaled to sum 1;
-    - "ignore": p = 0 there, and p over the K as given.
-
-    Edges, for a token that counts:
-
-    - A slot of id -1 is unused, whatever its log-probability. Without a used one, p is 0: the bucket
-      is certain in both models, the loss (nats) and the gradient 0; "ignore" gives the divergence's
-      value at p = 0 (0 for the soft cross-entropy and the forward KL); "renormalize" NaN.
-    - A used slot of log-probability -inf is a token that the teacher excludes. It is an outcome of
-      its own, not part of the rest, and p = 0 there.
-    - Infinite terms are dropped (semantics.md, 3): reverse and symmetric KL restrict the student to
-      the outcomes where p > 0, which with "bucket" include the rest, and otherwise are among the K.
-      No such column left to the student: NaN.
-    - Where q = 0 < p, soft cross-entropy and forward KL drop the term, be it a token's or the
-      rest's (all its columns -inf in the student's logits). p of a dropped token does not move to the rest.
-    - A sum of p above 1 by rounding leaves the rest its least, and p sums to a little more than 1.
-    - NaN or +inf among the used log-probabilities or the student's logits, or no finite logit: NaN.
-      Logits outside what a student is restricted to count as -inf, whatever they hold.
-
-    Args:
-        student_logits: ``[..., V]``, float32, bfloat16, float16 or float64; the only one to get a
-            gradient.
-        teacher_log_probs: ``[..., K]``, nats, any of these dtypes.
-        teacher_ids: ``[..., K]``, int64 or int32, unique within a token; -1 in unused slots.
-        tail: the rest of the vocabulary, as above.
-        vocab_size: the vocabulary is the student's first ``vocab_size`` columns.
-
-    The other arguments, the result and its dtype are those of
-    :func:`distill_ops.reference.distillation_loss`.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
 
     Example:
         >>> import torch
@@ -144,23 +101,22 @@ def topk_distillation_loss(
         >>> loss = reference.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
         >>> round(loss.item(), 6)
         0.633794
+
+    Arguments, edges, result and errors are those of :func:`distill_ops.topk_distillation_loss`
+    (docs/semantics.md, section 11), without ``gradient`` and ``backend``; half-precision logits are
+    computed in float32, float64 in float64.
     """
-    divergence, n_cols = check_topk(
-        student_logits, teacher_log_probs, teacher_ids, tail, divergence, loss_mask, labels,
-        ignore_index, hard_label_weight, temperature, reduction, normalizer, vocab_size,
-    )  # fmt: skip
+    arguments = loss_arguments("reference.topk_distillation_loss", options, *WITHOUT)
+    divergence, n_cols = check_topk_logits(
+        student_logits, teacher_log_probs, teacher_ids, tail, arguments
+    )
     dtype = working_dtype(student_logits, teacher_log_probs)
-    weights = token_weights(student_logits, dtype, loss_mask, labels, ignore_index)
+    weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-    divergence_loss = None
-    if hard_label_weight < 1:
+    terms = None
+    if arguments.hard_label_weight < 1:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
-        divergence_loss = topk_terms(student, log_p, ids, tail, divergence, temperature).sum(-1)
-        if scale_by_temperature_squared:
-            divergence_loss = divergence_loss * temperature**2
-    return weighted_loss(
-        student, divergence_loss, weights, labels=labels, hard_label_weight=hard_label_weight,
-        reduction=reduction, normalizer=normalizer, return_components=return_components,
-    )  # fmt: skip
+        terms = topk_terms(student, log_p, ids, tail, divergence, arguments.temperature)
+    return weighted_loss(student, terms, weights, arguments)

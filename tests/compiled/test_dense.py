@@ -16,12 +16,11 @@ pytest.importorskip("triton")
 from distill_ops.kernels import launch, metrics, reduction
 from distill_ops.kernels.layout import row_layouts
 
-from benchmarks import static_kernels
-from benchmarks.static_kernels import TRAIN
-from benchmarks.static_report import BF16
-from benchmarks.static_targets import QUANTITIES, verdict
+from benchmarks.static.kernels import entry_rows
+from benchmarks.static.launches import BF16, TRAIN, Entry
+from benchmarks.static.limits import QUANTITIES, verdict
 from distill_ops import JensenShannon, SoftCrossEntropy
-from distill_ops.analysis import aot
+from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count
 
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
@@ -91,11 +90,7 @@ def test_dense_kernel_for_amd(divergence, form):
 def test_instructions_of_one_divergence():
     """The limit on the page, of code compiled here; the others' are in its JSON."""
     target = aot.TARGETS["sm_90"]
-    (launched,) = static_kernels.FORMS[TRAIN].launches(JensenShannon(), target)
-    row = static_kernels.dense_row(
-        launched, target, count(launched, target),
-        divergence="jensen_shannon", form=TRAIN, dtype=BF16,
-    )  # fmt: skip
+    _, (row,) = entry_rows(Entry("dense", TRAIN, BF16, "jensen_shannon"), target)
     quantity = "instructions"
     assert verdict("jensen_shannon", quantity, getattr(row, QUANTITIES[quantity])) is None
 
@@ -137,17 +132,43 @@ def test_kernels_over_tokens(target, every):
     def call():
         weights, total = reduction.token_weights(mask.bool(), labels, -100)
         reduction.total(losses, components, weights, total)
-        for dtype in (HALF, FP16, WIDE) if every else (HALF,):
-            reduction.scale_(torch.empty(8192, 32000, dtype=dtype, **meta), total)
         if every:
             reduction.token_weights(None, labels, -100)
             reduction.token_weights(mask.int(), None, -100)
             reduction.total(losses, components[:0], None, 17.0)
 
     recorded = aot.record(call, target.facts)
-    assert len(recorded) == (8 if every else 3)
+    assert len(recorded) == (5 if every else 2)
     for launched in recorded:
         assert stack_and_loops(launched, target, wide=False)[0] == 0
+
+
+SCALED = [(dtype, chip) for dtype in (HALF, FP16, WIDE) for chip in aot.TARGETS]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"), some(SCALED, [(HALF, chip) for chip in CHIPS]), ids=str
+)
+def test_scale_kernel(dtype, target):
+    """16-byte loads and stores, two a turn, whatever the length: the compiler is told nothing of it."""
+    target = aot.TARGETS[target]
+    gradient = torch.empty(8191, 50257, dtype=dtype, device="meta")
+    call = lambda: reduction.scale_(gradient, torch.empty((), device="meta"))
+    (launched,) = aot.record(call, target.facts)
+    (length,) = [p for p in launched.kernel.params if p.name == "n_elements"]
+    assert length.do_not_specialize
+    compiled = aot.compile_launch(launched, target)
+    if target.backend == "hip":
+        assert sass.amd_usage(compiled).stack == 0
+        assert "global_load_dwordx4" in compiled.asm["amdgcn"]
+        assert "global_store_dwordx4" in compiled.asm["amdgcn"]
+        return
+    code, usage = sass.disassemble(compiled)
+    assert usage.stack == 0
+    (loop,) = [loop for loop in sass.innermost_loops(code) if loop.stores]
+    assert loop.barriers == 0
+    assert loop.narrow_accesses == 0
+    assert (loop.bytes_loaded, loop.stores) == (32, 2)
 
 
 # --- launch choices and layouts, which are pure --------------------------------------------------

@@ -8,13 +8,15 @@ from tests.support.machine_code import CHIPS, some, stack_and_loops
 
 pytest.importorskip("triton")
 
-from distill_ops.kernels import head, launch
+from distill_ops.kernels import launch
+from distill_ops.kernels import logits as logits_kernels
 from distill_ops.kernels.sweeps import TAIL
 
-from distill_ops import linear_distillation_loss, linear_ops, losses
+from distill_ops import linear_distillation_loss
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import count
-from distill_ops.heads import rows_buffer
+from distill_ops.api import choices
+from distill_ops.heads.products import rows_buffer
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -41,10 +43,10 @@ def test_head_kernels(form, target):
     bias = torch.empty(n_cols, dtype=bias_dtype, device="meta")
 
     def call():
-        head.finish(product, logits, bias, 0.5, 30.0)
-        head.finish(product, logits, bias, 0.5, None)
-        head.finish(product, logits, None, 0.5, 30.0)
-        head.softcap_gradient_(meta(HALF), logits, 30.0)
+        logits_kernels.finish(product, logits, bias, 0.5, 30.0)
+        logits_kernels.finish(product, logits, bias, 0.5, None)
+        logits_kernels.finish(product, logits, None, 0.5, 30.0)
+        logits_kernels.softcap_gradient_(meta(HALF), logits, 30.0)
 
     recorded = aot.record(call, target.facts)
     assert len(recorded) == 4
@@ -83,10 +85,7 @@ def test_dense_kernel_on_blocks(divergence, logits_dtype, monkeypatch):
     """Padded rows: the aligned form at an odd vocabulary, the gradient in its own dtype beside the
     logits or in their place."""
     target = aot.TARGETS["sm_90"]
-    monkeypatch.setattr(losses, "INTERPRETED", True)  # the Triton path without a GPU
-    monkeypatch.setattr(
-        "distill_ops.linear.linear_loss_op", torch.no_grad()(linear_ops.linear_loss)
-    )
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
     empty = lambda *shape: torch.empty(*shape, dtype=HALF, device="meta")
     hidden, weight = empty(4096, 64).requires_grad_(), empty(50257, 64).requires_grad_()
     launches = aot.record(

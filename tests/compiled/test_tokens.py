@@ -10,7 +10,7 @@ from tests.support.machine_code import CHIPS, some, stack_and_loops
 pytest.importorskip("triton")
 
 from distill_ops.analysis import aot, forms
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 HALF, WIDE = torch.bfloat16, torch.float32
 MOST_INSTRUCTIONS = 12  # an element a sweep (the limit set for the token kernel)

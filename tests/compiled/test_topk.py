@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import topk_launches
-from distill_ops.divergences import as_divergence
+from distill_ops.divergences.base import as_divergence
 
 
 def launches(divergence, target, *, n_cols=128256, k=64, dtype=torch.bfloat16, **options):

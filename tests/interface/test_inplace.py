@@ -5,10 +5,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks.memory import peak_above_inputs
-from distill_ops import JensenShannon, distillation_loss, ops
+from benchmarks.core.memory import peak_above_inputs
+from distill_ops import JensenShannon, distillation_loss
 from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import captured, make_logits, moved
+from tests.support.helpers import make_logits, moved
+from tests.support.operators import call_of
 
 OPTIONS = {
     "plain": {},
@@ -266,13 +267,15 @@ def test_opcheck(option, backend, device):
     student, teacher = make_logits((*TOKENS, 33), device=device)
     logits = student.clone().requires_grad_() * 1.0
     options = moved(OPTIONS[option], device)
-    call = lambda: distillation_loss(logits, teacher, inplace=True, backend=backend, **options)
-    _, given = captured("distill_ops.losses.dense_loss_inplace", call)
-    shared = (student, *given[1 : ops.N_SHARED])
-    torch.library.opcheck(ops.dense_loss_inplace_op, (*shared, False))
-    statistics = ops.dense_loss(*shared, "backward", False)[2]
+    call = call_of(distillation_loss, logits, teacher, inplace=True, backend=backend, **options)
+    call = call._replace(inputs=call.inputs._replace(student=student))
+    operator = call.operator
+    torch.library.opcheck(operator.inplace_op, call.arguments())
+    call = call._replace(plan=call.plan._replace(made="backward"))
+    (statistics,) = call.results()[1]
+    statistics = student.new_empty(0) if statistics is None else statistics
     upstream = torch.tensor(0.5, device=device)
-    torch.library.opcheck(ops.dense_gradient_inplace_op, (*shared, statistics, upstream))
+    torch.library.opcheck(operator.inplace_gradient_op, (*call.arguments(), statistics, upstream))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

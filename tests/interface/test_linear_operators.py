@@ -4,16 +4,19 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from distill_ops import SymmetricKL, linear_distillation_loss, linear_ops, losses
-from distill_ops.linear import NAME
+from distill_ops import SymmetricKL, linear_distillation_loss
+from distill_ops.api import choices
+from distill_ops.operators import register
 from tests.interface.test_no_sync import FACTS, ComputingOperations
 from tests.support.cases import BOOL_MASK, FLOAT_MASK, LABELS, TOKENS
 from tests.support.linear_cases import CAPPED, make_pair, run
+from tests.support.operators import call_of, opcheck_of_the_gradient, opcheck_of_the_loss
 
 pytest.importorskip("triton")
 
 from distill_ops.analysis import aot
 
+NAME = "linear_distillation_loss"
 OPTIONS = {
     "forward": {},
     "backward": {"gradient": "backward"},
@@ -38,17 +41,6 @@ def moved(option, device):
     return options
 
 
-def arguments_of(call):
-    """What a call of the public function hands to the operator."""
-    captured = []
-    original = linear_ops.linear_loss_op
-    with pytest.MonkeyPatch.context() as patch:
-        capture = lambda *arguments: (captured.append(arguments), original(*arguments))[1]
-        patch.setattr("distill_ops.linear.linear_loss_op", capture)
-        call()
-    return captured[0]
-
-
 def loss_of(leaves, **options):
     return linear_distillation_loss(
         *leaves[:4], student_bias=leaves.student_bias, teacher_bias=leaves.teacher_bias, **options
@@ -59,32 +51,24 @@ def loss_of(leaves, **options):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
     leaves = make_pair(bias=True, device=device).trained(("student_hidden", "student_weight"))
-    arguments = arguments_of(lambda: loss_of(leaves, backend=backend, **moved(option, device)))
-    torch.library.opcheck(linear_ops.linear_loss_op, arguments)
+    opcheck_of_the_loss(loss_of, leaves, backend=backend, **moved(option, device))
 
 
 def test_opcheck_of_the_gradient(backend, device):
     leaves = make_pair(bias=True, device=device).trained(("student_hidden", "student_bias"))
-    arguments = arguments_of(lambda: loss_of(leaves, gradient="backward", backend=backend))
-    shared = [
-        x.detach() if isinstance(x, torch.Tensor) else x for x in arguments[: linear_ops.N_SHARED]
-    ]
-    torch.library.opcheck(
-        linear_ops.linear_gradient_op, (*shared, torch.tensor(0.5, device=device))
-    )
+    opcheck_of_the_gradient(loss_of, leaves, gradient="backward", backend=backend)
 
 
 def test_packed_options_come_back():
     leaves = make_pair().trained(("student_weight",))
     options = {"student_softcap": 3.0, "kept_tokens": 4, "logits_dtype": torch.bfloat16}
-    arguments = arguments_of(lambda: loss_of(leaves, loss_mask=BOOL_MASK, **options))
-    packed = arguments[linear_ops.N_TENSORS : linear_ops.N_SHARED]
-    unpacked = linear_ops.LinearOptions.unpack(*packed)
-    assert unpacked.pack() == packed
-    assert (unpacked.student_softcap, unpacked.teacher_softcap) == (3.0, None)
-    assert (unpacked.kept_tokens, unpacked.memory_budget) == (4, None)
-    assert unpacked.wanted == (False, True, False)
-    assert unpacked.logits_dtype == torch.bfloat16
+    call = call_of(loss_of, leaves, loss_mask=BOOL_MASK, **options)
+    operator, _, linear, plan = call
+    assert linear.student.softcap == 3.0
+    assert linear.teacher.softcap is None
+    assert linear.blocks == (torch.bfloat16, None, None, 4)
+    assert plan == (NAME, "forward", (False, True, False))
+    assert operator.unpacked(call.arguments())[1:3] == (linear, plan)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -200,12 +184,43 @@ def test_a_teacher_from_inference_mode():
         assert leaves.student_weight.grad is not None
 
 
-def test_a_teacher_may_require_grad_where_gradients_are_off():
-    leaves = make_pair().trained(("teacher_weight",))
-    with pytest.raises(ValueError, match="teacher_weight requires grad"):
-        linear_distillation_loss(*leaves[:4])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_a_teacher_s_head_in_training_is_a_constant(gradient, compiled, backend, device):
+    pair = make_pair(bias=True, device=device)
+    of_teacher = ("teacher_weight", "teacher_bias")
+    options = {"gradient": gradient, "backend": backend}
+    expected = run(linear_distillation_loss, pair, **options)
+    function = linear_distillation_loss
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    heads = []
+
+    def keeping(*tensors, teacher_bias, **others):
+        heads.extend((tensors[3], teacher_bias))
+        return function(*tensors, teacher_bias=teacher_bias, **others)
+
+    ours = run(keeping, pair, (*pair.student, *of_teacher), **options)
+    assert torch.equal(ours.loss, expected.loss)
+    assert all(torch.equal(ours.gradients[name], expected.gradients[name]) for name in pair.student)
+    assert [(head.requires_grad, head.grad) for head in heads] == [(True, None)] * 2
+    frozen = pair.trained(of_teacher)
+    assert not keeping(*frozen[:4], teacher_bias=frozen.teacher_bias, **options).requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_teacher_s_hidden_states_may_require_grad_where_gradients_are_off(compiled):
+    leaves = make_pair().trained(("teacher_hidden", "student_weight"))
+    function = linear_distillation_loss
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    else:  # under fullgraph the error is the compiler's, around ours
+        with pytest.raises(ValueError, match="teacher_hidden requires grad"):
+            function(*leaves[:4])
     with torch.no_grad():
-        linear_distillation_loss(*leaves[:4])
+        assert function(*leaves[:4]) == linear_distillation_loss(*leaves[:4])
 
 
 # --- no wait for the GPU -------------------------------------------------------------------------
@@ -248,27 +263,10 @@ def test_nothing_is_read_on_the_host(bias, option, gradient, monkeypatch):
         pytest.skip("this PyTorch cannot call addmm.dtype_out on tensors without values")
     if options.get("reduction") == "none":
         gradient = "backward"
-    monkeypatch.setattr(losses, "INTERPRETED", True)  # the Triton path without a GPU
-    for name in ("linear_loss", "linear_gradient"):
-        monkeypatch.setattr(linear_ops, f"{name}_op", getattr(linear_ops, name))  # not its fake
-    # autograd around the operator's own body
-    original = linear_ops.linear_loss
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *arguments):
-            output = original(*arguments)
-            linear_ops._setup_context(ctx, arguments, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *upstream):
-            gradients = linear_ops._student_gradients(ctx, upstream[0])
-            return *(x if x.numel() else None for x in gradients), *(None,) * (
-                linear_ops.N_SHARED - 1
-            )
-
-    monkeypatch.setattr("distill_ops.linear.linear_loss_op", Function.apply)
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(
+        register, "dispatches", lambda *_: False
+    )  # the operator's body, not its fake
     to_meta = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x
     options = {name: to_meta(value) for name, value in options.items()}
     if "divergence" in options:

@@ -24,15 +24,14 @@ from distill_ops import (
     AlphaBeta,
     JensenShannon,
     SymmetricKL,
-    differentiation,
     distillation_loss,
-    losses,
-    metrics,
-    ops,
-    topk,
     topk_distillation_loss,
-    topk_ops,
 )
+from distill_ops.api import choices
+from distill_ops.operators import saving
+from distill_ops.operators.dense import dense_loss
+from distill_ops.operators.register import LossOperator, Plan
+from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
 from tests.support.cases import DIVERGENCES, KINDS, OPTIONS, TOKENS
 from tests.support.helpers import make_logits
 
@@ -41,7 +40,7 @@ pytest.importorskip("triton")
 from distill_ops.analysis import aot
 
 FACTS = aot.TARGETS["sm_90"].facts
-MODES = (ops.NO_GRADIENT, ops.FORWARD, ops.BACKWARD)
+MODES = (NO_GRADIENT, FORWARD, BACKWARD)
 N_COLS = 33
 
 
@@ -121,46 +120,76 @@ def arguments_on(device, option, dtype=torch.bfloat16):
 def fake_gpu(monkeypatch):
     """Inside, ``device="cuda"`` makes fake tensors, and operators run as on plain ones."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(losses, "dense_loss", ops.dense_loss)
+    run_bodies(monkeypatch, NO_GRADIENT)
     with FakeTensorMode(), WithoutDeviceGuard():
         yield
 
 
-def launches_of(monkeypatch, module, operators, call, mode):
-    """What a call and its backward launch, lists of the kernels' names; and PyTorch's operations.
+def run_bodies(monkeypatch, mode):
+    """Let operators run as on plain tensors, with gradients made by ``mode``; returns their calls."""
+    calls = []
 
-    ``operators``: where ``module`` has its differentiable operator, the loss and gradient without
-    autograd, and how many arguments these share."""
-    name, loss, gradient, n_shared = operators
-    captured = []
+    def call(operator, function, inputs, options, *_, **__):
+        plan = Plan(function, mode, (mode != NO_GRADIENT,) * len(operator.students))
+        outputs, kept = operator.forward(inputs, options, plan)
+        calls.append((operator, inputs, options, plan, outputs, kept))
+        return outputs
 
-    def operator(*arguments):
-        captured.append((arguments, loss(*arguments)))
-        return captured[0][1]
+    monkeypatch.setattr(LossOperator, "__call__", call)
+    return calls
 
-    monkeypatch.setattr(module, name, operator)
-    monkeypatch.setattr(module, "gradient_mode", lambda *_: mode)
+
+def run_inplace_bodies(monkeypatch):
+    """Let the operators that overwrite their input run as on tensors with memory."""
+    names = {
+        "op": "_forward", "inplace_op": "_inplace", "inplace_gradient_op": "_inplace_gradient",
+    }  # fmt: skip
+    for name, body in names.items():
+        monkeypatch.setattr(dense_loss, name, getattr(dense_loss, body))
+
+
+def fake_calls(monkeypatch, forward, mode):
+    """What a public function's forward and backward launch: lists of the kernels' names."""
+    calls = run_bodies(monkeypatch, mode)
 
     def backward():
-        arguments, (result, _, kept) = captured[0]
-        upstream = torch.empty(result.shape, device="cuda")
-        if mode == ops.BACKWARD:
-            gradient(*arguments[:n_shared], kept, upstream)
-        elif mode == ops.FORWARD:
-            differentiation.scale_(kept, upstream, "triton")
+        operator, inputs, options, plan, (loss, _), kept = calls[0]
+        upstream = torch.empty(loss.shape, device="cuda")
+        if mode == BACKWARD:
+            operator.gradient(inputs, options, plan, kept, [upstream])
+        elif mode == FORWARD:
+            saving.scale_(kept[0], upstream, "triton")
 
     with ComputingOperations() as computing:
-        launches = [aot.record(part, FACTS) for part in (call, backward)]
+        launches = [aot.record(part, FACTS) for part in (forward, backward)]
     names = [[launch.kernel.__name__ for launch in made] for made in launches]
     return *names, computing.names
 
 
-def fake_calls(monkeypatch, option, mode, **more):
-    """:func:`launches_of` the dense loss with an option."""
+def dense_calls(monkeypatch, option, mode, **more):
     student, teacher, options = arguments_on("cuda", option)
-    operators = ("dense_loss", ops.dense_loss, ops.dense_gradient, ops.N_SHARED)
-    call = lambda: distillation_loss(student, teacher, **options, **more)
-    return launches_of(monkeypatch, losses, operators, call, mode)
+    options |= more
+    return fake_calls(monkeypatch, lambda: distillation_loss(student, teacher, **options), mode)
+
+
+def topk_calls(monkeypatch, option, mode, **more):
+    student, _, options = arguments_on("cuda", option)
+    teacher = [torch.empty(*TOKENS, 5, device="cuda"), torch.empty(*TOKENS, 5, device="cuda").int()]
+    options |= more
+    loss = lambda: topk_distillation_loss(student, *teacher, **options)
+    return fake_calls(monkeypatch, loss, mode)
+
+
+def assert_launches(found, kernel, option, mode):
+    """At most three launches forward and one backward, and no kernel of PyTorch's."""
+    forward, backward, computing = found
+    expected = ["weights_kernel"] if {"loss_mask", "labels"} & set(OPTIONS[option]) else []
+    expected.append(kernel)
+    if OPTIONS[option].get("reduction") != "none":
+        expected.append("total_kernel")
+    assert forward == expected
+    assert backward == {NO_GRADIENT: [], FORWARD: ["scale_kernel"], BACKWARD: [kernel]}[mode]
+    assert computing == []
 
 
 # a gradient of "none" made in the forward is refused: the incoming gradients are not known
@@ -168,34 +197,21 @@ CASES = [
     (option, mode)
     for option, options in OPTIONS.items()
     for mode in MODES
-    if not (mode == ops.FORWARD and options.get("reduction") == "none")
+    if not (mode == FORWARD and options.get("reduction") == "none")
 ]
-
-
-def expected_launches(kernel, option, mode):
-    """Of the forward and of the backward: what a form's kernel is launched between."""
-    forward = ["weights_kernel"] if {"loss_mask", "labels"} & set(OPTIONS[option]) else []
-    forward.append(kernel)
-    if OPTIONS[option].get("reduction") != "none":
-        forward.append("total_kernel")
-    return forward, {ops.NO_GRADIENT: [], ops.FORWARD: ["scale_kernel"], ops.BACKWARD: [kernel]}[
-        mode
-    ]
 
 
 @pytest.mark.parametrize(("option", "mode"), CASES)
 def test_nothing_is_read_on_the_host(option, mode, fake_gpu, monkeypatch):
-    """... and no kernel of PyTorch's runs: at most three launches forward, and one backward."""
     for divergence in KINDS:
-        forward, backward, computing = fake_calls(monkeypatch, option, mode, divergence=divergence)
-        assert (forward, backward) == expected_launches("dense_kernel", option, mode)
-        assert computing == []
+        found = dense_calls(monkeypatch, option, mode, divergence=divergence)
+        assert_launches(found, "dense_kernel", option, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_read_for_components(mode, fake_gpu, monkeypatch):
     for option in ("hard", "hard_masked", "hard_only", "hard_temperature"):
-        *_, computing = fake_calls(monkeypatch, option, mode, return_components=True)
+        *_, computing = dense_calls(monkeypatch, option, mode, return_components=True)
         assert computing == []
 
 
@@ -217,29 +233,17 @@ PARAMETERS = {
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_nothing_is_read_of_parameters(parameters, mode, fake_gpu, monkeypatch):
     divergence = PARAMETERS[parameters]("cuda")
-    forward, _, computing = fake_calls(monkeypatch, "float_mask", mode, divergence=divergence)
+    forward, _, computing = dense_calls(monkeypatch, "float_mask", mode, divergence=divergence)
     assert len(forward) == 3
     assert computing == []
 
 
-def test_nothing_is_read_for_metrics(fake_gpu, monkeypatch):
-    monkeypatch.setattr(metrics, "metrics_op", metrics._metrics)  # not its fake
+def test_nothing_is_read_for_metrics(fake_gpu):
     student, teacher, _ = arguments_on("cuda", "plain")
     with ComputingOperations() as computing:
         launches = aot.record(lambda: distill_ops.distillation_metrics(student, teacher), FACTS)
     assert [launch.kernel.__name__ for launch in launches] == ["metrics_kernel"]
     assert computing.names == []
-
-
-def fake_topk_calls(monkeypatch, option, mode, **more):
-    """:func:`launches_of` the top-k loss with an option."""
-    student, _, options = arguments_on("cuda", option)
-    teacher = [torch.empty(*TOKENS, 5, device="cuda"), torch.empty(*TOKENS, 5, device="cuda").int()]
-    operators = (
-        "differentiable_topk_loss", topk_ops.topk_loss, topk_ops.topk_gradient, topk_ops.N_SHARED,
-    )  # fmt: skip
-    call = lambda: topk_distillation_loss(student, *teacher, **options, **more)
-    return launches_of(monkeypatch, topk, operators, call, mode)
 
 
 TOPK_CASES = [
@@ -256,11 +260,8 @@ def test_nothing_is_read_for_the_top_k(option, mode, fake_gpu, monkeypatch):
         ("reverse_kl", "ignore"),
         ("alpha_beta", "ignore"),
     ]:
-        forward, backward, computing = fake_topk_calls(
-            monkeypatch, option, mode, divergence=divergence, tail=tail
-        )
-        assert (forward, backward) == expected_launches("topk_kernel", option, mode)
-        assert computing == []
+        found = topk_calls(monkeypatch, option, mode, divergence=divergence, tail=tail)
+        assert_launches(found, "topk_kernel", option, mode)
 
 
 SYNCHRONISATIONS = {
@@ -310,12 +311,11 @@ def test_nothing_is_read_through_autograd(option, gradient, inplace, monkeypatch
     """From the public function to the student's gradient."""
     if OPTIONS[option].get("reduction") == "none":
         gradient = "backward"
-    monkeypatch.setattr(losses, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
     # which sees shared memory: without any, all tensors lie at address 0
-    monkeypatch.setattr(losses, "check_inplace", lambda *_: None)
-    for name in ("dense_loss", "dense_loss_inplace", "dense_gradient", "dense_gradient_inplace"):
-        function = getattr(ops, name.replace("_inplace", "_"))
-        monkeypatch.setattr(ops, f"{name}_op", function)  # not its fake
+    monkeypatch.setattr("distill_ops.api.dense.check_inplace", lambda *_: None)
+    if inplace:  # through the dispatcher, which takes an operator's fake for tensors without memory
+        run_inplace_bodies(monkeypatch)
     for divergence in DIVERGENCES[2:4]:  # with a closed moment and without
         leaf, teacher, options = arguments_on("meta", option)
         leaf.requires_grad_()

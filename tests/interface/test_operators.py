@@ -5,9 +5,10 @@ import torch
 import torch._dynamo.testing
 
 import distill_ops
-from distill_ops import SymmetricKL, autograd, distillation_loss, ops
+from distill_ops import SymmetricKL, distillation_loss
 from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import assert_compiled_equals_eager, captured, make_logits, moved, run
+from tests.support.helpers import assert_compiled_equals_eager, make_logits, moved, run
+from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
 
 OPTIONS = {
     "forward": {},
@@ -22,33 +23,22 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def arguments_of(call):
-    """What a call of the public function hands to the operator."""
-    return captured("distill_ops.losses.dense_loss", call)[1]
-
-
 @pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
-    options = moved(OPTIONS[option], device)
     student, teacher = make_logits((*TOKENS, 33), device=device)
-    student.requires_grad_()
-    arguments = arguments_of(
-        lambda: distillation_loss(student, teacher, backend=backend, **options)
+    options = moved(OPTIONS[option], device)
+    opcheck_of_the_loss(
+        distillation_loss, student.requires_grad_(), teacher, backend=backend, **options
     )
-    torch.library.opcheck(ops.dense_loss_op, arguments)
 
 
 def test_opcheck_of_the_gradient(backend, device):
     student, teacher = make_logits((*TOKENS, 33), device=device)
     student.requires_grad_()
-    arguments = arguments_of(
-        lambda: distillation_loss(student, teacher, gradient="backward", backend=backend)
+    opcheck_of_the_gradient(
+        distillation_loss, student, teacher, gradient="backward", backend=backend
     )
-    statistics = autograd.dense_loss(*arguments)[2]
-    shared = [student.detach(), *arguments[1 : ops.N_SHARED]]
-    upstream = torch.tensor(0.5, device=device)
-    torch.library.opcheck(ops.dense_gradient_op, (*shared, statistics, upstream))
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1,12 +1,12 @@
 """The operators of the token functions inside PyTorch's mechanisms."""
 
-import math
-
 import pytest
 import torch
 
 import distill_ops
+from distill_ops import SymmetricKL
 from tests.support.helpers import make_ids, make_logits
+from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
 
 FUNCTIONS = {
     "token_log_probs": lambda s, t, ids, **options: distill_ops.token_log_probs(s, ids, **options),
@@ -68,17 +68,18 @@ def test_ids_made_under_inference_mode(backend, device):
         assert leaf.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("op", ["token_log_probs", "distillation_statistics"])
+@pytest.mark.parametrize("name", ["token_log_probs", "distillation_statistics"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_opcheck(op, keep, backend, device):
+def test_opcheck(name, keep, backend, device):
     student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
     student.requires_grad_(keep)
-    if op == "token_log_probs":
-        arguments = (student, ids, 1.5, -100, backend, True, keep)
+    options = {"temperature": 1.5, "backend": backend}
+    if name == "token_log_probs":
+        arguments, options["return_entropy"] = [student], True
     else:
-        numbers = [1.5, 1.0, 0.0, math.nan, math.nan]
-        weight = torch.full((3,), 0.3, device=device)
-        choices = ["symmetric_kl", "none", "drop", backend]
-        arguments = (student, teacher, ids, [weight], choices, numbers, [40, -100], keep)
-    torch.library.opcheck(getattr(torch.ops.distill_ops, op).default, arguments)
+        arguments = [student, teacher]
+        options["divergence"] = SymmetricKL(torch.full((3,), 0.3, device=device))
+    call = getattr(distill_ops, name), *arguments, make_ids((3,), 40, device=device)
+    opcheck_of_the_loss(*call, **options)
+    if keep:
+        opcheck_of_the_gradient(*call, **options)

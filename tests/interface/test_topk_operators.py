@@ -5,18 +5,12 @@ import torch
 import torch._dynamo.testing
 
 from tests.support.cases import FLOAT_MASK, LABELS, TOKENS
-from tests.support.helpers import (
-    assert_compiled_equals_eager,
-    captured,
-    make_logits,
-    moved,
-    run,
-    topk_of,
-)
+from tests.support.helpers import assert_compiled_equals_eager, make_logits, moved, run, topk_of
+from tests.support.operators import call_of, opcheck_of_the_gradient, opcheck_of_the_loss
 
 pytest.importorskip("triton")
 
-from distill_ops import JensenShannon, SkewForwardKL, ops, topk_distillation_loss, topk_ops
+from distill_ops import JensenShannon, SkewForwardKL, topk_distillation_loss
 
 OPTIONS = {
     "forward": {},
@@ -34,12 +28,6 @@ def make_topk(shape=(*TOKENS, 33), k=5, device="cpu"):
     return student, *topk_of(teacher, k)
 
 
-def call_and_arguments(student, *others, **options):
-    """The result, and what the public function hands to the operator."""
-    call = lambda: topk_distillation_loss(student, *others, **options)
-    return captured("distill_ops.topk.differentiable_topk_loss", call)
-
-
 @pytest.mark.covering("option", "backend")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_of_the_loss(option, backend, device):
@@ -47,19 +35,15 @@ def test_opcheck_of_the_loss(option, backend, device):
     if "divergence" in options:
         options["divergence"] = options["divergence"].map_tensors(lambda x: x.to(device))
     student, *others = make_topk(device=device)
-    _, arguments = call_and_arguments(student.requires_grad_(), *others, backend=backend, **options)
-    torch.library.opcheck(topk_ops.topk_loss_op, arguments)
+    student.requires_grad_()
+    opcheck_of_the_loss(topk_distillation_loss, student, *others, backend=backend, **options)
 
 
 def test_opcheck_of_the_gradient(backend, device):
     student, *others = make_topk(device=device)
-    _, arguments = call_and_arguments(
-        student.requires_grad_(), *others, gradient="backward", backend=backend
-    )
-    kept = topk_ops.topk_loss(*arguments)[2].detach()
-    shared = (student.detach(), *arguments[1 : topk_ops.N_SHARED])
-    upstream = torch.tensor(0.5, device=device)
-    torch.library.opcheck(topk_ops.topk_gradient_op, (*shared, kept, upstream))
+    student.requires_grad_()
+    options = {"gradient": "backward", "backend": backend}
+    opcheck_of_the_gradient(topk_distillation_loss, student, *others, **options)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -151,9 +135,10 @@ def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, back
     options = {**moved(OPTIONS[option], device), "divergence": divergence, "tail": tail}
     student, *others = make_topk(device=device)
     options["gradient"] = "forward"
-    _, arguments = call_and_arguments(student.requires_grad_(), *others, backend=backend, **options)
-    loss, _, gradient = topk_ops.topk_loss(student.detach(), *arguments[1:])
-    inputs, parsed = topk_ops.parse((student.detach().clone(), *arguments[1:]))
-    again, _ = ops._loss(inputs, parsed, inputs.student, None, False)
+    student.requires_grad_()
+    call = call_of(topk_distillation_loss, student, *others, backend=backend, **options).detached()
+    (loss, _), (gradient,) = call.results()
+    inputs = call.inputs._replace(student=call.inputs.student.clone())
+    (again, _), _ = call.operator.forward(inputs, *call[2:], into=inputs.student)
     assert torch.equal(again, loss)
     assert torch.equal(inputs.student, gradient)

@@ -97,6 +97,29 @@ def test_bad_input(arguments, error, message):
             reference.distillation_loss(student, teacher, **arguments)
 
 
+IDS = torch.tensor([0, 4]).expand(2, 3, 2)
+OF_TEACHERS = {  # functions of a teacher's tensor, and its last dimension
+    "dense": (lambda x: distillation_loss(STUDENT, x), 5),
+    "reference": (lambda x: reference.distillation_loss(STUDENT, x), 5),
+    "topk": (lambda x: distill_ops.topk_distillation_loss(STUDENT, x, IDS), 2),
+    "reference topk": (lambda x: reference.topk_distillation_loss(STUDENT, x, IDS), 2),
+    "statistics": (lambda x: distill_ops.distillation_statistics(STUDENT, x, LABELS)[0], 5),
+    "mixture": (lambda x: distill_ops.mixture_token_log_probs(STUDENT, x, LABELS, 0.5), 5),
+    "teacher_topk": (lambda x: distill_ops.teacher_topk(x, 2).log_probs, 5),
+    "estimate": (lambda x: distill_ops.reverse_kl_estimate(STUDENT, x, kind="k3"), 5),
+}
+
+
+@pytest.mark.parametrize("name", OF_TEACHERS)
+def test_a_teacher_may_require_grad_where_gradients_are_off(name):
+    function, width = OF_TEACHERS[name]
+    teacher = needs_grad(2, 3, width)
+    with pytest.raises(ValueError, match="requires grad.*detach it, or run the teacher under"):
+        function(teacher)
+    with torch.no_grad():
+        assert torch.equal(function(teacher), function(teacher.detach()))
+
+
 @pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
 def test_beta_outside_its_range(beta):
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\]"):

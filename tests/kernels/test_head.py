@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from distill_ops.kernels import head
+from distill_ops.kernels import logits as head
 from distill_ops.kernels.math import tanh
 
-from distill_ops.heads import rows_buffer
+from distill_ops.heads.products import rows_buffer
 
 HALF, WIDE, FP16 = torch.bfloat16, torch.float32, torch.float16
 

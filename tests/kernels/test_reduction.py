@@ -19,8 +19,11 @@ def device(kernel_device):
     return kernel_device("triton")
 
 
-# elements: fewer than a block; whole blocks; blocks and a tail; none
-@pytest.mark.parametrize("n_elements", [5, 8192, 4099, 0])
+# none; fewer than a vector; a block is 2048 or 4096: one less, whole blocks, a vector or less behind
+LENGTHS = [0, 1, 5, 2047, 2048, 2049, 4095, 4096, 4099, 4104, 8192, 12289]
+
+
+@pytest.mark.parametrize("n_elements", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("upstream", [0.3, 1.0, 2.5, -1.0, 0.0])
 def test_scale(upstream, dtype, n_elements, device):
@@ -31,6 +34,18 @@ def test_scale(upstream, dtype, n_elements, device):
     expected = (buffer.float() * factor).to(dtype)
     expected[n_elements:] = buffer[n_elements:]
     reduction.scale_(buffer[:n_elements], factor)
+    assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("n_elements", [512, 513, 1024, 1529, 4 * 512 + 8, 4 * 512 + 15])
+def test_scale_with_several_blocks_a_program(n_elements, device):
+    """As for gradients of more blocks than there are programs; here two, of 512 elements a block."""
+    generator = torch.Generator().manual_seed(0)
+    buffer = torch.randn(n_elements + 16, generator=generator).to(torch.bfloat16).to(device)
+    factor = torch.tensor(0.3, device=device)
+    expected = (buffer.float() * factor).to(torch.bfloat16)
+    expected[n_elements:] = buffer[n_elements:]
+    reduction.scale_kernel[(2,)](buffer, factor, n_elements, VECTORS=64, WIDTH=8, num_warps=1)
     assert torch.equal(buffer, expected)
 
 

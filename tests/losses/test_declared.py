@@ -9,8 +9,9 @@ from distill_ops.kernels.portable import triton
 
 import distill_ops
 from distill_ops import Divergence, check_divergence, declare_divergence, distillation_loss
-from distill_ops.divergences import BUILT_IN, DIVERGENCES
-from distill_ops.losses import INTERPRETED
+from distill_ops.api.choices import INTERPRETED
+from distill_ops.divergences.base import DIVERGENCES
+from distill_ops.divergences.built_in import BUILT_IN
 from examples.squared_hellinger import squared_hellinger
 from tests.support import declared
 from tests.support.helpers import check, make_logits, moved, run

@@ -9,7 +9,8 @@ import random
 import pytest
 import torch
 
-from distill_ops import distillation_loss, host
+from distill_ops import distillation_loss
+from distill_ops.cpu import dense
 from tests.support.cases import DIVERGENCES
 from tests.support.helpers import make_logits, run
 
@@ -74,7 +75,7 @@ def labels_of(logits):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_ten_runs_on_the_cpu_path(divergence, option, deterministic_mode, threads, monkeypatch):
-    monkeypatch.setattr(host, "CHUNK_ELEMENTS", 1 << 14)  # several chunks
+    monkeypatch.setattr(dense, "CHUNK_ELEMENTS", 1 << 14)  # several chunks
     threads(1)
     student, teacher = make_logits((17, 4099))
     distinct, n_addresses = ten_runs(

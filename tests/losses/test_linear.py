@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import distill_ops
-from distill_ops import JensenShannon, SymmetricKL, checks, linear_distillation_loss
+from distill_ops import JensenShannon, SymmetricKL, linear_distillation_loss
 from tests.support.cases import BOOL_MASK, DIVERGENCES, FLOAT_MASK, LABELS, OPTIONS, TOKENS
 from tests.support.declared import renyi_like
 from tests.support.linear_cases import CAPPED, N_COLS, Pair, check, make_pair, run
@@ -201,7 +201,7 @@ def test_too_many_kept_tokens(backend, device, monkeypatch):
         with pytest.raises(ValueError, match="kept_tokens=3 must bound .* got 4"):
             run(linear_distillation_loss, pair, **options)
     if backend == "triton":  # where a GPU's values are not read, the result tells
-        monkeypatch.setattr(checks, "_readable", lambda *_: False)
+        monkeypatch.setattr("distill_ops.checks.values.readable", lambda *_: False)
         for reduction in ("mean", "none"):
             ours = run(linear_distillation_loss, pair, reduction=reduction, **options)
             assert ours.loss.isnan().any()
@@ -276,10 +276,13 @@ BAD_INPUT = [
     (lambda: bad(student_weight=torch.zeros(N_COLS, 0)), ValueError, "student_weight must be"),
     (lambda: bad(teacher_bias=torch.zeros(3)), ValueError, "teacher_bias must be"),
     (lambda: bad(teacher_weight=torch.zeros(40, 24), teacher_bias=None), ValueError, "pass vocab_size"),
-    (lambda: bad(teacher_weight=torch.zeros(N_COLS, 24, requires_grad=True)), ValueError, "detach it"),
+    (lambda: bad(teacher_hidden=torch.zeros(*TOKENS, 24, requires_grad=True)), ValueError, "teacher_hidden requires grad.* detach it"),
     (lambda: bad(teacher_hidden=None), ValueError, "needs hard_label_weight=1"),
     (lambda: bad(teacher_hidden=torch.zeros(3, 2, 24)), ValueError, "leading shape of student_hidden"),
-    (lambda: bad(student_weight=torch.zeros(N_COLS, 16).as_subclass(Sharded)), TypeError, r"student_weight.full_tensor\(\)"),
+    (lambda: bad(student_weight=torch.zeros(N_COLS, 16).as_subclass(Sharded)), TypeError, r"forward of the .*lm_head.unshard\(\), or pass student_weight.full_tensor\(grad_placements=\[Partial\('avg'\)\]\)"),
+    (lambda: bad(student_bias=torch.zeros(N_COLS).as_subclass(Sharded)), TypeError, r"pass student_bias.full_tensor\(grad_placements="),
+    (lambda: bad(student_hidden=torch.zeros(*TOKENS, 16).as_subclass(Sharded)), TypeError, "pass this rank's tokens"),
+    (lambda: bad(teacher_weight=torch.zeros(N_COLS, 24).as_subclass(Sharded)), TypeError, r"pass teacher_weight.full_tensor\(\)"),
     (lambda: bad(loss_mask=torch.zeros(2)), ValueError, "loss_mask .* of student_hidden"),
     (lambda: bad(labels=LABELS.int()), TypeError, "labels must be int64"),
     (lambda: bad(labels=LABELS + 40), ValueError, r"labels must lie in \[0, 33\)"),

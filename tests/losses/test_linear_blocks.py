@@ -6,8 +6,12 @@ import sys
 import pytest
 import torch
 
-from distill_ops import SymmetricKL, heads, linear_distillation_loss, linear_ops
-from distill_ops.heads import Blocks, split
+from distill_ops import SymmetricKL, linear_distillation_loss
+from distill_ops.api import linear
+from distill_ops.cpu import forms
+from distill_ops.heads import engine
+from distill_ops.heads.blocks import CPU_BUDGET, Blocks, split
+from distill_ops.operators import linear as operator
 from tests.support import ROOT
 from tests.support.cases import BOOL_MASK, FLOAT_MASK
 from tests.support.helpers import assert_close
@@ -72,7 +76,7 @@ def test_blocks_at_real_sizes():
     assert 8192 * token_bytes + 512 * row_bytes <= GIB + 4 * n_cols * dim
     # on a CPU in float32, 32000 columns: blocks of about 256 tokens
     token_bytes, row_bytes = 4 * 32000 + 8 * 1024, 4 * 32000 + 4 * 1024
-    blocks = split(1024, token_bytes, row_bytes, heads.CPU_BUDGET, gpu=False)
+    blocks = split(1024, token_bytes, row_bytes, CPU_BUDGET, gpu=False)
     assert blocks == Blocks(205, 205)
 
 
@@ -118,7 +122,7 @@ def test_blocks_that_do_not_divide_the_tokens(n_rows, softcap, backend, device):
 
 
 def blocks_of(monkeypatch, tokens, rows):
-    monkeypatch.setattr(heads, "split", lambda *_, **__: Blocks(tokens, rows))
+    monkeypatch.setattr(engine, "split", lambda *_, **__: Blocks(tokens, rows))
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
@@ -224,7 +228,7 @@ def test_mixed_dtypes_as_on_a_gpu(gpu_products, backend, device):
 
 def test_autocast_as_on_a_gpu(gpu_products, backend, device, monkeypatch):
     """float32 tensors, bfloat16 products, float32 gradients."""
-    monkeypatch.setattr("distill_ops.linear.autocast_dtype", lambda device: HALF)
+    monkeypatch.setattr("distill_ops.api.linear.autocast_dtype", lambda device: HALF)
     gpu_products(4, 2)
     pair = make_pair(bias=True, device=device)
     ours = run(linear_distillation_loss, pair, backend=backend)
@@ -241,7 +245,7 @@ def test_autocast_as_on_a_gpu(gpu_products, backend, device, monkeypatch):
 
 MEMORY = """
 import torch
-from benchmarks.memory import peak_above_inputs
+from benchmarks.core.memory import peak_above_inputs
 from distill_ops import linear_distillation_loss
 
 torch.set_num_threads(1)
@@ -290,17 +294,16 @@ def test_rows_begin_at_16_bytes(gpu_products, monkeypatch):
     gpu_products(4, 3)
     seen = []
 
-    def rows(options, tokens, student, teacher, *, gradient, losses, components):
+    def look(options, tokens, student, teacher, *, gradient, losses, components):
         seen.extend((student, teacher, gradient))
 
-    monkeypatch.setattr(linear_ops, "triton_rows", rows)
-    options = linear_ops.LinearOptions.unpack  # the operator itself, with the path forced
-    monkeypatch.setattr(
-        linear_ops.LinearOptions, "unpack",
-        lambda *a: (o := options(*a))._replace(loss=o.loss._replace(backend="triton")),
-    )  # fmt: skip
-    monkeypatch.setattr(linear_ops, "triton_tokens", linear_ops.host_tokens)
-    monkeypatch.setattr(linear_ops, "triton_reduced", lambda losses, *_: (losses.sum(), losses[:0]))
+    class Path:  # as the kernels' own
+        tokens = staticmethod(forms.tokens)
+        rows = staticmethod(look)
+        reduced = staticmethod(lambda losses, *_: (losses.sum(), None))
+
+    monkeypatch.setattr(operator, "path_of", lambda backend: Path)
+    monkeypatch.setattr(linear, "choose_backend", lambda *_: "triton")
     pair = make_pair(dtype=HALF)
     run(linear_distillation_loss, pair)
     assert len(seen) == 9  # blocks of 3 and 1 and 2 rows

@@ -8,10 +8,11 @@ import torch
 
 import distill_ops
 from distill_ops import linear_token_log_probs, linear_topk_distillation_loss, reference
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 from distill_ops.reference.linear import head_logits
 from tests.support.declared import renyi_like
 from tests.support.helpers import assert_close, to_float64
+from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
 
 DIVERGENCES = [*(kind() for kind in BUILT_IN.values()), renyi_like()]
 HEADS = {
@@ -257,19 +258,15 @@ def test_tokens_under_compile_and_without_a_second_derivative(backend, device):
 
 
 def test_opcheck(backend, device):
-    from distill_ops.heads import Wanted
-    from distill_ops.linear_token_ops import TokenOptions
-
     hidden, weight, bias = make_head(4, 8, 30, device=device, bias=True)
     ids = torch.tensor([3, 1, -100, 29], device=device)
-    wanted = Wanted(True, True, True)
-    options = TokenOptions(
-        backend, torch.float32, None, 1.5, 0.8, 4.0, -100, True, None, wanted
-    )  # fmt: skip
-    students = leaves((hidden, weight, bias), False)
-    torch.library.opcheck(
-        torch.ops.distill_ops.linear_token_log_probs.default, (*students, ids, *options.pack())
-    )
+    hidden, weight, bias = leaves((hidden, weight, bias), False)
+    options = {
+        "bias": bias, "logit_scale": 0.8, "softcap": 4.0, "temperature": 1.5, "return_entropy": True,
+        "backend": backend,
+    }  # fmt: skip
+    opcheck_of_the_loss(linear_token_log_probs, hidden, weight, ids, **options)
+    opcheck_of_the_gradient(linear_token_log_probs, hidden, weight, ids, **options)
 
 
 HIDDEN, WEIGHT, IDS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([1, 4])

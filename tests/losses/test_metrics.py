@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distill_ops import distillation_metrics, reference
-from distill_ops.metrics import metrics_op
 from tests.support.helpers import assert_close, make_logits
+from tests.support.operators import opcheck_of_the_loss
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 INF = float("inf")
@@ -126,7 +126,7 @@ def test_no_token(backend, device):
 
 def test_opcheck_and_compile(backend, device):
     student, teacher = make_logits((2, 3, 33), device=device)
-    torch.library.opcheck(metrics_op, (student, teacher, 2.0, 33, backend))
+    opcheck_of_the_loss(distillation_metrics, student, teacher, temperature=2.0, backend=backend)
     compiled = torch.compile(distillation_metrics, fullgraph=True, backend="aot_eager")
     expected = distillation_metrics(student, teacher, backend=backend)
     for mine, other in zip(compiled(student, teacher, backend=backend), expected, strict=True):

@@ -157,6 +157,26 @@ def test_a_changed_tensor_compiles_no_graph(shape):
     assert counter.frame_count == 1
 
 
+def test_which_options_compile_a_graph_anew():
+    """As README's limits say: numbers do, and normalizer may be a tensor, which does not."""
+    student, teacher = make_logits((4, 33))
+    labels = torch.tensor([1, 2, 3, 4])
+    options = {
+        "temperature": ({}, float, 3),
+        "hard_label_weight": ({"labels": labels}, float, 3),
+        "normalizer": ({}, float, 3),
+        "normalizer as a tensor": ({}, torch.tensor, 1),
+    }
+    for title, (others, kind, expected) in options.items():
+        torch.compiler.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(distillation_loss, fullgraph=True, backend=counter)
+        name = title.split()[0]
+        for value in (0.5, 0.7, 0.9):
+            compiled(student, teacher, **{name: kind(value)}, **others)
+        assert counter.frame_count == expected, title
+
+
 def test_a_divergence_object_with_a_tensor_compiles_once():
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -196,15 +216,14 @@ def test_bad_values():
 
 def test_values_on_a_device_are_checked_in_debug_mode_only():
     """Checking them would wait for the device; meta tensors stand for one."""
-    from distill_ops.checks import check_arguments
+    from distill_ops.arguments import LossArguments
+    from distill_ops.checks.tokens import check_dense
 
     meta = {"device": "meta"}
     student, teacher = torch.empty(4, 33, **meta), torch.empty(4, 33, **meta)
     divergence = JensenShannon(torch.empty(4, **meta))
-    arguments = (
-        student, teacher, divergence, None, None, -100, 0.0, 1.0, "mean", None, "drop", None,
-    )  # fmt: skip
-    assert_values_are_read_in_debug_mode_only(lambda: check_arguments(*arguments))
+    arguments = student, teacher, LossArguments(divergence)
+    assert_values_are_read_in_debug_mode_only(lambda: check_dense(*arguments))
 
 
 def test_any_value_will_do_where_no_token_counts():

@@ -7,7 +7,7 @@ import torch
 
 import distill_ops
 from distill_ops import SymmetricKL, reference
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import renyi_like
 from tests.support.helpers import assert_close, make_ids, make_logits, to_float64
 

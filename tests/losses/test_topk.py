@@ -23,7 +23,6 @@ from distill_ops import (
     SkewReverseKL,
     SymmetricKL,
     distillation_loss,
-    host,
     reference,
     topk_distillation_loss,
 )
@@ -238,11 +237,12 @@ def test_both_gradient_modes_give_the_same_bits(divergence, tail, hard, backend,
 @pytest.mark.parametrize("elements", [1, 1 << 9])
 def test_chunks_of_the_cpu_path(elements, monkeypatch):
     """Rows a chunk, masked tokens between them, and views that no single stride reaches."""
-    from distill_ops import topk_host
+    from distill_ops.cpu import rows
+    from distill_ops.cpu import topk as cpu_topk
 
-    monkeypatch.setattr(topk_host, "TOPK_ELEMENTS", elements)
-    monkeypatch.setattr(topk_host, "GENERAL_ELEMENTS", elements)
-    monkeypatch.setattr(host, "BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(cpu_topk, "TOPK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_topk, "GENERAL_ELEMENTS", elements)
+    monkeypatch.setattr(rows, "BUFFER_BYTES", 1 << 12)
     student, log_p, ids = make_topk((5, 9, 60), 4, dtype=torch.bfloat16)
     mask = (torch.arange(40) % 3).view(5, 8).float()
     for divergence in SOME:

@@ -264,7 +264,7 @@ def test_ids_that_nobody_checked_are_nan(tail, monkeypatch, kernel_device):
     """On a GPU ids are not read before the kernel; it reads and writes no memory by a wrong one."""
     student, log_p, ids = make_topk((3, 12), 4, device=kernel_device("triton"))
     ids[0, 1], ids[1, 2] = 12, -7
-    monkeypatch.setattr("distill_ops.checks._readable", lambda *_: False)
+    monkeypatch.setattr("distill_ops.checks.values.readable", lambda *_: False)
     for divergence in SOME:
         ours = run(
             topk_distillation_loss, student, log_p, teacher_ids=ids, divergence=divergence,
@@ -277,9 +277,8 @@ def test_ids_that_nobody_checked_are_nan(tail, monkeypatch, kernel_device):
 def test_values_on_a_device_are_checked_in_debug_mode_only():
     meta = (x.to("meta") for x in (STUDENT, LOG_P, IDS))
     student, log_p, ids = meta
-    from distill_ops.checks import check_topk as check
+    from distill_ops.arguments import LossArguments
+    from distill_ops.checks.slots import check_topk_logits as check
 
-    arguments = (
-        student, log_p, ids, "bucket", "forward_kl", None, None, -100, 0.0, 1.0, "mean", None, None,
-    )  # fmt: skip
+    arguments = student, log_p, ids, "bucket", LossArguments("forward_kl")
     assert_values_are_read_in_debug_mode_only(lambda: check(*arguments))

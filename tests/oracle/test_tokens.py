@@ -13,7 +13,8 @@ from distill_ops.reference import (
 )
 from tests.support import formulas
 from tests.support.cases import DIVERGENCES
-from tests.support.helpers import WORKED_STUDENT, make_logits
+from tests.support.helpers import make_logits
+from tests.support.semantics_page import ROWS
 
 INF = math.inf
 by_name = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -35,7 +36,7 @@ def row_gradients(output, logits):
 
 
 def test_worked_token_log_prob():
-    logits = torch.tensor([WORKED_STUDENT], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([ROWS["S"]], dtype=torch.float64, requires_grad=True)
     log_prob = token_log_probs(logits, torch.tensor([1]), temperature=2.0)
     assert log_prob.tolist() == pytest.approx([-0.982043570595], abs=1e-12)
     expected = [-.1135864849, .3127275464, -.0417861326, -.0884612434, -.0688936856]  # fmt: skip

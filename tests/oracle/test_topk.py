@@ -9,7 +9,8 @@ from distill_ops import JensenShannon, SymmetricKL, reference
 from distill_ops.reference import topk_distillation_loss
 from tests.support import formulas
 from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
-from tests.support.helpers import WORKED_STUDENT, make_logits, run
+from tests.support.helpers import make_logits, run
+from tests.support.semantics_page import ROWS
 
 INF = math.inf
 TAILS = ("bucket", "renormalize", "ignore")
@@ -116,7 +117,7 @@ def test_value_and_gradient_by_hand(divergence, tail, k, temperature):
 
 def test_worked_bucket():
     """V = 5, p = (1/2, 3/10) of ids 4 and 1: three outcomes, worked with a pocket calculator."""
-    student = torch.tensor([WORKED_STUDENT], dtype=torch.float64)
+    student = torch.tensor([ROWS["S"]], dtype=torch.float64)
     log_p, ids = torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(), torch.tensor([[4, 1]])
     # q: 0.0761966 of id 4, 0.5630213 of id 1, 0.3607821 of the three others together
     forward = ours("forward_kl", student, log_p, ids, "bucket")

@@ -1,6 +1,5 @@
 """Inputs and the numeric rule that every test shares."""
 
-import importlib
 import math
 from typing import NamedTuple
 
@@ -9,11 +8,8 @@ import torch
 
 import distill_ops
 from distill_ops import reference, topk_distillation_loss
-from distill_ops.divergences import as_divergence
-from distill_ops.paths import working_dtype
-
-WORKED_STUDENT = (1.0, 2.0, -1.0, 0.5, 0.0)
-WORKED_TEACHER = (0.5, 1.5, 0.0, -0.5, 2.0)
+from distill_ops.divergences.base import as_divergence
+from distill_ops.problem import working_dtype
 
 
 def make_logits(shape, *, seed=0, dtype=torch.float32, scale=2.0, offset=0.0, device="cpu"):
@@ -202,20 +198,6 @@ def assert_compiled_equals_eager(loss_function, student, teacher, **options):
     eager, graph = (run(f, student, teacher, **options) for f in (step, compiled))
     torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
-
-
-def captured(function, call):
-    """The result of ``call()``, and what it hands to the function of that dotted name."""
-    module, name = function.rsplit(".", 1)
-    original, given = getattr(importlib.import_module(module), name), []
-
-    def capture(*arguments):
-        given.append(arguments)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(function, capture)
-        return call(), given[0]
 
 
 def assert_values_are_read_in_debug_mode_only(call):

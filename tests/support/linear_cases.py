@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from distill_ops import heads, linear_distillation_loss, reference
+from distill_ops import linear_distillation_loss, reference
+from distill_ops.heads import engine, products, projection
 from distill_ops.reference.linear import head_logits
 from tests.support.cases import TOKENS
 from tests.support.helpers import assert_close, condition, moved, to_float64
@@ -123,13 +124,14 @@ def check(pair, names=None, **options) -> Outcome:
 
 def multiply_as_on_gpu(out, a, b, alpha=1.0, add=False):
     """Half-precision operands, summed in float32, with a result in either."""
-    product = a.float() @ b.float() if a.dtype in heads.HALF else a @ b
+    product = a.float() @ b.float() if a.dtype in products.HALF else a @ b
     product = product * alpha
     out.copy_(out + product if add else product)
 
 
 def use_gpu_products(monkeypatch):
     """Let the engine choose blocks and dtypes as on a GPU."""
-    monkeypatch.setattr(heads, "on_gpu", lambda device: True)
+    for module in (products, projection, engine):
+        monkeypatch.setattr(module, "on_gpu", lambda device: True)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(heads, "multiply", multiply_as_on_gpu)
+        monkeypatch.setattr(projection, "multiply", multiply_as_on_gpu)

@@ -11,6 +11,7 @@ from tests.support.mutations_autograd import (
 from tests.support.mutations_host import CHECKS, CPU_PATH
 from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
+from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
 
@@ -24,4 +25,5 @@ MUTATIONS = [
     *TOKENS_AND_MOMENTS,
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
+    *ROW_STATISTICS,
 ]

@@ -39,6 +39,22 @@ TOKENS_AND_MOMENTS = [
         kernels=True,
     ),
     Mutation(
+        "kernels: what lies behind the gradient's whole vectors is not scaled",
+        sources.KERNELS_REDUCTION,
+        "upstream, position < n_elements)",
+        "upstream, position < n_vectors * WIDTH)",
+        "tests/kernels/test_reduction.py::test_scale[0.3-torch.float32-4099]",
+        kernels=True,
+    ),
+    Mutation(
+        "kernels: a program scales its first block only",
+        sources.KERNELS_REDUCTION,
+        "range(tl.program_id(0), tl.cdiv(n_vectors, VECTORS), tl.num_programs(0))",
+        "range(tl.program_id(0), tl.num_programs(0))",
+        "tests/kernels/test_reduction.py::test_scale_with_several_blocks_a_program",
+        kernels=True,
+    ),
+    Mutation(
         "kd_ratio for 1 - kd_ratio",
         sources.MINILLM,
         "hard_label_weight=1 - args.kd_ratio",

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import accuracy
-from benchmarks.numeric_rule import (
+from benchmarks.accuracy import sweep as accuracy
+from benchmarks.accuracy.numeric_rule import (
     DIVERGENCES,
     DTYPES,
     MEDIAN,
@@ -21,9 +21,9 @@ from benchmarks.numeric_rule import (
     summarise,
     units,
 )
-from benchmarks.signs import Signs, undecided
+from benchmarks.accuracy.signs import Signs, undecided
 from distill_ops import ForwardKL, SoftCrossEntropy, TotalVariation, distillation_loss
-from distill_ops.divergences import BUILT_IN
+from distill_ops.divergences.built_in import BUILT_IN
 
 CPU = torch.device("cpu")
 SEEDS = range(20)

@@ -8,12 +8,12 @@ import torch
 pytest.importorskip("triton")
 from distill_ops.kernels import dense
 
-from benchmarks.cache_model import PIECES, Cache, missed, n_walks, traffic, traffic_of_record
-from benchmarks.chips import CHIPS, chip_of
-from benchmarks.records import Record
+from benchmarks.losses.records import Record
+from benchmarks.static.cache_model import PIECES, Cache, missed, n_walks, traffic, traffic_of_record
+from benchmarks.static.chips import CHIPS, chip_of
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form
-from distill_ops.divergences import as_divergence
+from distill_ops.divergences.base import as_divergence
 
 H100 = CHIPS["H100"]
 ROW = 1 << 16  # bytes, in the worked cases

@@ -1,0 +1,1 @@
+"""The numeric rule over random configurations: ``python -m benchmarks.accuracy``."""

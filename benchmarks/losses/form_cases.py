@@ -1,0 +1,161 @@
+"""The cases of ``benchmarks.forms``: a form of the loss, sizes of a named model, and the tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from distill_ops import reference, teacher_topk
+
+HARD_LABEL = "cross_entropy"  # the hard label alone
+LINEAR = ("linear", "linear_topk", "linear_tokens")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a case's providers get; ``None``: not part of its form."""
+
+    student: torch.Tensor | None = None  # [N, V] leaf
+    teacher: torch.Tensor | None = None  # [N, V]
+    hidden: torch.Tensor | None = None  # [N, d] leaf
+    weight: torch.Tensor | None = None  # [V, d] leaf
+    teacher_hidden: torch.Tensor | None = None
+    teacher_weight: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None  # [N, K]
+    ids: torch.Tensor | None = None  # [N, K]
+    labels: torch.Tensor | None = None  # [N]
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [x for x in (self.student, self.hidden, self.weight) if x is not None]
+
+    def double(self) -> "Tensors":
+        """The same in float64."""
+        wide = {}
+        for name, x in vars(self).items():
+            if x is not None and x.is_floating_point():
+                wide[name] = x.detach().double().requires_grad_(x.requires_grad)
+        return replace(self, **wide)
+
+
+@dataclass(frozen=True)
+class FormCase:
+    form: str  # "linear", "topk", "linear_topk", "tokens", "statistics", "linear_tokens"
+    loss: str
+    tokens: int
+    hidden: int | None  # of the student; the teacher's is the same
+    vocab: int
+    k: int | None
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        sizes = [self.tokens, *([self.hidden] if self.hidden else []), self.vocab]
+        slots = f" K={self.k}" if self.k else ""
+        return f"{self.form} {self.loss} {'x'.join(map(str, sizes))}{slots} {self.dtype}"
+
+    @property
+    def n_products(self) -> int:
+        """Matrix products of ours: student's and teacher's logits, two gradients; for tokens the
+        student's logits twice."""
+        if self.form not in LINEAR:
+            return 0
+        return 4 if self.form == "linear_tokens" or self.has_teacher_head else 3
+
+    @property
+    def has_teacher_head(self) -> bool:
+        return self.form == "linear" and self.loss != HARD_LABEL
+
+    def smaller(self) -> "FormCase":
+        return replace(self, tokens=min(self.tokens, 64))
+
+    def truth(self) -> Callable[[Tensors], torch.Tensor]:
+        """The reference."""
+        return lambda t: eager_loss(self, t)
+
+
+def _linear(loss: str, tokens: int, hidden: int, vocab: int, dtype: str) -> FormCase:
+    return FormCase("linear", loss, tokens, hidden, vocab, None, dtype)
+
+
+def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str) -> list[FormCase]:
+    """The forms beside the linear one; those from hidden states have tokens of their own."""
+    return [
+        FormCase("linear_topk", "forward_kl", linear_tokens, hidden, vocab, 64, dtype),
+        FormCase("linear_tokens", "log_prob", linear_tokens, hidden, vocab, None, dtype),
+        FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
+        FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
+        FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
+        FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
+    ]
+
+
+CASES_CPU = [
+    *(
+        _linear(loss, 512, 512, 32000, "float32")
+        for loss in ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", HARD_LABEL)
+    ),
+    _linear("forward_kl", 512, 512, 32000, "bfloat16"),
+    *_others(1024, 512, 512, 32000, "float32"),
+]
+# hidden size and vocabulary of Llama-3 8B and Qwen2.5 7B
+CASES_GPU = [
+    *(
+        _linear(loss, 8192, 4096, 128256, "bfloat16")
+        for loss in ("forward_kl", "reverse_kl", "jensen_shannon", HARD_LABEL)
+    ),
+    _linear("jensen_shannon", 8192, 3584, 152064, "bfloat16"),
+    *_others(8192, 8192, 4096, 128256, "bfloat16"),
+]
+
+
+def make_tensors(case: FormCase, device: torch.device, tokens: int) -> Tensors:
+    """The teacher is the student plus noise, so that no divergence sits at its maximum."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        made = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return made.mul_(scale).to(dtype)
+
+    labels = torch.randint(case.vocab, (tokens,), generator=generator, device=device)
+    found: dict[str, torch.Tensor] = {"labels": labels}
+    if case.form in LINEAR:
+        hidden = normal(tokens, case.hidden)
+        weight = normal(case.vocab, case.hidden, scale=2 * case.hidden**-0.5)
+        if case.has_teacher_head:
+            found["teacher_hidden"] = hidden + normal(tokens, case.hidden, scale=0.5)
+            found["teacher_weight"] = weight.clone()
+        found |= {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+    else:
+        student = normal(tokens, case.vocab, scale=2.0)
+        if case.form == "statistics":
+            found["teacher"] = student + normal(tokens, case.vocab)
+        found["student"] = student.requires_grad_()
+    if case.k:
+        top = teacher_topk(normal(tokens, case.vocab, scale=2.0).float(), case.k)
+        found |= {"log_probs": top.log_probs, "ids": top.ids}
+    return Tensors(**found)
+
+
+def eager_logits(case: FormCase, t: Tensors) -> torch.Tensor:
+    """As float32, or float64 where they are."""
+    logits = t.hidden @ t.weight.t() if case.form in LINEAR else t.student
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
+    """The case in eager PyTorch, mean over tokens: logits in full, autograd for the gradients."""
+    logits = eager_logits(case, t)
+    if case.loss == HARD_LABEL:
+        return F.cross_entropy(logits, t.labels)
+    if case.form == "linear":
+        teacher = (t.teacher_hidden @ t.teacher_weight.t()).to(logits.dtype)
+        return reference.distillation_loss(logits, teacher, divergence=case.loss)
+    if case.k:
+        return reference.topk_distillation_loss(logits, t.log_probs, t.ids, divergence=case.loss)
+    if case.form == "statistics":
+        found = reference.distillation_statistics(logits, t.teacher, t.labels, divergence=case.loss)
+        return (found.divergence + found.student_log_prob + found.student_entropy).mean()
+    log_probs, entropies = reference.token_log_probs(logits, t.labels, return_entropy=True)
+    return (log_probs + entropies).mean()

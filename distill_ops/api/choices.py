@@ -1,0 +1,107 @@
+"""What a call decides before it computes: the backend, when the gradient is made, autocast's dtype."""
+
+import inspect
+
+import torch
+
+from ..checks.values import BACKENDS, GRADIENTS, one_of
+from ..heads.select import autocasts
+from ..kernels.portable import triton
+from ..problem import BACKWARD, FORWARD, NO_GRADIENT, LossComponents, Options, working_dtype
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def choose_backend(
+    backend: str, of: str, student: torch.Tensor, *others: torch.Tensor | None
+) -> str:
+    """ "triton" or "torch"; an explicit choice never falls back. ``of`` is what the user calls
+    ``student``.
+
+    Raises:
+        ValueError: ``backend="triton"`` cannot be had here.
+    """
+    one_of("backend", backend, BACKENDS)
+    wide = working_dtype(student, *others) == torch.float64
+    if backend == "auto":
+        return "triton" if triton is not None and student.is_cuda and not wide else "torch"
+    if backend == "triton":
+        if triton is None:
+            raise ValueError("backend='triton' needs the triton package: pip install triton")
+        if wide:
+            raise ValueError("backend='triton' takes float32, bfloat16 or float16, got float64")
+        if not (student.is_cuda or INTERPRETED):
+            raise ValueError(
+                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before "
+                f"importing distill_ops), got {of} on {student.device}"
+            )
+    return backend
+
+
+def gradient_mode(
+    gradient: str, reduction: str, *students: torch.Tensor | None,
+    products: torch.dtype | None = None,
+) -> str:  # fmt: skip
+    """When the gradient of the student's tensors is made: in the forward, in the backward, or never.
+    ``products``: the dtype in which it is computed, where that is not one of theirs.
+
+    Raises:
+        ValueError: ``gradient="forward"`` where the gradient cannot be made then.
+    """
+    one_of("gradient", gradient, GRADIENTS)
+    given = [x for x in students if x is not None]
+    float16 = torch.float16 in (products, *(x.dtype for x in given))
+    if gradient == "forward":
+        if float16:
+            raise ValueError(
+                "gradient='forward' with float16 would underflow (it is made before "
+                "GradScaler's scale): use gradient='backward' or 'auto'"
+            )
+        if reduction == "none":
+            raise ValueError(
+                "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
+                "gradients are not known before backward: use gradient='backward' or 'auto'"
+            )
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        return NO_GRADIENT
+    if gradient == "auto":
+        gradient = BACKWARD if reduction == "none" or float16 else FORWARD
+    return gradient
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which autocast wants matrix products; on a CPU, whose products are float32, it has no say."""
+    if device.type == "cpu" or not autocasts(device):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def loss_result(
+    outputs: tuple[torch.Tensor | None, ...], options: Options, return_components: bool
+) -> torch.Tensor | LossComponents:
+    """What the user gets of a loss operator's outputs."""
+    loss, components = outputs
+    if not return_components:
+        return loss
+    if options.components:
+        return LossComponents(loss, *components.unbind(0))
+    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+
+
+class LossModule(torch.nn.Module):
+    """A loss function as a module that keeps the options which stay the same from step to step."""
+
+    function: staticmethod
+
+    def __init__(self, **options):
+        super().__init__()
+        parameters = inspect.signature(self.function).parameters.values()
+        unknown = set(options) - {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got unknown options: {', '.join(sorted(unknown))}"
+            )
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,164 @@
+"""The linear loss: hidden states and language-model heads instead of logits."""
+
+import torch
+from typing_extensions import Unpack
+
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.heads import check_block_options, check_head, check_heads
+from ..checks.tokens import check_options
+from ..checks.values import Rows
+from ..operators.linear import linear_loss
+from ..problem import (
+    BlockOptions,
+    HeadOptions,
+    LinearInputs,
+    LinearOptions,
+    LossComponents,
+    Options,
+)
+from .choices import LossModule, autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
+
+
+@with_loss_options(*WITHOUT)
+def linear_distillation_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    *,
+    student_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int | None = None,
+    kept_tokens: int | None = None,
+    **options: Unpack[LossOptions],
+) -> torch.Tensor | LossComponents:
+    """:func:`distillation_loss` of two language-model heads, without their logits in memory.
+
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, a block at a time.
+    Hidden states ``[..., d]`` and heads ``[V, d]`` go in, the loss comes out; the student's get gradients.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> loss = distill_ops.linear_distillation_loss(
+        ...     hidden, weight, torch.eye(2), weight.flip(0), divergence="forward_kl"
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in hidden.grad[0].tolist()]
+        (0.066, [0.0498, -0.0498])
+
+    With ``softcap(x) = c tanh(x / c)``. The logits of a block of tokens are turned into the loss and
+    the gradients of the student's hidden states, weight and bias: four matrix products in all where
+    the forward makes the gradients, six where the backward does, two without gradients. No
+    ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run after
+    run.
+
+    Args:
+        student_hidden, teacher_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in
+            Triton); the two dimensions d may differ. No gradient flows to the teacher: its hidden
+            states must not require one while gradients are enabled.
+        student_weight, teacher_weight: ``[V, d]``, of the heads; the teacher's is detached. Both
+            ``teacher_hidden`` and ``teacher_weight`` may be None where ``hard_label_weight`` is 1.
+        student_bias, teacher_bias: ``[V]``; the teacher's is detached.
+        loss_mask, labels: ``[...]``, aligned with the hidden states: no shift happens inside. With
+            Hugging Face labels pass ``hidden[:, :-1]`` of both models and ``labels[:, 1:]``.
+        student_logit_scale, teacher_logit_scale: positive factors of the logits.
+        student_softcap, teacher_softcap: c above, positive; None for no cap.
+        logits_dtype: in which logits are kept: float32, or bfloat16 or float16 for less memory
+            traffic and a less exact gradient. float64 wherever an input is.
+        memory_budget: bytes of logits, their gradient and what the products of a block take, by
+            default 1 GiB on a GPU and 64 MiB on a CPU. On top come the gradients themselves and,
+            where a half-precision weight's gradient takes several blocks, its float32 sum (float64
+            of float64 hidden states); one block takes all tokens where that needs no more than both.
+        kept_tokens: a bound on the number of tokens of nonzero weight, so that a GPU computes no
+            others (it cannot choose them by number without waiting for their count). Were there
+            more, the loss is NaN. A CPU never computes others.
+        vocab_size: use the first ``vocab_size`` rows of both heads; the others get gradient 0.
+        gradient: when it is made. "forward": by the forward, which keeps the gradients of hidden
+            states and weight for the backward; one backward only. "backward": by the backward,
+            which forms the logits again. "auto": "forward", but "backward" for
+            ``reduction="none"`` and where products or tensors of the student are float16.
+
+        The others are those of :func:`distillation_loss`. A token of weight 0 is not read: whatever
+        its hidden states hold, its gradient is 0. Infinite logits, which a bias may make, are
+        dropped.
+
+    Matrix products are float32 on a CPU (float64 for float64 inputs) and in the promoted dtype of
+    hidden states and weight on a GPU, or autocast's. Gradients have the dtype of their tensors. The
+    gradient of the logits is rounded to the products' dtype.
+
+    Returns:
+        The loss, float32 (float64 where a tensor is): 0-d, or ``[...]`` with "none". Without a token
+        of nonzero weight it is 0, with a graph. ``LossComponents`` with ``return_components``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        RuntimeError: from backward, on a second derivative, or a second backward of gradients made
+            in the forward.
+    """
+    arguments = loss_arguments("linear_distillation_loss", options, *WITHOUT)
+    student = student_hidden, student_weight, student_bias
+    check_head("student_", *student, student_logit_scale, student_softcap)
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    if teacher_hidden is None or teacher_weight is None:
+        teacher = None, None, None
+    else:
+        check_head("teacher_", *teacher, teacher_logit_scale, teacher_softcap, frozen=True)
+        # in training no graph is made through a head
+        teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
+    rows = Rows("student_hidden", student_hidden)
+    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    divergence = check_options(rows, n_cols, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
+    autocast = autocast_dtype(student_hidden.device)
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments),
+        HeadOptions(student_logit_scale, student_softcap),
+        HeadOptions(teacher_logit_scale, teacher_softcap),
+        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+    )
+    inputs = LinearInputs(*student, *teacher, None, None, *arguments.tensors, divergence.tensors)
+    outputs = linear_loss("linear_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)
+
+
+class LinearDistillationLoss(LossModule):
+    """:func:`linear_distillation_loss` as a module that keeps the options.
+
+    Args:
+        **options: the keyword arguments of :func:`linear_distillation_loss` that stay the same from
+            step to step.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> loss = distill_ops.LinearDistillationLoss(divergence="reverse_kl", temperature=2.0)
+        >>> hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
+        >>> loss(hidden, weight, hidden, weight).item()
+        0.0
+    """
+
+    function = staticmethod(linear_distillation_loss)
+
+    def forward(
+        self,
+        student_hidden: torch.Tensor,
+        student_weight: torch.Tensor,
+        teacher_hidden: torch.Tensor | None,
+        teacher_weight: torch.Tensor | None,
+        **arguments,
+    ) -> torch.Tensor | LossComponents:
+        """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""
+        return linear_distillation_loss(
+            student_hidden, student_weight, teacher_hidden, teacher_weight,
+            **{**self.options, **arguments},
+        )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The top-k loss from hidden states and a language-model head instead of logits."""
+
+import torch
+from typing_extensions import Unpack
+
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.heads import check_block_options, check_head
+from ..checks.logits import check_vocabulary
+from ..checks.slots import check_topk
+from ..checks.values import Rows
+from ..operators.linear import linear_loss
+from ..problem import (
+    BlockOptions,
+    HeadOptions,
+    LinearInputs,
+    LinearOptions,
+    LossComponents,
+    Options,
+)
+from .choices import autocast_dtype, choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
+
+
+@with_loss_options(*WITHOUT)
+def linear_topk_distillation_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    *,
+    tail: str = "bucket",
+    student_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int | None = None,
+    kept_tokens: int | None = None,
+    **options: Unpack[LossOptions],
+) -> torch.Tensor | LossComponents:
+    """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
+
+    ``softcap((hidden weight^T + bias) * logit_scale)`` are the student's logits, a block at a time.
+    Hidden states ``[..., d]``, a head and a teacher ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3], [0.9, 0.1]]).log(), torch.tensor([[2, 1], [1, 0]])
+        >>> loss = distill_ops.linear_topk_distillation_loss(
+        ...     hidden, weight, log_probs, ids, divergence="forward_kl"
+        ... )
+        >>> round(loss.item(), 4)
+        0.1909
+
+    The logits are formed as :func:`linear_distillation_loss` forms them and compared with the
+    teacher's K log-probabilities a token: three matrix products where the forward makes the
+    gradients, four where the backward does, one without gradients.
+
+    Args:
+        student_hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton). With
+            Hugging Face labels pass ``hidden[:, :-1]``, the teacher's slots ``[:, :-1]`` and
+            ``labels[:, 1:]``: no shift happens inside.
+        student_weight: ``[V, d]``.
+        teacher_log_probs, teacher_ids: ``[..., K]``, as in :func:`topk_distillation_loss`.
+        tail: the rest of the vocabulary: "bucket", "renormalize" or "ignore", as there.
+        student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
+            kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
+
+    The others are those of :func:`distill_ops.distillation_loss`.
+
+    Returns:
+        The loss in nats, float32 (float64 where a tensor is): 0-d, or ``[...]`` with "none";
+        ``LossComponents`` with ``return_components``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        RuntimeError: from backward, on a second derivative, or a second backward of gradients made
+            in the forward.
+    """
+    arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
+    student = student_hidden, student_weight, student_bias
+    check_head("student_", *student, student_logit_scale, student_softcap)
+    rows = Rows("student_hidden", student_hidden)
+    n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
+    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
+    if arguments.hard_label_weight == 1:  # the divergence has no share
+        tail = teacher_log_probs = teacher_ids = None
+    autocast = autocast_dtype(student_hidden.device)
+    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
+    backend = choose_backend(arguments.backend, "student_hidden", *student, teacher_log_probs)
+    options = LinearOptions(
+        Options.of(divergence, n_cols, backend, arguments, tail),
+        HeadOptions(student_logit_scale, student_softcap),
+        HeadOptions(1.0, None),
+        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+    )
+    slots = teacher_log_probs, teacher_ids
+    inputs = LinearInputs(
+        *student, None, None, None, *slots, *arguments.tensors, divergence.tensors
+    )
+    outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options.loss, arguments.return_components)

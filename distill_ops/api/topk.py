@@ -1,0 +1,100 @@
+"""The loss against a teacher of K log-probabilities a token: cached, served or sampled."""
+
+import torch
+from typing_extensions import Unpack
+
+from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..checks.slots import check_topk_logits
+from ..operators.dense import dense_loss
+from ..operators.topk import topk_loss
+from ..problem import DenseInputs, LossComponents, Options, TopKInputs
+from .choices import choose_backend, gradient_mode, loss_result
+
+WITHOUT = ("infinities",)
+
+
+@with_loss_options(*WITHOUT)
+def topk_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    *,
+    tail: str = "bucket",
+    **options: Unpack[LossOptions],
+) -> torch.Tensor | LossComponents:
+    """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
+
+    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], requires_grad=True)
+        >>> log_probs, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[4, 1]])
+        >>> loss = distill_ops.topk_distillation_loss(student, log_probs, ids, divergence="forward_kl")
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
+        (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
+
+    With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
+    ``p = exp(teacher_log_probs)``, per token::
+
+        loss = (1 - w) * divergence(q, p) + w * cross_entropy(student_logits, label)
+
+    times the token's weight, and the rest of the vocabulary, by ``tail``, is
+
+    - "bucket": one more outcome, ``p_rest = max(1 - sum(p), 2**-24)`` against ``q_rest``, the sum of
+      q over the columns outside the K; none where the K cover the vocabulary. A divergence of K + 1
+      outcomes, finite and 0 at equality;
+    - "renormalize": p = 0 there, and p over the K rescaled to sum 1;
+    - "ignore": p = 0 there, and p over the K as given.
+
+    The gradient is dense. The student's row is read once, and once more (from cache) for the
+    gradient; no probability tensor exists, nor a dense teacher. With the last two tails divergences
+    that are infinite at p = 0 (reverse and symmetric KL) restrict the student to the K, and read
+    nothing else. Results are the same bits run after run.
+
+    Args:
+        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
+            may be strided: a view such as ``logits[:, :-1]`` is not copied. With Hugging Face labels
+            pass that, the teacher's slots ``[:, :-1]`` and ``labels[:, 1:]``: no shift happens inside.
+        teacher_log_probs: ``[..., K]``, K at most 1024, any of these dtypes: natural logarithms, at
+            the loss's temperature already; they are taken as they are. -inf is a token that the
+            teacher excludes. No gradient flows to them.
+        teacher_ids: ``[..., K]``, int64 or int32, unique within a token, -1 in unused slots. On a
+            GPU a repeated id is refused in debug mode only (:func:`distill_ops.set_debug`), and an
+            id outside the vocabulary makes the token's loss NaN.
+        tail: the rest of the vocabulary, as above.
+        gradient: when it is made, as in :func:`distill_ops.distillation_loss`; "backward" re-reads
+            the student's logits and keeps 20 bytes a token.
+        vocab_size: the vocabulary is the student's first ``vocab_size`` columns; the others get
+            gradient 0.
+
+    The other arguments are those of :func:`distill_ops.distillation_loss`. Both teacher arguments may
+    be None where ``hard_label_weight`` is 1.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs): 0-d, or ``[...]`` with "none"; or
+        ``LossComponents(loss, divergence, hard_label)``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        RuntimeError: from backward, on a second derivative, or a second backward of a gradient
+            made in the forward.
+    """
+    arguments = loss_arguments("topk_distillation_loss", options, *WITHOUT)
+    divergence, n_cols = check_topk_logits(
+        student_logits, teacher_log_probs, teacher_ids, tail, arguments
+    )
+    made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
+    shared = *arguments.tensors, divergence.tensors
+    if arguments.hard_label_weight == 1:  # the divergence has no share
+        tail = teacher_log_probs = None
+        operator, inputs = dense_loss, DenseInputs(student_logits, None, *shared)
+    else:
+        operator = topk_loss
+        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *shared)
+    backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_log_probs)
+    options = Options.of(divergence, n_cols, backend, arguments, tail)
+    outputs = operator("topk_distillation_loss", inputs, options, made)
+    return loss_result(outputs, options, arguments.return_components)

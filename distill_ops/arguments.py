@@ -1,0 +1,102 @@
+"""The options that the losses share, as users give them: their names, defaults and types, once."""
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
+
+import torch
+
+from .divergences.base import Divergence
+from .divergences.built_in import SoftCrossEntropy
+
+Function = TypeVar("Function", bound=Callable)
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments of a loss; :func:`distill_ops.distillation_loss` says what each does."""
+
+    divergence: Divergence | str
+    loss_mask: torch.Tensor | None
+    labels: torch.Tensor | None
+    ignore_index: int
+    hard_label_weight: float
+    temperature: float
+    scale_by_temperature_squared: bool
+    reduction: str
+    normalizer: float | torch.Tensor | None
+    infinities: str
+    vocab_size: int | None
+    gradient: str
+    return_components: bool
+    backend: str
+
+
+DEFAULTS = LossOptions(
+    divergence=SoftCrossEntropy(), loss_mask=None, labels=None, ignore_index=-100,
+    hard_label_weight=0.0, temperature=1.0, scale_by_temperature_squared=False, reduction="mean",
+    normalizer=None, infinities="drop", vocab_size=None, gradient="auto", return_components=False,
+    backend="auto",
+)  # fmt: skip
+
+
+class Counted(NamedTuple):
+    """What says which tokens count."""
+
+    loss_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    ignore_index: int = -100
+
+    def kept(self, like: torch.Tensor) -> torch.Tensor:
+        """Which tokens count, in the shape of ``like``."""
+        kept = torch.ones_like(like, dtype=torch.bool)
+        if self.loss_mask is not None:
+            kept &= self.loss_mask != 0
+        if self.labels is not None:
+            kept &= self.labels != self.ignore_index
+        return kept
+
+
+class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.values())):
+    """All of the options, those that were not given at their defaults."""
+
+    @property
+    def counted(self) -> Counted:
+        return Counted(self.loss_mask, self.labels, self.ignore_index)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Mask, labels and normalizer as operators take them: a number is among the options."""
+        normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
+        return self.loss_mask, self.labels, normalizer
+
+
+def with_loss_options(*without: str) -> Callable[[Function], Function]:
+    """Give a function with ``**options`` the signature that lists them, but those it goes without."""
+
+    def sign(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = list(signature.parameters.values())[:-1]
+        shared = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hint
+            )
+            for name, hint in get_type_hints(LossOptions).items()
+            if name not in without
+        ]
+        function.__signature__ = signature.replace(parameters=own + shared)
+        return function
+
+    return sign
+
+
+def loss_arguments(function: str, options: LossOptions, *without: str) -> LossArguments:
+    """The options that a function was given.
+
+    Raises:
+        TypeError: it has no such option.
+    """
+    for name in options:
+        if name in without or name not in DEFAULTS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return LossArguments(**options)

@@ -1,0 +1,122 @@
+"""Checks of the linear form: hidden states and the heads that make logits of them."""
+
+import math
+
+import torch
+
+from ..arguments import Counted, LossArguments
+from .logits import check_teacher_given, check_vocabulary
+from .values import LOGIT_DTYPES, Rows, check_integer, check_share, number, of_teacher, readable
+
+
+def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
+        raise TypeError(f"{name} is a DTensor, but must be whole: {advice}")
+
+
+def check_head(
+    side: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    frozen: bool = False,
+) -> None:
+    """Check hidden states and the head that makes logits of them; ``side`` begins their names.
+
+    Hidden states that get no gradient (``frozen``) may require one only while gradients are
+    disabled; a head's weight and bias may (any unfrozen model's do), and are the caller's to detach."""
+    tensors = {f"{side}hidden": hidden, f"{side}weight": weight}
+    if bias is not None:
+        tensors[f"{side}bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if frozen:
+            _whole(name, tensor, f"pass {name}.full_tensor()")
+        elif tensor is hidden:
+            _whole(name, tensor, "pass this rank's tokens as a plain tensor")
+        else:
+            _whole(
+                name, tensor,
+                f"under FSDP2, read it inside the forward of the fully_shard module that holds it, or "
+                f"after lm_head.unshard(), or pass {name}.full_tensor(grad_placements="
+                f"[Partial('avg')]); plain full_tensor() leaves its gradient unreduced over the ranks "
+                f"(docs/linear.md)",
+            )  # fmt: skip
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        Rows(f"{side}hidden", hidden).check_device(name, tensor)
+    if frozen:
+        of_teacher(f"{side}hidden", hidden)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{side}weight must be [vocab, dim], got shape {tuple(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{side}hidden must be [..., {weight.shape[1]}] for {side}weight of shape "
+            f"{tuple(weight.shape)}, got shape {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{side}bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    for name, value in ((f"{side}logit_scale", logit_scale), (f"{side}softcap", softcap)):
+        if value is not None and not 0 < number(name, value, "a positive number") < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_heads(
+    rows: Rows,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    arguments: LossArguments,
+) -> int:
+    """Check what two heads must share, each having passed :func:`check_head`; ``rows`` are the
+    student's hidden states. Returns the number of columns used."""
+    for name, tensor in (("loss_mask", arguments.loss_mask), ("labels", arguments.labels)):
+        if tensor is not None:
+            rows.check_per_token(name, tensor)
+    weight = check_share("hard_label_weight", arguments.hard_label_weight)
+    vocab_size = arguments.vocab_size
+    for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        check_teacher_given(name, tensor, weight)
+    widths = [student_weight.shape[0]]
+    if teacher_hidden is not None and teacher_weight is not None:
+        rows.check_leading("teacher_hidden", teacher_hidden.shape[:-1])
+        rows.check_device("teacher_hidden", teacher_hidden)
+        widths.append(teacher_weight.shape[0])
+        if vocab_size is None and widths[0] != widths[1]:
+            raise ValueError(
+                f"student_weight has {widths[0]} rows and teacher_weight {widths[1]}: pass "
+                f"vocab_size= to use the first rows of both (heads padded to different widths)"
+            )
+    return check_vocabulary(vocab_size, *widths)
+
+
+def check_block_options(
+    logits_dtype: torch.dtype,
+    memory_budget: int | None,
+    kept_tokens: int | None = None,
+    counted: Counted | None = None,
+) -> None:
+    """Check the options that only the linear form has."""
+    if logits_dtype not in LOGIT_DTYPES:
+        raise ValueError(
+            f"logits_dtype must be torch.float32, bfloat16, float16 or float64, got {logits_dtype}"
+        )
+    if memory_budget is not None:
+        check_integer("memory_budget", memory_budget, 1)
+    if kept_tokens is None:
+        return
+    check_integer("kept_tokens", kept_tokens, 1)
+    given = counted.labels if counted.loss_mask is None else counted.loss_mask
+    if given is None or not readable(*counted[:2]):
+        return
+    n_kept = counted.kept(given).sum()
+    if n_kept > kept_tokens:
+        raise ValueError(
+            f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "
+            f"got {n_kept.item()} of them"
+        )

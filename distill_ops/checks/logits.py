@@ -1,0 +1,101 @@
+"""Checks of logits: one tensor of them, a student's and a teacher's, and one that is overwritten."""
+
+import torch
+
+from .values import LOGIT_DTYPES, Rows, of_teacher
+
+
+def check_logits(name: str, logits: torch.Tensor) -> None:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [..., vocab], got {type(logits).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64 logits, got {logits.dtype}"
+        )
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be [..., vocab] with at least one column, got shape {tuple(logits.shape)}"
+        )
+
+
+def check_vocabulary(vocab_size: int | None, *widths: int) -> int:
+    """The number of columns used of logits of these widths."""
+    widest = min(widths)
+    if vocab_size is None:
+        return widest
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= widest:
+        raise ValueError(f"vocab_size must lie in [1, {widest}], got {vocab_size}")
+    return vocab_size
+
+
+def check_teacher_given(name: str, teacher: torch.Tensor | None, hard_label_weight: float) -> None:
+    if teacher is None and hard_label_weight < 1:
+        raise ValueError(
+            f"{name} is None, which needs hard_label_weight=1, got {hard_label_weight}"
+        )
+
+
+def check_pair(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_size: int | None
+) -> int:
+    """Check two tensors of logits; returns the number of columns used."""
+    check_logits("student_logits", student_logits)
+    width = student_logits.shape[-1]
+    rows = Rows("student_logits", student_logits)
+    check_logits("teacher_logits", teacher_logits)
+    rows.check_device("teacher_logits", teacher_logits)
+    of_teacher("teacher_logits", teacher_logits)
+    rows.check_leading("teacher_logits", teacher_logits.shape[:-1])
+    if vocab_size is None and teacher_logits.shape[-1] != width:
+        raise ValueError(
+            f"student_logits have {width} columns and teacher_logits "
+            f"{teacher_logits.shape[-1]}: pass vocab_size= to use the first columns of both "
+            f"(heads padded to different widths)"
+        )
+    return check_vocabulary(vocab_size, width, teacher_logits.shape[-1])
+
+
+def check_teacher_logits(logits: torch.Tensor, vocab_size: int | None) -> int:
+    """Check a teacher's logits that stand alone; returns the number of columns used."""
+    check_logits("logits", logits)
+    of_teacher("logits", logits)
+    return check_vocabulary(vocab_size, logits.shape[-1])
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes that a tensor spans: from, to."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
+    """Whether the gradient may overwrite the student's logits, which require grad.
+
+    Raises:
+        ValueError: they are a leaf, share memory with themselves or the teacher's.
+    """
+    base = student_logits._base
+    if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter), or "
+            "a view of one: pass the output of the model, or inplace=False"
+        )
+    if torch.compiler.is_compiling() or student_logits.numel() == 0:
+        return
+    if any(
+        s == 0 and n > 1 for n, s in zip(student_logits.shape, student_logits.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"inplace=True needs student_logits without repeated memory, got strides "
+            f"{student_logits.stride()} (expanded): pass .contiguous(), or inplace=False"
+        )
+    if teacher_logits is None or type(student_logits) is not torch.Tensor:
+        return
+    (start, end), (other_start, other_end) = _extent(student_logits), _extent(teacher_logits)
+    if start < other_end and other_start < end:
+        raise ValueError(
+            "inplace=True would overwrite teacher_logits, which share memory with student_logits: "
+            "pass teacher_logits.clone(), or inplace=False"
+        )

@@ -1,0 +1,98 @@
+"""Checks of a top-k teacher: the slots that hold its log-probabilities and ids."""
+
+import torch
+
+from ..arguments import LossArguments
+from ..divergences.base import Divergence
+from .logits import check_logits, check_teacher_given, check_vocabulary
+from .tokens import check_options
+from .values import LOGIT_DTYPES, Rows, check_integer, of_teacher, one_of, readable
+
+TAILS = ("bucket", "renormalize", "ignore")
+MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
+
+
+def check_topk(
+    rows: Rows,
+    n_cols: int,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    tail: str,
+    arguments: LossArguments,
+) -> Divergence:
+    """Check the options of a loss and its top-k teacher; returns the routed divergence."""
+    divergence = check_options(rows, n_cols, arguments)
+    weight = arguments.hard_label_weight
+    one_of("tail", tail, TAILS)
+    for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
+        check_teacher_given(name, tensor, weight)
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [..., K], got {type(tensor).__name__}")
+        if tensor.dim() == 0 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
+            )
+        rows.check_leading(name, tensor.shape[:-1])
+        rows.check_device(name, tensor)
+    if teacher_log_probs is None or teacher_ids is None:
+        return divergence
+    if teacher_log_probs.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
+            f"got {teacher_log_probs.dtype}"
+        )
+    if teacher_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"teacher_ids must be int64 or int32 token ids, got {teacher_ids.dtype}")
+    if teacher_ids.shape != teacher_log_probs.shape:
+        raise ValueError(
+            f"teacher_ids must have the shape of teacher_log_probs, "
+            f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
+        )
+    of_teacher("teacher_log_probs", teacher_log_probs)
+    if weight < 1:
+        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
+        counted = arguments.counted
+        if readable(teacher_ids, teacher_log_probs, *counted[:2]):
+            kept = counted.kept(teacher_ids[..., 0])
+            _check_slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
+    return divergence
+
+
+def check_topk_logits(
+    student_logits: torch.Tensor,
+    teacher_log_probs: torch.Tensor | None,
+    teacher_ids: torch.Tensor | None,
+    tail: str,
+    arguments: LossArguments,
+) -> tuple[Divergence, int]:
+    """Check the arguments of the loss of logits against a top-k teacher; returns as ``check_dense``
+    does."""
+    check_logits("student_logits", student_logits)
+    n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
+    rows = Rows("student_logits", student_logits)
+    return check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments), n_cols
+
+
+def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:
+    """Ids and log-probabilities of tokens that count; unused slots hold an id of -1."""
+    outside = ((ids < -1) | (ids >= n_cols)) & kept
+    if outside.any():
+        raise ValueError(
+            f"teacher_ids must lie in [0, {n_cols}), or be -1 in unused slots, "
+            f"got {ids[outside][0].item()}"
+        )
+    in_order = ids.sort(-1).values
+    twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0) & kept
+    if twice.any():
+        raise ValueError(
+            f"teacher_ids must be unique within a token, got {in_order[..., 1:][twice][0].item()} twice"
+        )
+    # logits instead of log-probabilities, not the rounding of a subtraction
+    positive = (log_probs > 1e-2) & log_probs.isfinite() & (ids >= 0) & kept
+    if positive.any():
+        raise ValueError(
+            f"teacher_log_probs must be logarithms of probabilities, at most 0, got "
+            f"{log_probs[positive][0].item():g}: take log_softmax before choosing the K"
+        )

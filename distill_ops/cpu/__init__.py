@@ -1,0 +1,1 @@
+"""The CPU path, by whole-tensor PyTorch operations on chunks of rows."""

@@ -1,0 +1,166 @@
+"""A chunk of rows on the CPU: its losses and gradient by whole-tensor PyTorch operations.
+
+Every divergence runs its own ``value_and_slope`` (``kernels/divergences.py``) on tensors; the
+built-in ones have a closed form as well (``closed_forms.py``), with fewer passes over the chunk and
+no temporaries. Neither has guards at first: an infinite logit shows as a loss that is not finite.
+Then a chunk's closed form runs again with GUARDS, which drop terms by the rules of semantics.md,
+section 3, and leave rows without infinities the same bits; what is still not finite, ``general``
+does row by row with all its rules.
+
+The losses come first and the gradient after them, where the losses serve: it may overwrite the
+student's logits.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..divergences.base import Divergence
+
+NEG_INF = float("-inf")
+
+Write = Callable[[torch.Tensor], object]
+Form = Callable[["Chunk"], tuple[torch.Tensor, Write]]
+
+softmax_backward = torch.ops.aten._softmax_backward_data.out
+log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows: the same bits for a row alone, which PyTorch would split across threads."""
+    if values.shape[0] == 1:
+        return values.expand(2, -1).sum(-1)[:1]
+    return values.sum(-1)
+
+
+# How a chunk is done: as if every logit were finite; its closed form with guards; row by row
+UNGUARDED, GUARDS, ROW_BY_ROW = range(3)
+
+
+class Terms(NamedTuple):
+    """What is computed of a row: the options of the loss that reach this far."""
+
+    divergence: type[Divergence] | None  # None: the hard label alone
+    hard: bool
+    temperature: float
+    propagate: bool
+    dtype: torch.dtype  # float32, or float64 for float64 logits
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, and the
+    divergence's parameters are numbers, ``[]`` or ``[rows, 1]``; ``buffers`` are matrices in
+    the working dtype."""
+
+    terms: Terms
+    student: torch.Tensor  # [rows, V]
+    teacher: torch.Tensor | None  # [rows, V]
+    labels: torch.Tensor | None  # [rows]
+    scale: float | torch.Tensor
+    hard_scale: float | torch.Tensor
+    parameters: list[float | torch.Tensor]
+    buffers: tuple[torch.Tensor, ...]
+    guards: int
+
+    def divergence(self, form: Form | None) -> tuple[torch.Tensor, Write]:
+        """Divergence of each row, by its closed form or else its own text, and what writes the
+        gradient."""
+        return self.general() if form is None or self.guards == ROW_BY_ROW else form(self)
+
+    def finish(
+        self, write: Write | None, gradient: torch.Tensor | None, inplace: bool
+    ) -> torch.Tensor | None:
+        """Fill ``gradient`` (inplace: it is the student's memory); returns the cross-entropy of
+        each row, where it is asked for."""
+        out = None
+        if gradient is not None:
+            # PyTorch's backward of softmax ignores the strides of its ``out``
+            direct = gradient.dtype == self.terms.dtype and gradient.is_contiguous()
+            early = inplace and self.terms.hard and write is not None  # logits are read once more
+            out = gradient if direct and not early else self.buffers[0]
+            if write is not None:
+                write(out)
+        hard_loss = None
+        if self.terms.hard:
+            hard_loss, write_hard = self.cross_entropy()
+            if out is not None:
+                write_hard(out if write is None else self.buffers[3])
+                if write is not None:
+                    out.add_(self.buffers[3])
+        if out is not gradient:
+            gradient.copy_(out)
+        return hard_loss
+
+    def logits(
+        self, logits: torch.Tensor, temperature: float, buffer: torch.Tensor
+    ) -> torch.Tensor:
+        """``logits / temperature`` in the working dtype; copied only where it must be."""
+        if temperature == 1:
+            return logits if logits.dtype == buffer.dtype else buffer.copy_(logits)
+        if logits.dtype == buffer.dtype:
+            return torch.div(logits, temperature, out=buffer)
+        return buffer.copy_(logits).div_(temperature)
+
+    def student_logits(self) -> torch.Tensor:
+        return self.logits(self.student, self.terms.temperature, self.buffers[0])
+
+    def teacher_logits(self) -> torch.Tensor:
+        return self.logits(self.teacher, self.terms.temperature, self.buffers[0])
+
+    def finite_log(self, log: torch.Tensor) -> torch.Tensor:
+        """Logarithms of zeros as the lowest number: their probability makes them 0."""
+        return log.clamp_(min=torch.finfo(log.dtype).min) if self.guards else log
+
+    def without_student_zeros(self, values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill_(self.student == NEG_INF, 0.0) if self.guards else values
+
+    def cross_entropy(self) -> tuple[torch.Tensor, Write]:
+        _, work, log_q, *_ = self.buffers
+        torch.log_softmax(self.logits(self.student, 1.0, work), -1, out=log_q)
+        labels = self.labels[:, None]
+        loss = -log_q.gather(-1, labels).squeeze(-1)
+
+        def write(out):
+            slope = work.zero_().scatter_(-1, labels, -1.0).mul_(self.hard_scale)
+            log_softmax_backward(slope, log_q, -1, slope.dtype, out=out)
+
+        return loss, write
+
+    def general(self) -> tuple[torch.Tensor, Write]:
+        """Any divergence by its own text; ROW_BY_ROW adds every rule for infinite logits."""
+        guarded = self.guards == ROW_BY_ROW
+        divergence, propagate = self.terms.divergence, self.terms.propagate
+        student, teacher = self.student.to(self.terms.dtype), self.teacher.to(self.terms.dtype)
+        if guarded:
+            student_zero, teacher_zero = student == NEG_INF, teacher == NEG_INF
+            dead = student_zero & teacher_zero
+            if divergence.infinite_at_teacher_zero and not propagate:
+                student = student.masked_fill(teacher_zero, NEG_INF)
+                dead = dead | teacher_zero
+            if divergence.infinite_at_student_zero and not propagate:
+                dead = dead | student_zero
+            # the maximum goes first: the division could overflow
+            student_max, teacher_max = student.amax(-1, True), teacher.amax(-1, True)
+            student, teacher = student - student_max, teacher - teacher_max
+        log_q = torch.log_softmax(student / self.terms.temperature, -1)
+        log_p = torch.log_softmax(teacher / self.terms.temperature, -1)
+        lowest = torch.finfo(log_q.dtype).min if guarded else None
+        finite = [log.clamp(min=lowest) if guarded else log for log in (log_q, log_p)]
+        value, slope = divergence.on_columns(*finite, self.parameters)
+        if guarded:
+            if divergence.infinite_at_student_zero and propagate:
+                value = value.masked_fill(student_zero, math.inf)
+            if divergence.infinite_at_teacher_zero and propagate:
+                value = value.masked_fill(teacher_zero, math.inf)
+                slope = slope.masked_fill(teacher_zero, math.inf)
+            # a row without a finite maximum must not vanish among the terms that are dropped
+            no_softmax = ~(student_max + teacher_max).isfinite()
+            value = value.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
+            slope = slope.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
+        return row_sums(value), lambda out: log_softmax_backward(
+            slope * self.scale, log_q, -1, log_q.dtype, out=out
+        )

@@ -1,0 +1,201 @@
+"""The CPU path: from a problem to chunks of rows. ``gpu.py`` is its twin."""
+
+import functools
+import math
+
+import torch
+
+from ..divergences.base import column_parameters
+from ..problem import (
+    DenseInputs,
+    MetricsInputs,
+    MetricsOptions,
+    Options,
+    StatisticsInputs,
+    TokenInputs,
+    TokenOptions,
+    Tokens,
+    TopKInputs,
+    TopKTeacher,
+    parameters_of,
+)
+from .chunk import Terms
+from .dense import dense
+from .metrics import metrics
+from .rows import kept_groups, per_row
+from .tokens import Buffers, fill_gradient, log_probs, tempered, write_gradient
+from .topk import topk
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def tokens(inputs, options: Options) -> Tokens:
+    dtype, labels, weights = inputs.dtype(), inputs.labels, None
+    if inputs.loss_mask is not None:
+        weights = inputs.loss_mask.reshape(-1).to(dtype)
+    if labels is not None:
+        labels = labels.reshape(-1)
+        kept = labels != options.ignore_index
+        weights = kept.to(dtype) if weights is None else weights.masked_fill(~kept, 0.0)
+    over = 1.0
+    if inputs.n_rows == 0 or (weights is not None and not weights.any()):
+        pass  # no token kept: loss 0
+    elif inputs.normalizer is not None:
+        over = inputs.normalizer.to(dtype)
+    elif options.denominator is not None:
+        over = options.denominator
+    elif options.reduction == "mean":
+        over = inputs.n_rows if weights is None else weights.sum()
+    return Tokens(labels, weights, over, parameters_of(inputs, options))
+
+
+def rows(
+    options: Options, tokens: Tokens, student, teacher, gradient, dtype, upstream=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weighted losses ``[n]`` of rows of logits, and with a hard label their components ``[2, n]``;
+    fills ``gradient``, that of the reduced loss."""
+    weights, over = tokens.weights, tokens.denominator
+    scale = 1.0 / over if isinstance(over, torch.Tensor) or over != 0 else math.inf
+    if upstream is not None:
+        upstream = upstream.to(dtype)
+        scale = scale * (upstream.reshape(-1, 1) if upstream.dim() else upstream.item())
+    if weights is not None:
+        scale = weights[:, None] * scale
+    w = options.hard_label_weight
+    terms = Terms(
+        options.kind(), w > 0, options.temperature, options.infinities == "propagate", dtype
+    )
+    if isinstance(teacher, TopKTeacher):
+        slots = teacher.log_probs, teacher.ids.long()
+        compute = functools.partial(topk, terms, options.tail, student, *slots)
+    else:
+        compute = functools.partial(dense, terms, student, teacher)
+    divergence_loss, hard_loss = compute(
+        tokens.labels, weights,
+        scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
+        column_parameters(tokens.parameters, dtype), options.n_cols, gradient,
+    )  # fmt: skip
+
+    def weighted(losses):
+        return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
+
+    if divergence_loss is not None and options.divergence_scale != 1:
+        divergence_loss = divergence_loss * options.divergence_scale
+    if hard_loss is None:
+        return weighted(divergence_loss), None
+    if divergence_loss is None:
+        mixed, divergence_loss = hard_loss, torch.zeros_like(hard_loss)
+    else:
+        mixed = (1 - w) * divergence_loss + w * hard_loss
+    return weighted(mixed), torch.stack([weighted(divergence_loss), weighted(hard_loss)])
+
+
+def reduced(losses, components, options: Options, tokens: Tokens, leading):
+    """Rows' losses ``[n]`` and components ``[2, n]`` (or None) reduced over n, which are the tokens
+    ``leading``."""
+    both = (losses, components if options.components else None)
+    if options.reduction == "none":
+        return tuple(x if x is None else x.reshape((*x.shape[:-1], *leading)) for x in both)
+    return tuple(x if x is None else x.sum(-1) / tokens.denominator for x in both)
+
+
+def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient):
+    """Loss, components where asked for, and what is kept for the backward: nothing."""
+    of_rows = tokens(inputs, options)
+    found = rows(options, of_rows, inputs.student, inputs.teacher, gradient, inputs.dtype())
+    return *reduced(*found, options, of_rows, inputs.leading), None
+
+
+def gradient(inputs: DenseInputs | TopKInputs, options: Options, kept, upstream, out) -> None:
+    of_rows = tokens(inputs, options)
+    rows(options, of_rows, inputs.student, inputs.teacher, out, inputs.dtype(), upstream)
+
+
+# --- single tokens -------------------------------------------------------------------------------
+
+
+def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
+    """Log-probabilities, entropies where asked for, and what the gradient needs: the entropies."""
+    found, entropies = log_probs(
+        inputs.logits, inputs.ids.reshape(-1), options.temperature, options.ignore_index,
+        inputs.dtype(), options.entropy,
+    )  # fmt: skip
+    kept = entropies.clone() if keep and options.entropy else None
+    shaped = entropies.view(inputs.leading) if options.entropy else None
+    return found.view(inputs.leading), shaped, kept
+
+
+def token_gradient(inputs: TokenInputs, options: TokenOptions, kept, upstreams, out) -> None:
+    """``out``, which may be the logits: the gradient of ``[n]`` upstream gradients."""
+    fill_gradient(
+        inputs.logits, inputs.ids.reshape(-1), kept, *upstreams, options.temperature,
+        options.ignore_index, out,
+    )  # fmt: skip
+
+
+def _divergence_terms(inputs: StatisticsInputs, options: Options) -> tuple[Terms, list]:
+    """Of the statistics, and the divergence's parameters."""
+    terms = Terms(options.kind(), False, options.temperature, False, inputs.dtype())
+    return terms, column_parameters(parameters_of(inputs, options), inputs.dtype())
+
+
+def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool):
+    """``[5, ...]``, the agreement ``[...]``, and what the gradient needs of the rows: the student's
+    entropies."""
+    student, teacher, dtype, ids = (
+        inputs.student,
+        inputs.teacher,
+        inputs.dtype(),
+        inputs.ids.reshape(-1),
+    )
+    kept = ids != options.ignore_index
+    terms, parameters = _divergence_terms(inputs, options)
+    divergence, _ = dense(
+        terms, student, teacher, None, kept.to(dtype), 1.0, 0.0, parameters, options.n_cols, None
+    )
+    (log_q, student_entropy), (log_p, teacher_entropy) = (
+        log_probs(logits, ids, options.temperature, options.ignore_index, dtype, True)
+        for logits in (student, teacher)
+    )
+    agree = (student.argmax(-1) == teacher.argmax(-1)).reshape(-1) & kept
+    agree &= ~(student_entropy.isnan() | teacher_entropy.isnan())
+    outputs = torch.stack([divergence, log_q, log_p, student_entropy, teacher_entropy])
+    entropies = student_entropy if keep else None
+    leading = inputs.leading
+    return outputs.view(-1, *leading), agree.view(leading), (None, entropies)
+
+
+def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstream, out) -> None:
+    """The gradient of divergence, log-probability and entropy together, 0 where the token is ignored;
+    ``upstream`` is ``[5, n]``."""
+    terms, parameters = _divergence_terms(inputs, options)
+    student, ids, (_, entropies) = inputs.student, inputs.ids.reshape(-1), kept
+    temperature, n_cols = options.temperature, options.n_cols
+    buffers = Buffers(ids.numel(), n_cols, terms.dtype, student.device)
+    part = torch.empty_like(buffers.pair[0])
+    groups = kept_groups(
+        ids != options.ignore_index, student, inputs.teacher, gradient=out, size=buffers.size,
+        copies=False,
+    )  # fmt: skip
+    for (logits, of_teacher, target), places_here, places in groups:
+        of_divergence, of_log_prob, _, of_entropy, _ = upstream[:, places]
+        chunk = logits[places_here]
+        first, second = buffers(len(chunk))
+        total = write_gradient(
+            tempered(chunk, temperature, first), ids[places], of_log_prob, entropies[places],
+            of_entropy, temperature, second, first,
+        )  # fmt: skip
+        if of_divergence.any():
+            of_terms = part[: len(chunk)]
+            dense(
+                terms, chunk, of_teacher[places_here], None, of_divergence,
+                of_divergence[:, None] / temperature, 0.0, per_row(parameters, places), n_cols,
+                of_terms,
+            )  # fmt: skip
+            total += of_terms
+        target[places_here] = total.to(target.dtype)
+
+
+def metrics_of_tokens(inputs: MetricsInputs, options: MetricsOptions):
+    """Sums ``[n_sums, n]`` and the agreement ``[n]``."""
+    return metrics(*inputs, options.temperature, options.n_cols, inputs.dtype())

@@ -1,0 +1,282 @@
+"""The top-k loss on the CPU: chunks of rows that stay in cache, as ``kernels/topk.py`` has them.
+
+Of a chunk, one buffer holds the exponentials of the columns outside the K, from which the gradient is
+a multiplication; the K and the rest are a matrix of K + 1 outcomes. Where every column outside is an
+outcome (EACH in the kernel), its terms are those of ``Divergence.on_columns`` with p = 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .chunk import NEG_INF, Terms, row_sums
+from .rows import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
+
+TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
+LEAST_REST = 2.0**-24  # of the teacher's tail
+
+
+class TopKRows(NamedTuple):
+    """Rows under work: ``[n, ...]``, per-row factors ``[n, 1]`` or numbers."""
+
+    student: torch.Tensor  # [n, V]
+    log_probs: torch.Tensor  # [n, K]
+    ids: torch.Tensor  # [n, K] int64
+    labels: torch.Tensor | None  # [n]
+    scale: float | torch.Tensor
+    hard_scale: float | torch.Tensor
+    parameters: list[float | torch.Tensor]
+
+
+def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
+    return maximum.masked_fill(maximum == NEG_INF, 0.0)
+
+
+def _teacher(rows: TopKRows, tail: str, n_cols: int, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
+    distribution, ``[n, 1]``."""
+    used = rows.ids >= 0
+    log_p = rows.log_probs.to(dtype).masked_fill(~used, NEG_INF)
+    # float64: of a confident teacher float32's rounding of the sum would be all that is left
+    total = log_p.double().exp().sum(-1, keepdim=True)
+    good = total < math.inf
+    rest = torch.full_like(log_p[:, :1], NEG_INF)
+    if tail == "bucket":
+        rest = (1 - total).clamp(min=LEAST_REST).log().to(dtype)
+        rest.masked_fill_(used.sum(-1, keepdim=True) == n_cols, NEG_INF)
+    elif tail == "renormalize":
+        total = torch.logsumexp(log_p, -1, keepdim=True)
+        good &= total > NEG_INF
+        log_p = log_p - total
+    return torch.cat([log_p, rest], -1), good
+
+
+def _columns(ids: torch.Tensor) -> torch.Tensor:
+    """The slots' columns; an unused slot has a used one's, or column 0 where there is none."""
+    return torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)
+
+
+def _copy_outside(rows: TopKRows, out: torch.Tensor) -> torch.Tensor:
+    """The student's logits in the working dtype, -inf in the columns of the K."""
+    out.copy_(rows.student)
+    first_column = out[:, :1].clone()
+    out.scatter_(-1, _columns(rows.ids), NEG_INF)
+    out[:, :1] = torch.where((rows.ids < 0).all(-1, keepdim=True), first_column, out[:, :1])
+    return out
+
+
+def _exponentials(x: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
+    """``exp((x - maximum) / temperature)``, over x."""
+    x.sub_(maximum)
+    if temperature != 1:
+        x.div_(temperature)
+    return x.exp_()
+
+
+class TopKChunk:
+    """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
+
+    def __init__(self, terms: Terms, tail: str, rows: TopKRows, buffers: list[torch.Tensor]):
+        self.terms, self.tail, self.rows, self.buffers = terms, tail, rows, buffers
+        divergence = terms.divergence
+        self.restrict = divergence.infinite_at_teacher_zero
+        self.rest = tail == "bucket" or not self.restrict
+        self.each = self.rest and tail != "bucket" and not divergence.additive_at_teacher_zero
+        self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
+        used = rows.ids >= 0
+        logits = rows.student.gather(-1, rows.ids.clamp(min=0)).to(terms.dtype)
+        self.logits = logits.masked_fill_(~used, NEG_INF)
+        self.log_p, self.good = _teacher(rows, tail, rows.student.shape[-1], terms.dtype)
+
+    def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Divergence and cross-entropy of each row."""
+        temperature, rest = self.terms.temperature, self.logits.new_zeros(len(self.logits), 1)
+        self.rest_max = self.rest_sum = self.hard_sum = rest
+        if self.rest or self.terms.hard:
+            outside = _copy_outside(self.rows, self.buffers[0])
+            self.rest_max = outside.amax(-1, keepdim=True)
+            shift = _finite_or_zero(self.rest_max)
+            if self.own_hard:
+                hard = self.buffers[1].copy_(outside) if self.rest else outside
+            if self.rest:
+                self.rest_sum = row_sums(_exponentials(outside, shift, temperature))[:, None]
+                self.hard_sum = self.rest_sum
+            if self.own_hard:
+                self.hard_sum = row_sums(_exponentials(hard, shift, 1.0))[:, None]
+                self.hard = hard
+        loss = self._divergence()
+        return loss, self._cross_entropy() if self.terms.hard else None
+
+    def _divergence(self) -> torch.Tensor:
+        temperature, log_p = self.terms.temperature, self.log_p
+        x = self.logits
+        if self.restrict:
+            x = x.masked_fill(log_p[:, :-1] == NEG_INF, NEG_INF)
+        has_rest = (self.rest_sum != 0) if self.rest else torch.zeros_like(self.good)
+        rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
+        maximum = torch.maximum(x.amax(-1, keepdim=True), rest_max)
+        self.maximum = maximum
+        shift = _finite_or_zero(maximum)
+        # the maximum goes first: the division could overflow
+        lowest = torch.finfo(x.dtype).min
+        y = torch.cat([x, rest_max], -1)
+        zero = y == NEG_INF
+        y = ((y - shift) / temperature).clamp_(min=lowest)
+        y[:, -1:] += self.rest_sum.masked_fill(~has_rest, 1.0).log()
+        y.masked_fill_(zero, NEG_INF)
+        log_q = torch.log_softmax(y, -1)
+        self.q = log_q.exp()
+        if self.each:  # the columns outside come one by one
+            zero[:, -1] = True
+            of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
+            self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
+        value, slope = self._terms(log_q, log_p, zero)
+        self.poison = torch.where(
+            self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan
+        )
+        self.poison = self.poison.to(x.dtype)
+        loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
+        self.slope = slope
+        if self.each:
+            value, slope = self._terms_outside()
+            loss, self.total_slope = (
+                loss + row_sums(value),
+                self.total_slope + row_sums(slope)[:, None],
+            )
+        return loss + self.poison[:, 0]
+
+    def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value and slope by the rules for infinities (semantics.md, section 3)."""
+        divergence, lowest = self.terms.divergence, torch.finfo(log_q.dtype).min
+        teacher_zero = log_p == NEG_INF
+        dead = student_zero & teacher_zero
+        if divergence.infinite_at_teacher_zero:
+            dead = dead | teacher_zero
+        if divergence.infinite_at_student_zero:
+            dead = dead | student_zero
+        logs = [log.clamp(min=lowest) for log in (log_q, log_p)]
+        terms = divergence.on_columns(*logs, self.rows.parameters)
+        return tuple(x.masked_fill(dead, 0.0) for x in terms)
+
+    def _terms_outside(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every column outside the K, p being 0; the first buffer then holds their q."""
+        x = _copy_outside(self.rows, self.buffers[0])
+        zero = x == NEG_INF
+        log_q = (
+            x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature).sub_(self.log_sum)
+        )
+        value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
+        self.outside_slope = slope
+        self.outside_q = log_q.masked_fill_(zero, NEG_INF).exp_()
+        return value, slope
+
+    def _cross_entropy(self) -> torch.Tensor:
+        labels = self.rows.labels[:, None]
+        has_rest = self.hard_sum != 0
+        rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
+        maximum = _finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
+        self.hard_q = (self.logits - maximum).exp_()
+        self.hard_factor = (
+            rest_max - maximum
+        ).exp_()  # from what is relative to the rest's maximum
+        total = row_sums(self.hard_q)[:, None] + self.hard_sum * self.hard_factor
+        self.hard_q /= total
+        self.hard_factor = self.hard_factor / total * self.rows.hard_scale
+        logit = self.rows.student.gather(-1, labels).to(total.dtype)
+        return ((maximum - logit) + total.log()).squeeze(-1)
+
+    def write(self, gradient: torch.Tensor) -> None:
+        """Fill ``gradient [n, V]``, after :meth:`losses`."""
+        scale, hard_scale = self.rows.scale, self.rows.hard_scale
+        slots = (self.slope - self.q * self.total_slope) * scale + self.poison
+        out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
+        if self.each:
+            terms = self.outside_slope.addcmul_(self.outside_q, self.total_slope, value=-1)
+            terms.mul_(scale)
+            if self.terms.hard and not self.own_hard:
+                terms.add_(self.outside_q.mul_(hard_scale))
+            torch.add(terms, self.poison, out=out)
+        elif self.rest:
+            share = slots[:, -1:] / self.rest_sum
+            factor = share.masked_fill_(self.rest_sum == 0, 0.0) + self.poison
+            if self.terms.hard and not self.own_hard:
+                factor += self.hard_factor
+            torch.mul(self.buffers[0], factor, out=out)
+        elif self.own_hard:
+            torch.mul(self.hard, self.hard_factor + self.poison, out=out)
+        else:
+            out.copy_(self.poison.expand_as(out))
+        if self.own_hard and self.rest:
+            out.addcmul_(self.hard, self.hard_factor)
+        slots = slots[:, :-1]
+        if self.terms.hard:
+            labels = self.rows.labels[:, None]
+            one_hot = (self.rows.ids == labels).to(out.dtype)
+            slots = slots + (self.hard_q - one_hot) * hard_scale
+            minus = torch.zeros_like(self.poison) - hard_scale
+            out.scatter_add_(
+                -1, labels, minus
+            )  # where the label is one of the K, that comes over it
+        self._scatter(slots, out)
+        if out is not gradient:
+            gradient.copy_(out)
+
+    def _scatter(self, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what the used slots hold to their columns."""
+        last, at = self.rows.ids.max(-1, keepdim=True)
+        # an unused slot writes the same as a used one; without any, what is there
+        other = torch.where(last < 0, out[:, :1], slots.gather(-1, at))
+        columns, values = _columns(self.rows.ids), torch.where(self.rows.ids < 0, other, slots)
+        out.scatter_(-1, columns, values)
+
+
+def topk(
+    terms: Terms,
+    tail: str,
+    student: torch.Tensor,  # [..., V]
+    log_probs: torch.Tensor,  # [N, K]
+    ids: torch.Tensor,  # [N, K] int64
+    labels: torch.Tensor | None,  # [N]
+    weights: torch.Tensor | None,  # [N]; None: every row counts
+    scale: float | torch.Tensor,  # or [N, 1]: factor of the divergence's gradient, 1 / T included
+    hard_scale: float | torch.Tensor,
+    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
+    n_cols: int,
+    gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
+    n_rows = student.numel() // student.shape[-1]
+    kind = {"dtype": terms.dtype, "device": student.device}
+    additive = tail == "bucket" or terms.divergence.additive_at_teacher_zero
+    elements = TOPK_ELEMENTS if additive else GENERAL_ELEMENTS
+    size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads(), elements)
+    buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
+    losses = torch.zeros(n_rows, **kind)
+    hard_losses = torch.zeros(n_rows, **kind) if terms.hard else None
+    groups = kept_groups(
+        None if weights is None else weights != 0,
+        student,
+        gradient=gradient,
+        size=size,
+        copies=gradient is not student,
+    )
+    for (block, gradient_block), group, places in groups:
+        of_rows = per_row([log_probs, ids, labels, scale, hard_scale], places)
+        rows = TopKRows(block[group, :n_cols], *of_rows, per_row(parameters, places))
+        n = rows.student.shape[0]
+        chunk = TopKChunk(terms, tail, rows, [b[:n] for b in buffers])
+        losses[places], hard = chunk.losses()
+        if terms.hard:
+            hard_losses[places] = hard
+        if gradient is None:
+            continue
+        if isinstance(group, slice):
+            chunk.write(gradient_block[group, :n_cols])
+        else:
+            part = gradient_block.new_empty(n, n_cols)
+            chunk.write(part)
+            gradient_block[group, :n_cols] = part
+    if gradient is not None and n_cols < gradient.shape[-1]:
+        gradient[..., n_cols:] = 0
+    return losses, hard_losses

@@ -1,0 +1,53 @@
+"""Which tokens of a call have their logits formed, and the device and autocast around it."""
+
+import contextlib
+import math
+
+import torch
+
+from ..problem import Tokens
+from .projection import Selection
+
+
+def select(
+    tokens: Tokens, n_rows: int, backend: str, kept_tokens: int | None
+) -> tuple[Tokens, Selection]:
+    """The tokens that are computed.
+
+    The CPU path drops those of weight 0. The kernels, whose launches the GPU's values cannot decide,
+    compute all, or the first ``kept_tokens`` in an order that puts weight 0 last; were there more,
+    all weights are NaN, so that the loss and gradients tell of it."""
+    weights = tokens.weights
+    if weights is None:
+        return tokens, Selection(n_rows, None, None)
+    unread = weights == 0
+    if backend == "torch":
+        if not unread.any():
+            return tokens, Selection(n_rows, None, None)
+        index = (~unread).nonzero().squeeze(-1)
+        return tokens.rows(index), Selection(len(index), index, None)
+    bound = kept_tokens
+    if bound is None or bound >= n_rows:
+        return tokens, Selection(n_rows, None, unread)
+    index = unread.to(torch.uint8).argsort(stable=True)[:bound]
+    poison = torch.where((~unread).sum() > bound, math.nan, 1.0)
+    tokens = tokens.rows(index)
+    weights = tokens.weights * poison
+    return tokens._replace(weights=weights), Selection(bound, index, weights == 0)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+@contextlib.contextmanager
+def on_device(hidden: torch.Tensor):
+    """The device of the kernels; without autocast, which would cast the products once more."""
+    with contextlib.ExitStack() as stack:
+        if hidden.is_cuda:
+            stack.enter_context(torch.cuda.device(hidden.device))
+        if autocasts(hidden.device):
+            stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
+        yield

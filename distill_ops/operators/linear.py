@@ -1,0 +1,147 @@
+"""The operator of losses of hidden states: the engine of ``heads/`` with a loss of rows of logits."""
+
+import math
+
+import torch
+
+from ..heads.engine import Engine
+from ..heads.projection import Projection, logits_bytes
+from ..heads.select import on_device, select
+from ..problem import (
+    FORWARD,
+    NO_GRADIENTS,
+    LinearInputs,
+    LinearOptions,
+    Tokens,
+    TopKTeacher,
+    Wanted,
+)
+from .logits import loss_fakes
+from .path import path_of
+from .register import LossOperator, Plan
+
+
+def with_upstream(tokens: Tokens, upstream: torch.Tensor, n_rows: int, dtype) -> Tokens:
+    """Tokens whose weights hold the incoming gradients, ``[...]`` or ``[]``."""
+    upstream = upstream.to(dtype).reshape(-1).expand(n_rows)
+    if tokens.weights is None:
+        return tokens._replace(weights=upstream.contiguous())
+    weights = tokens.weights * upstream
+    # a token that does not count takes no gradient, be it infinite
+    return tokens._replace(weights=torch.where(tokens.weights == 0, 0.0, weights))
+
+
+class LinearPass:
+    """One pass over all tokens: what the loss of rows needs, and where it stores its results."""
+
+    def __init__(
+        self, inputs: LinearInputs, options: LinearOptions, tokens: Tokens, wanted: Wanted
+    ):
+        self.options, self.dtype, blocks = options.loss, inputs.dtype(), options.blocks
+        self.path = path_of(self.options.backend)
+        self.triton = self.options.backend == "triton"
+        self.tokens, selection = select(
+            tokens, inputs.n_rows, self.options.backend, blocks.kept_tokens
+        )
+        wide = self.dtype == torch.float64
+        logits_dtype = torch.float64 if wide else blocks.logits_dtype
+        shared = self.options.n_cols, wide, blocks.autocast, self.triton
+        student = Projection.of(*inputs.student, options.student, selection, *shared)
+        self.teacher, self.slots, teacher_bytes = None, None, 0
+        if self.options.tail is not None:
+            self.slots = TopKTeacher.of_tokens(inputs.teacher_log_probs, inputs.teacher_ids)
+            if selection.index is not None:
+                self.slots = self.slots.rows(selection.index)
+        elif self.options.hard_label_weight < 1:
+            # the loss does not read the logits of tokens of weight 0: they may be NaN
+            selected = selection._replace(unread=None)
+            self.teacher = Projection.of(*inputs.teacher, options.teacher, selected, *shared)
+            teacher_bytes = logits_bytes(self.teacher, logits_dtype)
+        self.engine = Engine(student, logits_dtype, wanted, blocks.memory_budget, teacher_bytes)
+        n_rows, new = selection.n_rows, inputs.student_hidden.new_empty
+        n_under_work = min(self.engine.blocks.rows, n_rows)
+        self.index = selection.index
+        if self.teacher is not None:
+            self.teacher_logits = self.engine.buffer(n_under_work, logits_dtype)
+        self.losses = new(n_rows, dtype=self.dtype)
+        parts = 2 if self.options.hard_label_weight > 0 else 0
+        self.components = new((parts, n_rows), dtype=self.dtype)
+        self.parts = new((parts, n_under_work), dtype=self.dtype) if self.triton else None
+
+    def row_loss(self, student, rows: slice, gradient) -> None:
+        n_rows, teacher = len(student), None
+        if self.slots is not None:
+            teacher = self.slots.rows(rows)
+        elif self.teacher is not None:
+            teacher = self.teacher_logits[:n_rows]
+            self.teacher.logits(self.teacher.hidden(rows), teacher)
+        tokens = self.tokens.rows(rows)
+        if self.triton:
+            parts = self.parts
+            if parts.shape[1] != n_rows:  # the last rows; the kernel wants them contiguous
+                parts = parts.new_empty((len(parts), n_rows))
+            self.path.rows(
+                self.options, tokens, student, teacher,
+                gradient=gradient, losses=self.losses[rows], components=parts,
+            )  # fmt: skip
+        else:
+            self.losses[rows], parts = self.path.rows(
+                self.options, tokens, student, teacher, gradient, self.dtype
+            )
+        if len(self.components):
+            self.components[:, rows] = parts
+
+    def reduced(self, leading) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and its components where asked for."""
+        losses, components = self.losses, self.components[: 2 if self.options.components else 0]
+        if self.options.reduction == "none" and self.index is not None:  # to their own places
+            n_rows = math.prod(leading)
+            losses = losses.new_zeros(n_rows).index_copy_(0, self.index, losses)
+            zeros = components.new_zeros((len(components), n_rows))
+            components = zeros.index_copy_(1, self.index, components)
+        loss, components = self.path.reduced(losses, components, self.options, self.tokens, leading)
+        return loss, components if self.options.components else None
+
+
+def forward(inputs: LinearInputs, options: LinearOptions, plan: Plan):
+    """Loss and components; kept are the gradients that the forward makes."""
+    hidden = inputs.student_hidden
+    with on_device(hidden):
+        tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
+        wanted = Wanted(*plan.wanted) if plan.made == FORWARD else NO_GRADIENTS
+        made = LinearPass(inputs, options, tokens, wanted)
+        gradients = made.engine.run(made.row_loss)
+        return made.reduced(inputs.leading), gradients.of(hidden)
+
+
+def gradient(inputs: LinearInputs, options: LinearOptions, plan: Plan, kept, upstreams):
+    """The gradients that are wanted, for the incoming gradient ``[]`` or ``[...]``."""
+    hidden = inputs.student_hidden
+    with on_device(hidden):
+        tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
+        tokens = with_upstream(tokens, upstreams[0], inputs.n_rows, inputs.dtype())
+        made = LinearPass(inputs, options, tokens, Wanted(*plan.wanted))
+        return made.engine.run(made.row_loss).of(hidden)
+
+
+def fake(inputs: LinearInputs, options: LinearOptions, plan: Plan):
+    wanted = plan.wanted if plan.made == FORWARD else NO_GRADIENTS
+    gradients = tuple(
+        x.new_empty(x.shape) if want else None
+        for x, want in zip(inputs.student, wanted, strict=True)
+    )
+    return loss_fakes(inputs, options.loss), gradients
+
+
+linear_loss = LossOperator(
+    "linear_loss",
+    LinearInputs,
+    LinearOptions,
+    forward=forward,
+    gradient=gradient,
+    fake=fake,
+    students=("student_hidden", "student_weight", "student_bias"),
+    outputs=2,
+    kept=3,
+    references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
+)

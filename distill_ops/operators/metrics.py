@@ -1,0 +1,25 @@
+"""The operator of the metrics of tokens, which has no derivative."""
+
+import torch
+
+from ..problem import DistillationMetrics, MetricsInputs, MetricsOptions
+from .path import path_of
+from .register import LossOperator, Plan
+
+N_SUMS = len(DistillationMetrics._fields) - 1
+
+
+def forward(inputs: MetricsInputs, options: MetricsOptions, plan: Plan):
+    """Sums ``[N_SUMS, ...]`` and the agreement ``[...]``."""
+    sums, agreement = path_of(options.backend).metrics_of_tokens(inputs, options)
+    return (sums.view(N_SUMS, *inputs.leading), agreement.view(inputs.leading)), ()
+
+
+def fake(inputs: MetricsInputs, options: MetricsOptions, plan: Plan):
+    new, leading = inputs.student.new_empty, inputs.leading
+    return (new((N_SUMS, *leading), dtype=inputs.dtype()), new(leading, dtype=torch.bool)), ()
+
+
+distillation_metrics = LossOperator(
+    "metrics", MetricsInputs, MetricsOptions, forward=forward, fake=fake, outputs=2
+)

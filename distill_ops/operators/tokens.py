@@ -1,0 +1,51 @@
+"""The operator of token log-probabilities."""
+
+import torch
+
+from ..problem import BACKWARD, TokenInputs, TokenOptions
+from .path import path_of
+from .register import LossOperator, Plan
+
+
+def forward(inputs: TokenInputs, options: TokenOptions, plan: Plan):
+    """Log-probabilities and entropies ``[...]``; what the gradient needs of the rows is kept."""
+    keep = plan.made == BACKWARD
+    log_probs, entropies, kept = path_of(options.backend).token_log_probs(inputs, options, keep)
+    return (log_probs, entropies), (kept,)
+
+
+def per_row(upstreams) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Upstream gradients of log-probabilities and entropies, ``[n]``."""
+    upstream, of_entropy = (x if x is None else x.reshape(-1).contiguous() for x in upstreams)
+    return torch.zeros_like(of_entropy) if upstream is None else upstream, of_entropy
+
+
+def gradient(inputs: TokenInputs, options: TokenOptions, plan: Plan, kept, upstreams):
+    out = torch.empty_like(inputs.logits, memory_format=torch.contiguous_format)
+    path = path_of(options.backend)
+    path.token_gradient(inputs, options, *kept, per_row(upstreams), out)
+    return (out,)
+
+
+def fake(inputs, options: TokenOptions, plan: Plan):
+    new, dtype, kept = inputs[0].new_empty, inputs.dtype(), None
+    if plan.made == BACKWARD and options.backend == "triton":
+        kept = new((inputs.n_rows, inputs.statistics), dtype=dtype)
+    elif plan.made == BACKWARD and options.entropy:
+        kept = new(inputs.n_rows, dtype=dtype)
+    entropies = new(inputs.leading, dtype=dtype) if options.entropy else None
+    return (new(inputs.leading, dtype=dtype), entropies), (kept,)
+
+
+token_log_probs = LossOperator(
+    "token_log_probs",
+    TokenInputs,
+    TokenOptions,
+    forward=forward,
+    gradient=gradient,
+    fake=fake,
+    students=("logits",),
+    outputs=2,
+    kept=1,
+    differentiable=2,
+)

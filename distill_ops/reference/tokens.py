@@ -1,0 +1,134 @@
+"""A token's log-probability, and what on-policy methods need beside it (semantics.md, 12)."""
+
+import torch
+import torch.nn.functional as F
+
+from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
+from ..problem import DistillationStatistics, working_dtype
+from .dense import divergence_terms, log_mixture, no_maximum, times
+
+
+def _read(logits: torch.Tensor, ignored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits to compute with; the rows of ignored tokens are not read."""
+    return logits.to(dtype).masked_fill(ignored[..., None], 0.0)
+
+
+def _of_tokens(log_q: torch.Tensor, token_ids: torch.Tensor, ignored: torch.Tensor):
+    ids = token_ids.masked_fill(ignored, 0)[..., None]
+    return log_q.gather(-1, ids).squeeze(-1).masked_fill(ignored, 0.0)
+
+
+def _entropy(log_q: torch.Tensor, ignored: torch.Tensor) -> torch.Tensor:
+    return -times(log_q.exp(), log_q).sum(-1).masked_fill(ignored, 0.0)
+
+
+def token_log_probs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`distill_ops.token_log_probs` in eager PyTorch, differentiable by autograd.
+
+    ``log_softmax(logits / T)`` at the ids; with ``return_entropy``, ``H = -sum(q log q)`` too; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` or a pair comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> log_prob = reference.token_log_probs(logits, torch.tensor([1]), temperature=2.0)
+        >>> round(log_prob.item(), 9)
+        -0.982043571
+
+    Arguments, edges, result and errors are those of :func:`distill_ops.token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
+    """
+    check_token_log_probs(logits, token_ids, temperature, ignore_index)
+    ignored = token_ids == ignore_index
+    log_q = F.log_softmax(_read(logits, ignored, working_dtype(logits)) / temperature, dim=-1)
+    log_probs = _of_tokens(log_q, token_ids, ignored)
+    return (log_probs, _entropy(log_q, ignored)) if return_entropy else log_probs
+
+
+def distillation_statistics(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    divergence: Divergence | str = ReverseKL(),
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> DistillationStatistics:
+    """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.
+
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in; :class:`DistillationStatistics` of ``[...]`` comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+        >>> teacher = torch.tensor([[0.5, 1.5, 0.0, -0.5, 2.0]], dtype=torch.float64)
+        >>> found = reference.distillation_statistics(student, teacher, torch.tensor([4]))
+        >>> round(found.divergence.item(), 6), round(found.student_entropy.item(), 6)
+        (0.472252, 1.206489)
+
+    Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
+    (docs/semantics.md, section 12), without ``backend``.
+    """
+    divergence = check_statistics(
+        student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
+    )
+    dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
+    student, teacher = (_read(x, ignored, dtype) for x in (student_logits, teacher_logits))
+    terms = divergence_terms(student, teacher, divergence, temperature)
+    log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
+    no_answer = (no_maximum(student) | no_maximum(teacher)).squeeze(-1) | ignored
+    return DistillationStatistics(
+        terms.sum(-1).masked_fill(ignored, 0.0),
+        _of_tokens(log_q, token_ids, ignored),
+        _of_tokens(log_p, token_ids, ignored),
+        _entropy(log_q, ignored),
+        _entropy(log_p, ignored),
+        (student.argmax(-1) == teacher.argmax(-1)) & ~no_answer,
+    )
+
+
+def mixture_token_log_probs(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    teacher_weight: float | torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """:func:`distill_ops.mixture_token_log_probs` in eager PyTorch, differentiable by autograd.
+
+    ``log((1 - a) q + a p)`` at the ids, q and p the softmax at T, a ``teacher_weight``; in nats.
+    Logits ``[..., V]`` and ids ``[...]`` go in, ``[...]`` comes out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
+        >>> reference.mixture_token_log_probs(student, teacher, torch.tensor([3]), 0.5).exp()
+        tensor([0.1250])
+
+    Arguments, edges, result and errors are those of :func:`distill_ops.mixture_token_log_probs`
+    (docs/semantics.md, section 12), without ``backend``.
+    """
+    check_mixture(
+        student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
+    )
+    dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
+    log_q, log_p = (
+        _of_tokens(F.log_softmax(_read(x, ignored, dtype) / temperature, -1), token_ids, ignored)
+        for x in (student_logits, teacher_logits)
+    )
+    return log_mixture(teacher_weight, log_p, log_q).masked_fill(ignored, 0.0)

@@ -1,0 +1,230 @@
+"""What the kernels that walk whole rows share: a row's place, parameters, weight and losses; and, on the
+host, the launch of such a kernel.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .layout import Rows, uniform_rows
+from .sweeps import (
+    FORWARD_MOMENT,
+    NO_MOMENT,
+    PEELED,
+    REVERSE_MOMENT,
+    SOFT_MOMENT,
+    SYMMETRIC_MOMENT,
+    TAIL,
+    WHOLE_VECTORS,
+)
+from .terms import OPERANDS
+
+
+@triton.jit
+def row_offset(row, start, outer_stride, inner_stride, n_inner):
+    """Element offset of a row in a tensor whose leading dimensions collapse to two."""
+    row = tl.cast(row, tl.int64)
+    return start + row // n_inner * outer_stride + row % n_inner * inner_stride
+
+
+@triton.jit
+def row_parameters(parameters, row, STRIDES: tl.constexpr):
+    """The divergence's parameters of a row: numbers as they are (stride None), tensors read."""
+    values = ()
+    for i in tl.static_range(len(STRIDES)):
+        if STRIDES[i] is None:
+            values = values + (parameters[i],)
+        else:
+            position = tl.cast(row, tl.int64) * STRIDES[i]
+            values = values + (tl.load(parameters[i] + position).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def row_scale(
+    row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr,
+    WRITE_STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """A row's weight, and the factor of its gradient in that of the reduced loss: over the
+    denominator in a forward launch, which keeps it last of the row's statistics (all 0 for a row
+    that is not read); times the incoming gradient in a backward launch."""
+    if WRITE_LOSS:
+        weight = tl.cast(tl.load(weights_ptr + row) if HAS_WEIGHTS else 1.0, tl.float32)
+        over = tl.load(denominator).to(tl.float32) if DENOMINATOR_IN_MEMORY else denominator
+        scale = tl.fdiv(weight, over)
+        if WRITE_STATISTICS:
+            if weight == 0.0:
+                for i in tl.static_range(STATISTICS):
+                    tl.store(kept + i, 0.0)
+            else:
+                tl.store(kept + STATISTICS - 1, scale)
+    else:
+        weight = tl.load(kept + STATISTICS - 1)
+        upstream = tl.load(upstream_ptr + tl.cast(row, tl.int64) * upstream_stride)
+        scale = weight * upstream.to(tl.float32)
+    return weight, scale
+
+
+@triton.jit
+def store_losses(
+    row, n_rows, loss, hard_loss, hard_weight, losses_ptr, components_ptr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """A row's weighted loss, and with HARD the two parts of which it is mixed."""
+    if HARD:
+        mixed = (1.0 - hard_weight) * loss + hard_weight * hard_loss if DIVERGENCE else hard_loss
+        tl.store(losses_ptr + row, mixed)
+        tl.store(components_ptr + row, loss)
+        tl.store(components_ptr + n_rows + row, hard_loss)
+    else:
+        tl.store(losses_ptr + row, loss)
+
+
+@triton.jit
+def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
+    """Where positions are counted from: ``lead`` columns before the row.
+
+    MATCHED says that this is a 16-byte boundary, in a form that the compiler can prove."""
+    if MATCHED:
+        return pointer + offset // 8 * 8
+    else:
+        return pointer + (offset - lead)
+
+
+MOMENTS = {
+    "none": NO_MOMENT.value,
+    "soft": SOFT_MOMENT.value,
+    "forward": FORWARD_MOMENT.value,
+    "reverse": REVERSE_MOMENT.value,
+    "symmetric": SYMMETRIC_MOMENT.value,
+}
+
+
+class Formula(NamedTuple):
+    """What the kernel computes of a row; ``value_and_slope`` None: the hard label alone."""
+
+    value_and_slope: Callable | None
+    parameters: tuple[float | torch.Tensor, ...]  # numbers, [] or [N]
+    operands: str  # what value_and_slope takes
+    moment: str
+    drop: bool  # the value is infinite where the student's probability is 0
+    restrict: bool  # ... or the teacher's
+    additive: bool  # the terms at p = 0 are homogeneous in q
+    propagate: bool
+    temperature: float
+    divergence_scale: float  # 1 or T**2
+    hard_label_weight: float
+
+    def arguments(self) -> dict:
+        """As every kernel of a divergence takes them."""
+        return {
+            "over_t": 1.0 / self.temperature,
+            "parameters": self.parameters,
+            "VALUE_AND_SLOPE": self.value_and_slope,
+            "OPERANDS": OPERANDS[self.operands],
+            "PARAMETER_STRIDES": parameter_strides(self.parameters),
+            "DROP": self.drop,
+            "RESTRICT": self.restrict,
+        }
+
+
+class LossBuffers(NamedTuple):
+    """What a launch of a loss reads and writes beside logits; None: what the launch does without."""
+
+    gradient: torch.Tensor | None = (
+        None  # [..., V], one stride to its rows; or the student: write it
+    )
+    statistics: torch.Tensor | None = None  # [N, STATISTICS]
+    losses: torch.Tensor | None = None  # [N]; None: gradient from statistics and upstream
+    components: torch.Tensor | None = None  # [2, N]
+    weights: torch.Tensor | None = None  # [N]
+    denominator: torch.Tensor | float = 1.0
+    upstream: torch.Tensor | None = None  # [N] or []
+
+    def rows(self, student: torch.Tensor, student_rows: Rows, n_inner: int) -> Rows:
+        """The gradient's rows, or what stands for them."""
+        written = self.gradient is not None and self.gradient is not student
+        return uniform_rows(self.gradient, n_inner) if written else student_rows
+
+    def arguments(self, formula: Formula, labels: torch.Tensor | None, filler) -> dict:
+        """As kernels take them; ``filler`` stands for a pointer that the kernel's form does not read."""
+        names = ("losses", "components", "statistics", "weights", "upstream")
+        pointers = {f"{name}_ptr": getattr(self, name) for name in names} | {"labels_ptr": labels}
+        upstream, statistics = self.upstream, self.statistics
+        return formula.arguments() | {
+            **{name: filler if x is None else x for name, x in pointers.items()},
+            "upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
+            "denominator": self.denominator,
+            "divergence_scale": float(formula.divergence_scale),
+            "hard_weight": float(formula.hard_label_weight),
+            "HARD": formula.hard_label_weight > 0,
+            "HAS_WEIGHTS": self.weights is not None,
+            "DENOMINATOR_IN_MEMORY": isinstance(self.denominator, torch.Tensor),
+            "WRITE_LOSS": self.losses is not None,
+            "WRITE_STATISTICS": self.losses is not None and statistics is not None,
+            "WRITE_GRADIENT": self.gradient is not None,
+        }
+
+
+def parameter_strides(parameters: tuple[float | torch.Tensor, ...]) -> tuple[int | None, ...]:
+    """How :func:`row_parameters` finds a row's parameters; None: a number."""
+    return tuple(
+        (p.stride(0) if p.dim() else 0) if isinstance(p, torch.Tensor) else None for p in parameters
+    )
+
+
+def device_facts(device: torch.device) -> launch.DeviceFacts:
+    if device.type != "cuda":  # the interpreter: few programs, so that each walks several rows
+        return launch.DeviceFacts(n_sm=2, l2_bytes=1 << 20)
+    facts = torch.cuda.get_device_properties(device)
+    return launch.DeviceFacts(
+        facts.multi_processor_count,
+        facts.L2_cache_size,
+        facts.warp_size,
+        limits_registers=torch.version.hip is None,
+    )
+
+
+def plan(
+    layouts: list[Rows], n_cols: int, width: int
+) -> tuple[tl.constexpr, list[bool], launch.Budget]:
+    """How rows end, which tensors' rows begin on the common boundary, and the budget of that form.
+
+    Peeling gives 16-byte loads at odd vocabularies; which columns a thread sums then depends on the
+    row's place in memory, and with it the last bits: not in deterministic mode."""
+    aligned = all(rows.aligned() for rows in layouts)
+    if not aligned and not torch.are_deterministic_algorithms_enabled():
+        matched = [rows.matches(layouts[0]) for rows in layouts]
+        ends = PEELED
+    else:
+        matched = [rows.aligned() for rows in layouts]
+        whole = aligned and n_cols % 8 == 0 and width % 8 == 0
+        ends = WHOLE_VECTORS if whole else TAIL
+    return ends, matched, launch.MATCHED if all(matched) else launch.SCATTERED
+
+
+def rows_launch(
+    layouts: dict[str, Rows], logits: list[torch.Tensor], n_rows: int, n_cols: int, width: int
+) -> tuple[tuple[int], dict]:
+    """Grid and arguments of a kernel that walks whole rows.
+
+    Args:
+        layouts: the rows of its tensors, by the kernel's names for them.
+        logits: those that it reads, the student's first.
+        n_cols, width: columns that are used, and that there are.
+    """
+    ends, matched, budget = plan(list(layouts.values()), n_cols, width)
+    sizes = [t.element_size() for t in logits]
+    choice = launch.dense_launch(
+        n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(logits[0].device)
+    )
+    arguments = {"n_rows": n_rows, "n_cols": n_cols, "LANES": choice.lanes, "WIDTH": choice.width}
+    for (name, rows), matches in zip(layouts.items(), matched, strict=True):
+        arguments |= rows.arguments(name)
+        arguments[f"{name.upper()}_MATCHED"] = matches
+    return (choice.n_programs,), arguments | {"ENDS": ends.value} | choice.options()

@@ -1,0 +1,129 @@
+"""A row's log-probability and entropy at a token, and their gradient.
+
+With ``x`` a logit, ``m`` the row's maximum, ``y = (x - m) / T`` and ``l = sum(exp(y))``, the token's
+log-probability is ``y_id - log(l)`` and the entropy ``H = log(l) - sum(exp(y) * y) / l``, in which no
+two terms cancel: one sweep. Their gradient for upstream gradients ``g`` and ``h``,
+
+    (g (1[j = id] - q_j) - h q_j (log(q_j) + H)) / T    with    q_j = exp(y_j) / l,
+
+is ``exp(y_j) * (a + b * y_j)`` with numbers ``a`` and ``b`` of the row, but at the token itself, which
+is written over it.
+
+There is one form of each loop, for every row: taking the maximum from a logit costs one instruction
+more than folding it into the scale does, and neither -inf nor the lowest float needs a guard then.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import INFINITY, LN2, LOG2E, from_float32
+from .sweeps import (
+    LOWEST,
+    NOWHERE,
+    UNROLL,
+    combine_lanes,
+    read,
+    rescale,
+    tile,
+    whole_tiles,
+    write,
+)
+
+
+@triton.jit
+def token_tile(
+    state, row, position, inside, c,
+    MASKED: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    m, l, moment, top = state
+    x = read(row, position, inside, MASKED, KEEP)
+    if TOP:  # the first of a lane's maxima, in whatever order the tiles come
+        tile_m = tl.max(x, axis=1)
+        found = tl.min(tl.where(x == tile_m[:, None], position, NOWHERE), axis=1)
+        top = tl.where(tile_m > m, found, tl.where(tile_m == m, tl.minimum(found, top), top))
+    m, factor, shift, y = rescale(m, l, x, c, True)
+    e = tl.exp2(y)
+    if ENTROPY:  # no 0 * inf where a logit, or the maximum so far, is -inf
+        term = e * tl.maximum(y, LOWEST)
+        moment = factor * (moment + l * tl.maximum(shift, LOWEST)) + tl.sum(term, axis=1)
+    return m, l * factor + tl.sum(e, axis=1), moment, top
+
+
+@triton.jit
+def token_sweep(
+    row, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    KEEP: tl.constexpr, ENTROPY: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """A row's maximum, sum of exponentials, entropy in nats (ENTROPY), and the position of the
+    first of its maxima (TOP; NOWHERE without a finite logit)."""
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
+    zero = tl.zeros([LANES], tl.float32)
+    low = tl.full([LANES], -INFINITY, tl.float32)
+    state = (low, zero, zero, tl.full([LANES], NOWHERE, tl.int32))
+    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
+        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+        state = token_tile(state, row, position, inside, c, False, KEEP, ENTROPY, TOP)
+    for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
+        state = token_tile(state, row, position, inside, c, True, KEEP, ENTROPY, TOP)
+    lanes_m, lanes_l, moment, top = state
+    m, l, factor, shift = combine_lanes(lanes_m, lanes_l, c, True)
+    top = tl.min(tl.where(lanes_m == m, top, NOWHERE), axis=0)
+    entropy = 0.0
+    if ENTROPY:
+        moment = tl.sum(factor * (moment + lanes_l * tl.maximum(shift, LOWEST)), axis=0)
+        entropy = tl.log(l) - tl.fdiv(moment, l) * LN2
+    return m, l, entropy, top
+
+
+@triton.jit
+def token_log_prob(x, m, l, over_t):
+    """Of a logit of the row."""
+    return (x.to(tl.float32) - m) * over_t - tl.log(l)
+
+
+@triton.jit
+def token_coefficients(l, entropy, over_t, upstream, upstream_entropy):
+    """``a`` and ``b`` of the gradient ``exp2(y) * (a + b * y)``, for ``y`` in base 2."""
+    over = tl.fdiv(over_t, l)
+    surprise = entropy - tl.log(l)
+    return -(upstream + upstream_entropy * surprise) * over, -upstream_entropy * over * LN2
+
+
+@triton.jit
+def token_gradient_tile(x, m, c, a, b, ENTROPY: tl.constexpr):
+    """Gradient of a tile of logits, but for the token's own ``upstream / T``."""
+    y = (x - m) * c
+    e = tl.exp2(y)
+    if ENTROPY:
+        return e * (tl.maximum(y, LOWEST) * b + a)
+    else:
+        return e * a
+
+
+@triton.jit
+def token_gradient(
+    row, gradient_row, lead, n_cols, token_id, m, l, entropy, over_t, upstream, upstream_entropy,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Write a row's gradient, which may be over its logits."""
+    c = over_t * LOG2E
+    a, b = token_coefficients(l, entropy, over_t, upstream, upstream_entropy)
+    known = (token_id >= 0) & (token_id < n_cols)
+    logit = tl.load(row + lead + token_id, mask=known, other=float("nan")).to(tl.float32)
+    own = token_gradient_tile(logit, m, c, a, b, ENTROPY) + upstream * over_t
+    tl.debug_barrier()  # every thread has read the logit before one overwrites it
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
+    for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
+        x = read(row, position, inside, True, False)
+        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
+        write(gradient_row, position, gradient, inside, True)
+    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
+        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+        x = read(row, position, inside, False, False)
+        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
+        write(gradient_row, position, gradient, inside, False)
+    tl.debug_barrier()  # the token's own entry goes over what another thread wrote there
+    own = from_float32(own, gradient_row.dtype.element_ty)
+    tl.store(gradient_row + lead + token_id, own, mask=known)

@@ -1,0 +1,286 @@
+"""One description of an operator gives everything PyTorch needs, on a toy; and how few calls lie between
+a public function and its kernel."""
+
+import inspect
+import sys
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import distill_ops
+from distill_ops.operators import register
+from distill_ops.operators.register import LossOperator
+from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
+from tests.support.helpers import make_logits
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    factors: list[torch.Tensor]
+
+
+class Inner(NamedTuple):
+    name: str
+    share: float | None
+
+
+class Options(NamedTuple):
+    backend: str
+    power: int
+    dtype: torch.dtype | None
+    numbers: tuple[float, ...]
+    inner: Inner
+    wide: bool
+
+
+def weighted(inputs, options):
+    result = inputs.x * options.numbers[0]
+    for factor in inputs.factors:
+        result = result * factor
+    return result if inputs.weight is None else result * inputs.weight
+
+
+def forward(inputs, options, plan, into=None):
+    """``sum(a x**2)``, of which the gradient is ``2 a x``; and the number of entries."""
+    scaled = weighted(inputs, options)
+    loss, count = (scaled * inputs.x).sum(), torch.tensor(inputs.x.numel())
+    if plan.made == FORWARD:
+        if into is not None:
+            into.copy_(2 * scaled)
+        return (loss, count), (2 * scaled if into is None else into,)
+    return (loss, count), (scaled if plan.made == BACKWARD else None,)
+
+
+def gradient(inputs, options, plan, kept, upstreams, into=None):
+    out = torch.empty_like(inputs.x) if into is None else into
+    return (out.copy_(2 * kept[0] * upstreams[0]),)
+
+
+def fake(inputs, options, plan):
+    new = inputs.x.new_empty
+    kept = None if plan.made == NO_GRADIENT else new(inputs.x.shape)
+    return (new(()), new((), dtype=torch.int64)), (kept,)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    with mock.patch.object(
+        register, "library", torch.library.Library("distill_ops_toy", "DEF")
+    ) as library:
+        operator = LossOperator(
+            "toy", Inputs, Options, forward=forward, gradient=gradient, fake=fake, students=("x",),
+            outputs=2, kept=1, inplace=True, namespace="distill_ops_toy",
+        )  # fmt: skip
+        yield operator
+    del register.OPERATORS["toy"]
+    library._destroy()
+
+
+OPTIONS = Options("torch", 2, torch.bfloat16, (0.5, 3.0), Inner("a", None), True)
+
+
+def inputs_of(x):
+    return Inputs(x, torch.linspace(0.5, 2, 4), [torch.tensor(2.0)])
+
+
+def call(toy, x, made=FORWARD, **others):
+    return toy("toy_loss", inputs_of(x), OPTIONS, made, **others)[0]
+
+
+def truth(x):
+    return (x * x * torch.linspace(0.5, 2, 4)).sum()
+
+
+def leaf():
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def test_schema(toy):
+    assert str(toy.op._schema) == (
+        "distill_ops_toy::toy(Tensor x, Tensor? weight, Tensor[] factors, str[] choices, "
+        "float[] numbers, SymInt[] sizes) -> (Tensor, Tensor, Tensor)"
+    )
+    assert "Tensor(a!) x" in str(toy.inplace_op._schema)
+
+
+def test_options_come_back(toy):
+    plan = register.Plan("toy_loss", FORWARD, (True, False))
+    arguments = (*inputs_of(leaf()), *toy.packed(OPTIONS, plan))
+    assert toy.unpacked(arguments)[1:3] == (OPTIONS, plan)
+
+
+@pytest.mark.parametrize("made", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_autograd(toy, dispatched, made):
+    x, again = leaf(), leaf()
+    with mock.patch.object(register, "dispatches", return_value=dispatched):
+        loss = call(toy, x, made) * 3
+        loss.backward()
+    expected = truth(again) * 3
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("made", [FORWARD, BACKWARD])
+def test_in_place(toy, made):
+    x, again = leaf(), leaf()
+    logits = x * 1.0
+    version = logits._version
+    call(toy, logits, made, inplace=True).backward()
+    assert logits._version > version
+    truth(again).backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_fake_and_compile(toy):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: call(toy, x), fullgraph=True, backend="aot_eager")
+    x, again = leaf(), leaf()
+    compiled(x).backward()
+    truth(again).backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_vmap(toy):
+    x = torch.randn(5, 3, 4)
+    mapped = torch.func.vmap(lambda x: call(toy, x, NO_GRADIENT))(x)
+    torch.testing.assert_close(mapped, torch.stack([truth(row) for row in x]))
+
+
+@pytest.mark.parametrize("made", [FORWARD, BACKWARD])
+def test_opcheck(toy, made):
+    x = leaf()
+    plan = toy.plan("toy_loss", [x], made)
+    arguments = (*inputs_of(x), *toy.packed(OPTIONS, plan))
+    torch.library.opcheck(toy.op, arguments)
+    kept = toy.op(*arguments)[2].detach()
+    arguments = (x.detach(), *arguments[1:])
+    torch.library.opcheck(toy.gradient_op, (*arguments, kept, torch.tensor(0.5)))
+
+
+def test_errors_name_the_function(toy):
+    x = leaf()
+    with pytest.raises(RuntimeError, match="toy_loss has no second derivative"):
+        torch.autograd.grad(call(toy, x), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="toy_loss cannot be differentiated"):
+        torch.func.grad(lambda x: call(toy, x))(x.detach())
+    loss = call(toy, x) * 2
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"toy_loss was called .*gradient='backward'"):
+        loss.backward()
+
+
+# --- every operator there is ---------------------------------------------------------------------
+
+IDS = torch.tensor([1, 5, 32, 0])
+SLOTS = torch.tensor([0, 11, 22]) + torch.arange(4)[:, None]
+FUNCTIONS = {
+    "distillation_loss": lambda s, t: distill_ops.distillation_loss(s, t),
+    "topk_distillation_loss": lambda s, t: distill_ops.topk_distillation_loss(
+        s, t.log_softmax(-1)[..., :3], SLOTS
+    ),
+    "linear_distillation_loss": lambda s, t: distill_ops.linear_distillation_loss(s, s, t, t),
+    "linear_topk_distillation_loss": lambda s, t: distill_ops.linear_topk_distillation_loss(
+        s, s, t.log_softmax(-1)[..., :3], SLOTS % 4
+    ),
+    "token_log_probs": lambda s, t: distill_ops.token_log_probs(s, IDS),
+    "linear_token_log_probs": lambda s, t: distill_ops.linear_token_log_probs(s, s, IDS % 4),
+    "distillation_statistics": lambda s, t: distill_ops.distillation_statistics(s, t, IDS)[0],
+    "mixture_token_log_probs": lambda s, t: distill_ops.mixture_token_log_probs(s, t, IDS, 0.3),
+    "distillation_metrics": lambda s, t: distill_ops.distillation_metrics(s, t)[0],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_under_vmap(name):
+    student, teacher = make_logits((2, 4, 33))
+    mapped = torch.func.vmap(FUNCTIONS[name])(student, teacher)
+    looped = [FUNCTIONS[name](s, t) for s, t in zip(student, teacher, strict=True)]
+    assert torch.equal(mapped, torch.stack(looped))
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "distillation_metrics"])
+def test_every_function_is_named_by_its_errors(name):
+    student, teacher = make_logits((4, 33))
+    student.requires_grad_()
+    loss = FUNCTIONS[name](student, teacher).sum()
+    with pytest.raises(RuntimeError, match=f"^{name} has no second derivative") as caught:
+        torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"^{name} cannot be differentiated"):
+        torch.func.grad(lambda s: FUNCTIONS[name](s, teacher).sum())(student.detach())
+    advised = str(caught.value).split("distill_ops.reference.")[1].split(" ")[0]
+    assert hasattr(distill_ops.reference, advised)
+
+
+# --- how many calls lie between ------------------------------------------------------------------
+
+MOST_HOPS = {
+    "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
+    "linear_topk_distillation_loss": 7, "token_log_probs": 6, "linear_token_log_probs": 8,
+    "distillation_statistics": 6, "distillation_metrics": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOST_HOPS)
+def test_hops_to_the_launch(name, monkeypatch):
+    """Frames of the package between a public function and its kernel's launch."""
+    pytest.importorskip("triton")
+    from distill_ops.analysis import aot
+    from distill_ops.api import choices
+
+    found = []
+    original = aot._Recorder.__getitem__
+
+    def recorded(recorder, grid):
+        names, frame = [], sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != name:
+            if (
+                "/distill_ops/" in frame.f_code.co_filename
+                or "/kernels/" in frame.f_code.co_filename
+            ):
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        if not recorder.kernel.__name__.startswith(("weights", "total")):
+            found.append(names[::-1])
+        return original(recorder, grid)
+
+    monkeypatch.setattr(aot._Recorder, "__getitem__", recorded)
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(register, "dispatches", lambda *_: False)
+    function, called = getattr(distill_ops, name), FUNCTIONS[name]
+    with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
+    student = torch.empty(4, 33, device="meta", requires_grad=True)
+    with (
+        mock.patch.object(distill_ops, name, with_triton),
+        mock.patch.dict(globals(), IDS=IDS.to("meta"), SLOTS=SLOTS.to("meta")),
+    ):
+        teacher = torch.empty(4, 33, device="meta")
+        aot.record(lambda: called(student, teacher), aot.TARGETS["sm_90"].facts)
+    assert found
+    assert all(0 < len(hops) <= MOST_HOPS[name] for hops in found), found
+
+
+def test_signatures():
+    """Names, kinds and defaults of what users call, as they were published."""
+    import json
+
+    from tests.support import ROOT
+
+    def described(function):
+        return [
+            [p.name, p.kind.name, None if p.default is p.empty else repr(p.default)]
+            for p in inspect.signature(function).parameters.values()
+        ]
+
+    published = json.loads((ROOT / "tests/interface/signatures.json").read_text())
+    for module, names in published.items():
+        module = distill_ops if module == "distill_ops" else distill_ops.reference
+        assert {n for n in module.__all__ if n != "reference"} == set(names)
+        for name, parameters in names.items():
+            if parameters is not None:
+                assert described(getattr(module, name)) == parameters, name

@@ -1,0 +1,73 @@
+"""What the recipes of the pages take as the reader's own: small random models, batches, an optimizer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+VOCAB_SIZE = 60
+
+
+def causal_model(seed: int, hidden_size: int = 32) -> torch.nn.Module:
+    """Untrained, two heads, one layer; nothing is downloaded."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def batch(seed: int = 0, shape: tuple[int, int] = (2, 12)) -> dict[str, torch.Tensor]:
+    """As a data set gives it: labels are the ids, -100 for the prompt, and nothing is shifted."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, shape, generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def of_the_readme() -> dict:
+    student = causal_model(0)
+    return {
+        **batch(),
+        "model": student,
+        "teacher_model": causal_model(1),
+        "tokenizer": None,
+        "args": SimpleNamespace(kd_ratio=0.5),
+        "student": student,
+        "teacher": causal_model(1, hidden_size=48),
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        "batches": [tuple(batch(seed).values()) for seed in range(2)],
+    }
+
+
+def of_linear() -> dict:
+    return {**batch(), "student": causal_model(0), "teacher": causal_model(1, hidden_size=48)}
+
+
+def of_tokens() -> dict:
+    """Logits of a sequence of 7 tokens, and what a policy step has of the 6 that follow one."""
+    ids = batch(shape=(2, 7))["ids"]
+    return {
+        "input_ids": ids,
+        "student_logits": causal_model(0)(ids).logits,
+        "teacher_logits": causal_model(1)(ids).logits.detach(),
+        "advantages": torch.ones(2, 6),
+        "old_log_prob": torch.full((2, 6), -4.0),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+    }
+
+
+READERS_OWN = {
+    "README.md": of_the_readme,
+    "docs/linear.md": of_linear,
+    "docs/tokens.md": of_tokens,
+}
