@@ -14,57 +14,57 @@ DECLARED = "tests/losses/test_declared.py::test_"
 GPU_HOST_CODE_AND_AUTOGRAD = [
     # the Triton path's host code
     Mutation(
-        "the weights' sum is read on the host", sources.PATHS,
+        "the weights' sum is read on the host", sources.GPU,
         'over = total if options.reduction == "mean" else over',
         'over = total.item() if options.reduction == "mean" else over',
         f"{NO_SYNC}on_the_host[labels_drop-none]",
     ),
     Mutation(
-        "backward reads its incoming gradient", sources.DIFFERENTIATION,
+        "backward reads its incoming gradient", sources.OPERATORS_SAVING,
         'if gradient.device.type == "cpu":', "if True:",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
     Mutation(
-        "a launch too many", sources.PATHS,
+        "a launch too many", sources.GPU,
         "return reduction.total(",
         "reduction.total(losses, components, tokens.weights, tokens.denominator)\n"
         "    return reduction.total(",
         f"{NO_SYNC}on_the_host[plain-forward]",
     ),
     Mutation(
-        "a kernel of PyTorch's beside ours", sources.PATHS,
+        "a kernel of PyTorch's beside ours", sources.GPU,
         "losses = new(n_rows, dtype=torch.float32)",
         "losses = new(n_rows, dtype=torch.float32).zero_()",
         f"{NO_SYNC}on_the_host[plain-forward]",
     ),
     Mutation(
-        "kernels: number as normalizer ignored", sources.PATHS,
+        "kernels: number as normalizer ignored", sources.GPU,
         "over = options.denominator\n    if n_rows", "pass\n    if n_rows",
         f"{OPTIONS}[triton-ForwardKL()-normalizer]",
     ),
     Mutation(
-        "kernels: no rows over a normalizer of 0", sources.PATHS,
+        "kernels: no rows over a normalizer of 0", sources.GPU,
         "over = 1.0  # loss 0, as where no token is kept", "pass",
         f"{DENSE}no_token_at_all[triton]",
     ),
     Mutation(
-        "kernels: the forward's gradient is not scaled", sources.DIFFERENTIATION,
+        "kernels: the forward's gradient is not scaled", sources.GPU,
         "reduction.scale_(gradient, upstream)", "pass",
         f"{NO_SYNC}through_autograd[plain-forward-fresh]",
     ),
     # autograd and tracing
     Mutation(
-        "host: the forward's gradient is scaled up only", sources.DIFFERENTIATION,
+        "host: the forward's gradient is scaled up only", sources.OPERATORS_SAVING,
         "if factor != 1:", "if factor > 1:",
         f"{GRADIENTS}both_gradient_modes_give_the_same_bits[torch-ForwardKL()]",
     ),
     Mutation(
-        "a second backward scales again", sources.DIFFERENTIATION,
+        "a second backward scales again", sources.OPERATORS_SAVING,
         "ctx.spent = True\n    for gradient", "for gradient",
         f"{GRADIENTS}backward_twice[torch]",
     ),
     Mutation(
-        "double backward is silent", sources.DIFFERENTIATION,
+        "double backward is silent", sources.OPERATORS_SAVING,
         "if torch.is_grad_enabled():", "if False:",
         f"{GRADIENTS}second_derivative_is_an_error[torch]",
     ),
@@ -74,7 +74,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "inference tensors are saved", sources.DIFFERENTIATION,
+        "inference tensors are saved", sources.OPERATORS_SAVING,
         "t if not traced and t is not None and t.is_inference() else None for t in tensors",
         "None for t in tensors",
         f"{GRADIENTS}a_teacher_from_inference_mode[torch-options1]",
@@ -85,22 +85,22 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{OPERATORS}opcheck_of_the_loss[torch-forward]",
     ),
     Mutation(
-        "torch.func is not refused", sources.DIFFERENTIATION,
+        "torch.func is not refused", sources.OPERATORS_TRANSFORMS,
         "if interpreter.key() in (TransformType.Grad, TransformType.Jvp):", "if False:",
         f"{OPERATORS}transforms_that_cannot_work_are_refused[torch]",
     ),
     Mutation(
-        "float16 gradients are made before the loss scale", sources.LOSSES,
+        "float16 gradients are made before the loss scale", sources.API_CHOICES,
         'reduction == "none" or float16', 'reduction == "none"',
         f"{OPERATORS}float16_gradients_survive_a_loss_scale[torch]",
     ),
     Mutation(
-        "temperature instead of its square", sources.PATHS,
+        "temperature instead of its square", sources.PROBLEM,
         "temperature**2 if", "temperature if",
         f"{OPTIONS}[torch-ForwardKL()-temperature_squared]",
     ),
     Mutation(
-        "float64 goes to the kernels", sources.LOSSES,
+        "float64 goes to the kernels", sources.API_CHOICES,
         "        if wide:", "        if False:",
         "tests/interface/test_validation.py::test_triton_on_float64", kernels=True,
     ),
@@ -113,7 +113,7 @@ INPLACE_GRADIENT = [
         f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
-        "in place on a view of a parameter", sources.CHECKS,
+        "in place on a view of a parameter", sources.CHECKS_LOGITS,
         "base = student_logits._base", "base = None",
         f"{INPLACE}refusals[torch]",
     ),
@@ -139,18 +139,18 @@ INPLACE_GRADIENT = [
         f"{INPLACE}one_backward_only[torch-backward]",
     ),
     Mutation(
-        "rows done again read what the first time wrote", sources.HOST,
+        "rows done again read what the first time wrote", sources.CPU_DENSE,
         "None if matrix is None else matrix[bad] for matrix in group",
         "None if matrix is None else matrix for matrix in group",
         f"{INPLACE}infinite_rows[torch-ForwardKL()]",
     ),
     Mutation(
-        "a leaf is overwritten", sources.CHECKS,
+        "a leaf is overwritten", sources.CHECKS_LOGITS,
         "if student_logits.is_leaf or", "if False or",
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "the teacher is overwritten", sources.CHECKS,
+        "the teacher is overwritten", sources.CHECKS_LOGITS,
         "if start < other_end and other_start < end:", "if False:",
         f"{INPLACE}refusals[torch]",
     ),
@@ -174,27 +174,27 @@ INPLACE_GRADIENT = [
 
 PARAMETERS_AND_DECLARED = [
     Mutation(
-        "kernels: the first token's parameter for all", sources.KERNELS_DENSE,
+        "kernels: the first token's parameter for all", sources.KERNELS_ROWS,
         "position = tl.cast(row, tl.int64) * STRIDES[i]", "position = tl.cast(row, tl.int64) * 0",
         "tests/losses/test_parameters.py::test_each_token_has_its_own[triton-symmetric_kl]",
     ),
     Mutation(
-        "parameters are not looked at", sources.DIVERGENCES,
+        "parameters are not looked at", sources.DIVERGENCES_BASE,
         "inside = domain.low < value < domain.high", "inside = True",
         f"{DECLARED}declared_parameters",
     ),
     Mutation(
-        "a slope is never wrong", sources.VERIFY,
+        "a slope is never wrong", sources.ANALYSIS_VERIFY,
         "SLOPE_TOLERANCE = 1e-8", "SLOPE_TOLERANCE = 1e8",
         f"{DECLARED}check_refuses[swapped_sign]",
     ),
     Mutation(
-        "a limit is never infinite", sources.VERIFY,
+        "a limit is never infinite", sources.ANALYSIS_VERIFY,
         'if grows.any() and side != "both":', "if False:",
         f"{DECLARED}check_refuses[undeclared_infinity]",
     ),
     Mutation(
-        "local variables are not refused", sources.DECLARE,
+        "local variables are not refused", sources.DIVERGENCES_DECLARED,
         "if function.__closure__:", "if False:",
         f"{DECLARED}a_function_with_local_variables_is_refused",
     ),

@@ -56,14 +56,14 @@ TOKENS_AND_MOMENTS = [
     ),
     Mutation(
         "kd_ratio for 1 - kd_ratio",
-        sources.MINILLM,
+        sources.INTEGRATIONS_MINILLM,
         "hard_label_weight=1 - args.kd_ratio",
         "hard_label_weight=args.kd_ratio",
         "tests/interface/test_minillm.py::test_get_mixed_loss",
     ),
     Mutation(
         "hard labels read overwritten logits",
-        sources.CHUNKS,
+        sources.CPU_CHUNK,
         "early = inplace and self.terms.hard and write is not None",
         "early = False",
         f"{INPLACE}same_bits_as_a_fresh_gradient[torch-ForwardKL()-hard_all]",

@@ -9,7 +9,7 @@ OPERATORS = "tests/interface/test_topk_operators.py::test_"
 
 TOPK_MUTATIONS = [
     Mutation(
-        "top-k: the K count as columns outside", sources.KERNELS_OUTSIDE,
+        "top-k: the K count as columns outside", sources.KERNELS_TOPK_OUTSIDE,
         "tl.where((bits & mask) != 0, -INFINITY, x)", "x",
         f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
@@ -24,7 +24,7 @@ TOPK_MUTATIONS = [
         f"{TOPK}scratch_memory_may_hold_anything", kernels=True,
     ),
     Mutation(
-        "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_OUTSIDE,
+        "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_TOPK_OUTSIDE,
         " >> (first & 7)", "",
         f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
@@ -56,12 +56,12 @@ TOPK_MUTATIONS = [
         "-renormalize]",
     ),
     Mutation(
-        "top-k, CPU: an unused slot takes column 0 from the rest", sources.TOPK_HOST,
+        "top-k, CPU: an unused slot takes column 0 from the rest", sources.CPU_TOPK,
         "torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)", "ids.clamp(min=0)",
         f"{EDGES}unused_slots_are_as_if_absent[torch-JensenShannon(beta=0.3)-bucket]",
     ),
     Mutation(
-        "top-k, CPU: a token without slots loses column 0", sources.TOPK_HOST,
+        "top-k, CPU: a token without slots loses column 0", sources.CPU_TOPK,
         "    out[:, :1] = torch.where((rows.ids", "    out[:, :0] = torch.where((rows.ids",
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
