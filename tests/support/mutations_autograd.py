@@ -69,8 +69,9 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{GRADIENTS}second_derivative_is_an_error[torch]",
     ),
     Mutation(
-        "components require grad", sources.DIFFERENTIATION,
-        "ctx.mark_non_differentiable(components, *kept)", "ctx.mark_non_differentiable(*kept)",
+        "components require grad", sources.OPERATORS_REGISTER,
+        "ctx.mark_non_differentiable(*constant)",
+        "pass",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
@@ -80,8 +81,9 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{GRADIENTS}a_teacher_from_inference_mode[torch-options1]",
     ),
     Mutation(
-        "the fake keeps no gradient", sources.OPS,
-        "new_empty(inputs.student.shape if mode == FORWARD else 0)", "new_empty(0)",
+        "the fake keeps no gradient", sources.OPERATORS_LOGITS,
+        "kept = new(inputs.student.shape)",
+        "kept = new(0)",
         f"{OPERATORS}opcheck_of_the_loss[torch-forward]",
     ),
     Mutation(
@@ -108,8 +110,9 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
 
 INPLACE_GRADIENT = [
     Mutation(
-        "no version bump in the forward", sources.OPS,
-        "arguments[N_SHARED])\n    increment_version(inputs.student)", "arguments[N_SHARED])",
+        "no version bump in the forward", sources.OPERATORS_REGISTER,
+        "into=inputs[0])\n        saving.increment_version(inputs[0])\n        return",
+        "into=inputs[0])\n        return",
         f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
@@ -118,24 +121,27 @@ INPLACE_GRADIENT = [
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "saved tensors unpacked twice", sources.DIFFERENTIATION,
-        "list(kept[n_saved:])", "list(ctx.saved_tensors[n_saved:])",
+        "saved tensors unpacked twice", sources.OPERATORS_SAVING,
+        "list(found[n:])",
+        "list(ctx.saved_tensors[n:])",
         f"{OPERATORS}saved_tensors_are_unpacked_once[dense, none]",
     ),
     Mutation(
-        "no version bump in the backward", sources.OPS,
-        "student)\n    increment_version(student)", "student)",
+        "no version bump in the backward", sources.OPERATORS_REGISTER,
+        "upstreams, into=inputs[0])\n        saving.increment_version(inputs[0])",
+        "upstreams, into=inputs[0])",
         f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
     ),
     Mutation(
-        "no version bump of the scaling", sources.AUTOGRAD,
-        "upstream, backend_of(ctx))\n        ops.increment_version(student)",
-        "upstream, backend_of(ctx))",
+        "no version bump of the scaling", sources.OPERATORS_REGISTER,
+        "upstream, backend)\n        saving.increment_version(student)",
+        "upstream, backend)",
         f"{NO_SYNC}through_autograd[plain-forward-inplace]",
     ),
     Mutation(
-        "the logits are overwritten a second time", sources.AUTOGRAD,
-        "ctx.spent = True\n            ops.dense_gradient_inplace_op", "ops.dense_gradient_inplace_op",
+        "the logits are overwritten a second time", sources.OPERATORS_REGISTER,
+        "ctx.spent = True\n            operator.inplace_gradient_op",
+        "operator.inplace_gradient_op",
         f"{INPLACE}one_backward_only[torch-backward]",
     ),
     Mutation(
@@ -155,14 +161,15 @@ INPLACE_GRADIENT = [
         f"{INPLACE}refusals[torch]",
     ),
     Mutation(
-        "written where no gradient is wanted", sources.LOSSES,
-        "inplace = inplace and mode != NO_GRADIENT", "mode = FORWARD if inplace else mode",
+        "written where no gradient is wanted", sources.API_DENSE,
+        "inplace = inplace and made != NO_GRADIENT",
+        'made = "forward" if inplace else made',
         f"{INPLACE}nothing_is_written_without_a_gradient[torch]",
     ),
     Mutation(
-        "a view's gradient begins where its memory does", sources.KERNELS_DENSE,
-        '**gradient_rows.arguments("gradient")',
-        '**gradient_rows._replace(start=0).arguments("gradient")',
+        "a view's gradient begins where its memory does", sources.KERNELS_ROWS,
+        "if written else student_rows",
+        "if written else student_rows._replace(start=0)",
         f"{INPLACE}views[triton-forward-later columns]",
     ),
     Mutation(

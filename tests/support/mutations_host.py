@@ -49,9 +49,9 @@ CPU_PATH = [
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "host: hard and soft weights swapped", sources.PATHS,
-        "loss = (1 - w) * divergence_loss + w * hard_loss",
-        "loss = w * divergence_loss + (1 - w) * hard_loss",
+        "host: hard and soft weights swapped", sources.CPU_FORMS,
+        "mixed = (1 - w) * divergence_loss + w * hard_loss",
+        "mixed = w * divergence_loss + (1 - w) * hard_loss",
         f"{OPTIONS}[torch-ForwardKL()-hard]",
     ),
     Mutation(
@@ -159,8 +159,9 @@ BAD_INPUT = "tests/interface/test_validation.py::test_bad_input"
 
 CHECKS = [
     Mutation(
-        "a mask that requires grad", sources.CHECKS,
-        '_constant("loss_mask", loss_mask, "detach it")', "pass",
+        "a mask that requires grad", sources.CHECKS_TOKENS,
+        'constant("loss_mask", loss_mask)',
+        "pass",
         f"{BAD_INPUT}[loss_mask requires grad.*detach]",
     ),
     Mutation(
@@ -169,18 +170,21 @@ CHECKS = [
         f"{BAD_INPUT}[vocab_size must lie in]",
     ),
     Mutation(
-        "the first label beyond the vocabulary", sources.CHECKS,
-        "(labels >= n_cols)", "(labels > n_cols)",
+        "the first label beyond the vocabulary", sources.CHECKS_TOKENS,
+        "(ids >= n_cols)",
+        "(ids > n_cols)",
         f"{BAD_INPUT}[labels must lie in [0, 5) .*got 5]",
     ),
     Mutation(
-        "labels are checked on the GPU", sources.CHECKS,
-        "not _readable(labels, loss_mask)", "False",
+        "labels are checked on the GPU", sources.CHECKS_TOKENS,
+        "if not readable(*counted[:2]):",
+        "if False:",
         f"{NO_SYNC}on_the_host[hard-none]",
     ),
     Mutation(
-        "parameters are checked on the GPU", sources.CHECKS,
-        "not _readable(value, loss_mask, labels)", "False",
+        "parameters are checked on the GPU", sources.CHECKS_TOKENS,
+        "not readable(value, *counted[:2])",
+        "False",
         f"{NO_SYNC}of_parameters[per token-none]",
     ),
     Mutation(

@@ -165,7 +165,8 @@ DENSE_KERNEL = [
     ),
     Mutation(
         "the hard label's normaliser at the temperature", sources.KERNELS_DENSE,
-        "tempered = hard and formula.temperature != 1", "tempered = False",
+        "TEMPERED=formula.hard_label_weight > 0 and formula.temperature != 1",
+        "TEMPERED=False",
         f"{OPTIONS}[triton-ForwardKL()-hard_temperature]",
     ),
     Mutation(
@@ -174,9 +175,9 @@ DENSE_KERNEL = [
         f"{GRADIENTS}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]",
     ),
     Mutation(
-        "per-token upstream gradients by one", sources.KERNELS_DENSE,
-        "upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)",
-        "upstream_stride=0",
+        "per-token upstream gradients by one", sources.KERNELS_ROWS,
+        '"upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)',
+        '"upstream_stride": 0',
         f"{OPTIONS}[triton-ForwardKL()-none]",
     ),
     Mutation(

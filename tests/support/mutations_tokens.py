@@ -51,7 +51,7 @@ TOKENS_AND_MOMENTS = [
         sources.KERNELS_REDUCTION,
         "range(tl.program_id(0), tl.cdiv(n_vectors, VECTORS), tl.num_programs(0))",
         "range(tl.program_id(0), tl.num_programs(0))",
-        "tests/kernels/test_reduction.py::test_scale_with_several_blocks_a_program",
+        "tests/kernels/test_reduction.py::test_scale_with_several_blocks_a_program[1529]",
         kernels=True,
     ),
     Mutation(

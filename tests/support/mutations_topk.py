@@ -66,13 +66,15 @@ TOPK_MUTATIONS = [
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
     Mutation(
-        "top-k: slots are looked at on the GPU", sources.CHECKS,
-        "if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):", "if hard_label_weight < 1:",
+        "top-k: slots are looked at on the GPU", sources.CHECKS_SLOTS,
+        "if readable(teacher_ids, teacher_log_probs, *counted[:2]):",
+        "if True:",
         "tests/interface/test_no_sync.py::test_nothing_is_read_for_the_top_k[plain-forward]",
     ),
     Mutation(
-        "top-k: the tail is lost on the way", sources.TOPK_OPS,
-        "self.ids, self.tail)", 'self.ids, "bucket")',
+        "top-k: the tail is lost on the way", sources.PROBLEM,
+        "a.infinities, backend, tail, temperature",
+        'a.infinities, backend, tail and "bucket", temperature',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip
