@@ -6,7 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, loss_arguments, with_loss_options
 from ..checks.heads import check_head, check_heads
 from ..checks.tokens import check_options
-from ..checks.values import Rows
+from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
 from ..problem import HeadOptions, LossComponents
 from .choices import LossModule, loss_result
@@ -108,7 +108,7 @@ def linear_distillation_loss(
         check_head("teacher_", *teacher, teacher_logit_scale, teacher_softcap, frozen=True)
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
-    rows = Rows("student_hidden", student_hidden)
+    rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
     divergence = check_options(rows, n_cols, arguments)
     inputs, options, made = linear_problem(

@@ -7,7 +7,7 @@ from ..arguments import LossOptions, loss_arguments, with_loss_options
 from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
 from ..checks.slots import check_topk
-from ..checks.values import Rows
+from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
 from ..problem import HeadOptions, LossComponents
 from .choices import loss_result
@@ -75,7 +75,7 @@ def linear_topk_distillation_loss(
     arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student, student_logit_scale, student_softcap)
-    rows = Rows("student_hidden", student_hidden)
+    rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
     divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     if arguments.hard_label_weight == 1:  # the divergence has no share
