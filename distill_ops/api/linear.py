@@ -4,19 +4,13 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.heads import check_block_options, check_head, check_heads
+from ..checks.heads import check_head, check_heads
 from ..checks.tokens import check_options
-from ..checks.values import Rows
+from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import (
-    BlockOptions,
-    HeadOptions,
-    LinearInputs,
-    LinearOptions,
-    LossComponents,
-    Options,
-)
-from .choices import LossModule, autocast_dtype, choose_backend, gradient_mode, loss_result
+from ..problem import HeadOptions, LossComponents
+from .choices import LossModule, loss_result
+from .heads import NO_HEAD, linear_problem
 
 WITHOUT = ("infinities",)
 
@@ -109,25 +103,19 @@ def linear_distillation_loss(
     check_head("student_", *student, student_logit_scale, student_softcap)
     teacher = teacher_hidden, teacher_weight, teacher_bias
     if teacher_hidden is None or teacher_weight is None:
-        teacher = None, None, None
+        teacher = NO_HEAD
     else:
         check_head("teacher_", *teacher, teacher_logit_scale, teacher_softcap, frozen=True)
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
-    rows = Rows("student_hidden", student_hidden)
+    rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
     divergence = check_options(rows, n_cols, arguments)
-    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
-    autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
-    backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher)
-    options = LinearOptions(
-        Options.of(divergence, n_cols, backend, arguments),
-        HeadOptions(student_logit_scale, student_softcap),
-        HeadOptions(teacher_logit_scale, teacher_softcap),
-        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
-    )
-    inputs = LinearInputs(*student, *teacher, None, None, *arguments.tensors, divergence.tensors)
+    inputs, options, made = linear_problem(
+        student, HeadOptions(student_logit_scale, student_softcap),
+        teacher, HeadOptions(teacher_logit_scale, teacher_softcap),
+        (None, None), None, divergence, n_cols, arguments, logits_dtype, memory_budget, kept_tokens,
+    )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)
 

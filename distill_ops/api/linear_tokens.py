@@ -4,7 +4,7 @@ import torch
 
 from ..checks.heads import check_block_options, check_head
 from ..checks.tokens import check_token_ids
-from ..checks.values import Rows, check_temperature
+from ..checks.values import TokenRows, check_temperature
 from ..operators.linear_tokens import linear_token_log_probs as operator
 from ..problem import (
     BlockOptions,
@@ -69,7 +69,7 @@ def linear_token_log_probs(
     tensors = hidden, weight, bias
     check_head("", *tensors, logit_scale, softcap)
     temperature = check_temperature(temperature)
-    check_token_ids(token_ids, Rows("hidden", hidden), weight.shape[0], ignore_index)
+    check_token_ids(token_ids, TokenRows("hidden", hidden), weight.shape[0], ignore_index)
     check_block_options(logits_dtype, memory_budget)
     backend = choose_backend(backend, "hidden", *tensors)
     options = LinearTokenOptions(

@@ -4,20 +4,14 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.heads import check_block_options, check_head
+from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
 from ..checks.slots import check_topk
-from ..checks.values import Rows
+from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import (
-    BlockOptions,
-    HeadOptions,
-    LinearInputs,
-    LinearOptions,
-    LossComponents,
-    Options,
-)
-from .choices import autocast_dtype, choose_backend, gradient_mode, loss_result
+from ..problem import HeadOptions, LossComponents
+from .choices import loss_result
+from .heads import NO_HEAD, linear_problem
 
 WITHOUT = ("infinities",)
 
@@ -81,24 +75,15 @@ def linear_topk_distillation_loss(
     arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student, student_logit_scale, student_softcap)
-    rows = Rows("student_hidden", student_hidden)
+    rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
     divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
-    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
     if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = teacher_ids = None
-    autocast = autocast_dtype(student_hidden.device)
-    made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
-    backend = choose_backend(arguments.backend, "student_hidden", *student, teacher_log_probs)
-    options = LinearOptions(
-        Options.of(divergence, n_cols, backend, arguments, tail),
-        HeadOptions(student_logit_scale, student_softcap),
-        HeadOptions(1.0, None),
-        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
-    )
-    slots = teacher_log_probs, teacher_ids
-    inputs = LinearInputs(
-        *student, None, None, None, *slots, *arguments.tensors, divergence.tensors
-    )
+    inputs, options, made = linear_problem(
+        student, HeadOptions(student_logit_scale, student_softcap), NO_HEAD, HeadOptions(1.0, None),
+        (teacher_log_probs, teacher_ids), tail, divergence, n_cols, arguments, logits_dtype,
+        memory_budget, kept_tokens,
+    )  # fmt: skip
     outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

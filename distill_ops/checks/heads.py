@@ -6,7 +6,15 @@ import torch
 
 from ..arguments import Counted, LossArguments
 from .logits import check_teacher_given, check_vocabulary
-from .values import LOGIT_DTYPES, Rows, check_integer, check_share, number, of_teacher, readable
+from .values import (
+    LOGIT_DTYPES,
+    TokenRows,
+    check_integer,
+    check_share,
+    number,
+    of_teacher,
+    readable,
+)
 
 
 def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
@@ -49,7 +57,7 @@ def check_head(
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
-        Rows(f"{side}hidden", hidden).check_device(name, tensor)
+        TokenRows(f"{side}hidden", hidden).check_device(name, tensor)
     if frozen:
         of_teacher(f"{side}hidden", hidden)
     if weight.dim() != 2 or 0 in weight.shape:
@@ -67,7 +75,7 @@ def check_head(
 
 
 def check_heads(
-    rows: Rows,
+    rows: TokenRows,
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher_weight: torch.Tensor | None,

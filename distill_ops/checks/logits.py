@@ -2,7 +2,7 @@
 
 import torch
 
-from .values import LOGIT_DTYPES, Rows, of_teacher
+from .values import LOGIT_DTYPES, TokenRows, of_teacher
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def check_pair(
     """Check two tensors of logits; returns the number of columns used."""
     check_logits("student_logits", student_logits)
     width = student_logits.shape[-1]
-    rows = Rows("student_logits", student_logits)
+    rows = TokenRows("student_logits", student_logits)
     check_logits("teacher_logits", teacher_logits)
     rows.check_device("teacher_logits", teacher_logits)
     of_teacher("teacher_logits", teacher_logits)

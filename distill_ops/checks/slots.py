@@ -6,14 +6,14 @@ from ..arguments import LossArguments
 from ..divergences.base import Divergence
 from .logits import check_logits, check_teacher_given, check_vocabulary
 from .tokens import check_options
-from .values import LOGIT_DTYPES, Rows, check_integer, of_teacher, one_of, readable
+from .values import LOGIT_DTYPES, TokenRows, check_integer, of_teacher, one_of, readable
 
 TAILS = ("bucket", "renormalize", "ignore")
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
 
 
 def check_topk(
-    rows: Rows,
+    rows: TokenRows,
     n_cols: int,
     teacher_log_probs: torch.Tensor | None,
     teacher_ids: torch.Tensor | None,
@@ -71,7 +71,7 @@ def check_topk_logits(
     does."""
     check_logits("student_logits", student_logits)
     n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
-    rows = Rows("student_logits", student_logits)
+    rows = TokenRows("student_logits", student_logits)
     return check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments), n_cols
 
 

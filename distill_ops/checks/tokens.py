@@ -8,7 +8,7 @@ from ..arguments import Counted, LossArguments
 from ..divergences.base import Divergence, Domain, as_divergence
 from .logits import check_logits, check_pair, check_teacher_given, check_vocabulary
 from .values import (
-    Rows,
+    TokenRows,
     check_share,
     check_temperature,
     constant,
@@ -27,7 +27,9 @@ def _check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
-def _check_ids(name: str, ids: torch.Tensor, rows: Rows, n_cols: int, counted: Counted) -> None:
+def _check_ids(
+    name: str, ids: torch.Tensor, rows: TokenRows, n_cols: int, counted: Counted
+) -> None:
     """Token ids, one a token; what a token that does not count holds does not matter."""
     rows.check_per_token(name, ids)
     if ids.dtype != torch.int64:
@@ -42,7 +44,9 @@ def _check_ids(name: str, ids: torch.Tensor, rows: Rows, n_cols: int, counted: C
         )
 
 
-def check_token_ids(token_ids: torch.Tensor, rows: Rows, n_cols: int, ignore_index: int) -> Counted:
+def check_token_ids(
+    token_ids: torch.Tensor, rows: TokenRows, n_cols: int, ignore_index: int
+) -> Counted:
     """Check one id a row; returns which tokens count."""
     _check_ignore_index(ignore_index)
     counted = Counted(None, token_ids, ignore_index)
@@ -56,7 +60,7 @@ def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:
     return ~((value > domain.low) & (value < domain.high))
 
 
-def check_parameters(divergence: Divergence, rows: Rows, counted: Counted) -> None:
+def check_parameters(divergence: Divergence, rows: TokenRows, counted: Counted) -> None:
     """Parameters given as tensors; of a token that does not count any value will do."""
     for name, value in zip(divergence.__match_args__, divergence.parameters, strict=True):
         if not isinstance(value, torch.Tensor):
@@ -78,7 +82,9 @@ def check_parameters(divergence: Divergence, rows: Rows, counted: Counted) -> No
             )
 
 
-def check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, rows: Rows) -> None:
+def check_normalizer(
+    normalizer: float | torch.Tensor | None, reduction: str, rows: TokenRows
+) -> None:
     if normalizer is None:
         return
     if reduction != "mean":
@@ -97,7 +103,7 @@ def check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, ro
         raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
 
 
-def check_options(rows: Rows, n_cols: int, arguments: LossArguments) -> Divergence:
+def check_options(rows: TokenRows, n_cols: int, arguments: LossArguments) -> Divergence:
     """Check the options that every form of the loss takes.
 
     Returns:
@@ -141,7 +147,7 @@ def check_dense(
         n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
     else:
         n_cols = check_pair(student_logits, teacher_logits, arguments.vocab_size)
-    divergence = check_options(Rows("student_logits", student_logits), n_cols, arguments)
+    divergence = check_options(TokenRows("student_logits", student_logits), n_cols, arguments)
     check_teacher_given("teacher_logits", teacher_logits, arguments.hard_label_weight)
     return divergence, n_cols
 
@@ -151,13 +157,13 @@ def check_token_log_probs(
 ) -> None:
     check_logits("logits", logits)
     check_temperature(temperature)
-    check_token_ids(token_ids, Rows("logits", logits), logits.shape[-1], ignore_index)
+    check_token_ids(token_ids, TokenRows("logits", logits), logits.shape[-1], ignore_index)
 
 
 def _check_pair_and_ids(student_logits, teacher_logits, token_ids, temperature, ignore_index):
     n_cols = check_pair(student_logits, teacher_logits, None)
     check_temperature(temperature)
-    rows = Rows("student_logits", student_logits)
+    rows = TokenRows("student_logits", student_logits)
     return rows, check_token_ids(token_ids, rows, n_cols, ignore_index)
 
 
@@ -222,5 +228,5 @@ def check_sampled_log_probs(student: torch.Tensor, teacher: torch.Tensor) -> Non
             f"teacher_log_prob must have the shape of student_log_prob, {tuple(student.shape)}, "
             f"got {tuple(teacher.shape)}"
         )
-    Rows("student_log_prob", student).check_device("teacher_log_prob", teacher)
+    TokenRows("student_log_prob", student).check_device("teacher_log_prob", teacher)
     of_teacher("teacher_log_prob", teacher)

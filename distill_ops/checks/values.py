@@ -89,7 +89,7 @@ def of_teacher(name: str, tensor: torch.Tensor) -> None:
         constant(name, tensor, "detach it, or run the teacher under torch.no_grad()")
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """The tensor ``[..., n]`` whose rows are the tokens, with the user's name for it."""
 
     name: str

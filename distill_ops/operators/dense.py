@@ -1,18 +1,6 @@
-"""The operator of the dense loss."""
+"""The operator of the dense loss, which may overwrite the student's logits."""
 
-from ..problem import DenseInputs, Options
-from . import logits
-from .register import LossOperator
+from ..problem import DenseInputs
+from .logits import loss_operator
 
-dense_loss = LossOperator(
-    "dense_loss",
-    DenseInputs,
-    Options,
-    forward=logits.forward,
-    gradient=logits.gradient,
-    fake=logits.fake,
-    students=("student",),
-    outputs=2,
-    kept=1,
-    inplace=True,
-)
+dense_loss = loss_operator("dense_loss", DenseInputs, inplace=True)

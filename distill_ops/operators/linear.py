@@ -134,14 +134,7 @@ def fake(inputs: LinearInputs, options: LinearOptions, plan: Plan):
 
 
 linear_loss = LossOperator(
-    "linear_loss",
-    LinearInputs,
-    LinearOptions,
-    forward=forward,
-    gradient=gradient,
-    fake=fake,
-    students=("student_hidden", "student_weight", "student_bias"),
-    outputs=2,
-    kept=3,
+    "linear_loss", LinearInputs, LinearOptions, forward=forward, gradient=gradient, fake=fake,
+    students=("student_hidden", "student_weight", "student_bias"), outputs=2, kept=3,
     references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
-)
+)  # fmt: skip

@@ -100,14 +100,7 @@ def gradient(inputs: LinearTokenInputs, options: LinearTokenOptions, plan: Plan,
 
 
 linear_token_log_probs = LossOperator(
-    "linear_token_log_probs",
-    LinearTokenInputs,
-    LinearTokenOptions,
-    forward=forward,
-    gradient=gradient,
-    fake=lambda inputs, options, plan: token_fake(inputs, options.tokens, plan),
-    students=("hidden", "weight", "bias"),
-    outputs=2,
-    kept=1,
-    differentiable=2,
-)
+    "linear_token_log_probs", LinearTokenInputs, LinearTokenOptions, forward=forward,
+    gradient=gradient, fake=lambda inputs, options, plan: token_fake(inputs, options.tokens, plan),
+    students=("hidden", "weight", "bias"), outputs=2, kept=1, differentiable=2,
+)  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 
 from ..problem import BACKWARD, FORWARD, DenseInputs, Options, TopKInputs
 from .path import path_of
-from .register import Plan
+from .register import LossOperator, Plan
 
 
 def empty_gradient(student: torch.Tensor) -> torch.Tensor:
@@ -45,3 +45,11 @@ def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
     elif plan.made == BACKWARD and options.backend == "triton":
         kept = new((inputs.n_rows, inputs.statistics), dtype=torch.float32)
     return loss_fakes(inputs, options), (kept,)
+
+
+def loss_operator(name: str, inputs: type, **more) -> LossOperator:
+    """The operator of a loss of logits with these tensors."""
+    return LossOperator(
+        name, inputs, Options, forward=forward, gradient=gradient, fake=fake, students=("student",),
+        outputs=2, kept=1, **more,
+    )  # fmt: skip

@@ -36,13 +36,6 @@ def fake(inputs: StatisticsInputs, options: Options, plan: Plan):
 
 
 distillation_statistics = LossOperator(
-    "distillation_statistics",
-    StatisticsInputs,
-    Options,
-    forward=forward,
-    gradient=gradient,
-    fake=fake,
-    students=("student",),
-    outputs=2,
-    kept=2,
-)
+    "distillation_statistics", StatisticsInputs, Options, forward=forward, gradient=gradient,
+    fake=fake, students=("student",), outputs=2, kept=2,
+)  # fmt: skip

@@ -38,14 +38,6 @@ def fake(inputs, options: TokenOptions, plan: Plan):
 
 
 token_log_probs = LossOperator(
-    "token_log_probs",
-    TokenInputs,
-    TokenOptions,
-    forward=forward,
-    gradient=gradient,
-    fake=fake,
-    students=("logits",),
-    outputs=2,
-    kept=1,
-    differentiable=2,
-)
+    "token_log_probs", TokenInputs, TokenOptions, forward=forward, gradient=gradient, fake=fake,
+    students=("logits",), outputs=2, kept=1, differentiable=2,
+)  # fmt: skip

@@ -1,17 +1,6 @@
 """The operator of the loss against a top-k teacher."""
 
-from ..problem import Options, TopKInputs
-from . import logits
-from .register import LossOperator
+from ..problem import TopKInputs
+from .logits import loss_operator
 
-topk_loss = LossOperator(
-    "topk_loss",
-    TopKInputs,
-    Options,
-    forward=logits.forward,
-    gradient=logits.gradient,
-    fake=logits.fake,
-    students=("student",),
-    outputs=2,
-    kept=1,
-)
+topk_loss = loss_operator("topk_loss", TopKInputs)

@@ -6,7 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, loss_arguments, with_loss_options
 from ..checks.heads import check_head, check_heads
 from ..checks.tokens import check_token_ids
-from ..checks.values import Rows, check_temperature
+from ..checks.values import TokenRows, check_temperature
 from ..problem import LossComponents, working_dtype
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
@@ -82,7 +82,7 @@ def linear_distillation_loss(
             teacher_softcap, frozen=True,
         )  # fmt: skip
     n_cols = check_heads(
-        Rows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
+        TokenRows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
         arguments,
     )  # fmt: skip
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
@@ -132,7 +132,7 @@ def linear_token_log_probs(
     check_head("", hidden, weight, bias, logit_scale, softcap)
     check_temperature(temperature)
     n_cols = weight.shape[0]
-    check_token_ids(token_ids, Rows("hidden", hidden), n_cols, ignore_index)
+    check_token_ids(token_ids, TokenRows("hidden", hidden), n_cols, ignore_index)
     dtype = working_dtype(hidden, weight)
     logits = head_logits(
         hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype

@@ -8,7 +8,7 @@ from tests.support import ROOT
 
 # from the lowest; those of a line do not see each other
 LAYERS = (
-    ("kernels",), ("language", "divergences"), ("arguments",), ("problem", "row_statistics"),
+    ("kernels",), ("language", "divergences"), ("arguments",), ("problem",), ("row_statistics",),
     ("checks",), ("reference", "cpu", "gpu"), ("heads",), ("operators",), ("api",),
     ("teacher", "analysis"), ("integrations",),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill_ops import SymmetricKL, linear_distillation_loss
-from distill_ops.api import linear
+from distill_ops.api import heads
 from distill_ops.cpu import forms
 from distill_ops.heads import engine
 from distill_ops.heads.blocks import CPU_BUDGET, Blocks, split
@@ -228,7 +228,7 @@ def test_mixed_dtypes_as_on_a_gpu(gpu_products, backend, device):
 
 def test_autocast_as_on_a_gpu(gpu_products, backend, device, monkeypatch):
     """float32 tensors, bfloat16 products, float32 gradients."""
-    monkeypatch.setattr("distill_ops.api.linear.autocast_dtype", lambda device: HALF)
+    monkeypatch.setattr("distill_ops.api.heads.autocast_dtype", lambda device: HALF)
     gpu_products(4, 2)
     pair = make_pair(bias=True, device=device)
     ours = run(linear_distillation_loss, pair, backend=backend)
@@ -303,7 +303,7 @@ def test_rows_begin_at_16_bytes(gpu_products, monkeypatch):
         reduced = staticmethod(lambda losses, *_: (losses.sum(), None))
 
     monkeypatch.setattr(operator, "path_of", lambda backend: Path)
-    monkeypatch.setattr(linear, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(heads, "choose_backend", lambda *_: "triton")
     pair = make_pair(dtype=HALF)
     run(linear_distillation_loss, pair)
     assert len(seen) == 9  # blocks of 3 and 1 and 2 rows
