@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 
 from .chunk import NEG_INF, Terms, row_sums
-from .rows import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
+from .rows import GENERAL_ELEMENTS, PerRow, kept_groups, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
 class TopKRows(NamedTuple):
-    """Rows under work: ``[n, ...]``, per-row factors ``[n, 1]`` or numbers."""
+    """Rows under work, and the rest as in :class:`PerRow`."""
 
     student: torch.Tensor  # [n, V]
     log_probs: torch.Tensor  # [n, K]
     ids: torch.Tensor  # [n, K] int64
-    labels: torch.Tensor | None  # [n]
+    labels: torch.Tensor | None
     scale: float | torch.Tensor
     hard_scale: float | torch.Tensor
     parameters: list[float | torch.Tensor]
@@ -132,18 +132,14 @@ class TopKChunk:
             of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
-        self.poison = torch.where(
-            self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan
-        )
-        self.poison = self.poison.to(x.dtype)
+        good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
+        self.poison = torch.where(good, 0.0, math.nan).to(x.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
         self.slope = slope
         if self.each:
             value, slope = self._terms_outside()
-            loss, self.total_slope = (
-                loss + row_sums(value),
-                self.total_slope + row_sums(slope)[:, None],
-            )
+            loss = loss + row_sums(value)
+            self.total_slope = self.total_slope + row_sums(slope)[:, None]
         return loss + self.poison[:, 0]
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,9 +159,8 @@ class TopKChunk:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
         x = _copy_outside(self.rows, self.buffers[0])
         zero = x == NEG_INF
-        log_q = (
-            x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature).sub_(self.log_sum)
-        )
+        x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature)
+        log_q = x.sub_(self.log_sum)
         value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
         self.outside_slope = slope
         self.outside_q = log_q.masked_fill_(zero, NEG_INF).exp_()
@@ -177,9 +172,8 @@ class TopKChunk:
         rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
         maximum = _finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
         self.hard_q = (self.logits - maximum).exp_()
-        self.hard_factor = (
-            rest_max - maximum
-        ).exp_()  # from what is relative to the rest's maximum
+        # from what is relative to the rest's maximum
+        self.hard_factor = (rest_max - maximum).exp_()
         total = row_sums(self.hard_q)[:, None] + self.hard_sum * self.hard_factor
         self.hard_q /= total
         self.hard_factor = self.hard_factor / total * self.rows.hard_scale
@@ -215,9 +209,8 @@ class TopKChunk:
             one_hot = (self.rows.ids == labels).to(out.dtype)
             slots = slots + (self.hard_q - one_hot) * hard_scale
             minus = torch.zeros_like(self.poison) - hard_scale
-            out.scatter_add_(
-                -1, labels, minus
-            )  # where the label is one of the K, that comes over it
+            # where the label is one of the K, that comes over it
+            out.scatter_add_(-1, labels, minus)
         self._scatter(slots, out)
         if out is not gradient:
             gradient.copy_(out)
@@ -237,11 +230,8 @@ def topk(
     student: torch.Tensor,  # [..., V]
     log_probs: torch.Tensor,  # [N, K]
     ids: torch.Tensor,  # [N, K] int64
-    labels: torch.Tensor | None,  # [N]
+    per_row: PerRow,
     weights: torch.Tensor | None,  # [N]; None: every row counts
-    scale: float | torch.Tensor,  # or [N, 1]: factor of the divergence's gradient, 1 / T included
-    hard_scale: float | torch.Tensor,
-    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -254,16 +244,12 @@ def topk(
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
     losses = torch.zeros(n_rows, **kind)
     hard_losses = torch.zeros(n_rows, **kind) if terms.hard else None
-    groups = kept_groups(
-        None if weights is None else weights != 0,
-        student,
-        gradient=gradient,
-        size=size,
-        copies=gradient is not student,
-    )
+    keep = None if weights is None else weights != 0
+    copies = gradient is not student
+    groups = kept_groups(keep, student, gradient=gradient, size=size, copies=copies)
     for (block, gradient_block), group, places in groups:
-        of_rows = per_row([log_probs, ids, labels, scale, hard_scale], places)
-        rows = TopKRows(block[group, :n_cols], *of_rows, per_row(parameters, places))
+        rows = block[group, :n_cols], log_probs[places], ids[places], *per_row.at(places)
+        rows = TopKRows(*rows)
         n = rows.student.shape[0]
         chunk = TopKChunk(terms, tail, rows, [b[:n] for b in buffers])
         losses[places], hard = chunk.losses()
