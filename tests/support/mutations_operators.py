@@ -103,13 +103,12 @@ DIFFERENTIATION = [
 LAYERS_OF_THE_PRODUCT = [
     Mutation(
         "layers: a check imports the Triton path", sources.CHECKS_LOGITS,
-        "from .values import LOGIT_DTYPES, Rows, of_teacher",
-        "from ..gpu import on  # noqa: F401\nfrom .values import LOGIT_DTYPES, Rows, of_teacher",
+        "from .values import", "from ..gpu import on  # noqa: F401\nfrom .values import",
         f"{LAYERS}imports_go_down[distill_ops.checks.logits]",
     ),
     Mutation(
         "layers: a form imports another", sources.OPERATORS_TOPK,
-        "from . import logits\n", "from . import dense, logits  # noqa: F401\n",
+        "from .logits import", "from .dense import dense_loss  # noqa: F401\nfrom .logits import",
         f"{LAYERS}imports_go_down[distill_ops.operators.topk]",
     ),
     Mutation(
@@ -119,8 +118,7 @@ LAYERS_OF_THE_PRODUCT = [
     ),
     Mutation(
         "layers: another place of registration", sources.OPERATORS_DENSE,
-        "from . import logits\n",
-        "from . import logits\nfrom torch.library import custom_op  # noqa: F401\n",
+        "from .logits import", "from torch.library import custom_op  # noqa: F401\nfrom .logits import",
         f"{LAYERS}one_registration",
     ),
     Mutation(
