@@ -14,8 +14,8 @@ PACKING = [
         f"{REGISTRATION}options_come_back",
     ),
     Mutation(
-        "options: a bool comes back as an integer", sources.OPERATORS_PACKING,
-        "return bool(value)", "return value - 1",
+        "options: a bool comes back as its opposite", sources.OPERATORS_PACKING,
+        "return bool(value)", "return not value",
         f"{REGISTRATION}options_come_back",
     ),
     Mutation(
