@@ -19,7 +19,7 @@ from . import launch
 from .layout import row_layouts
 from .row_loss import row_gradient, row_statistics
 from .rows import (
-    MOMENTS,
+    RUN_TIME,
     Formula,
     LossBuffers,
     first_position,
@@ -29,19 +29,13 @@ from .rows import (
     rows_launch,
     store_losses,
 )
-from .sweeps import NO_MOMENT, PEELED, SYMMETRIC_MOMENT, fill_zero
+from .sweeps import MOMENTS, NO_MOMENT, PEELED, SYMMETRIC_MOMENT, fill_zero
 from .terms import PAIR
 
 STATISTICS = tl.constexpr(launch.STATISTICS)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "student_start", "student_outer", "student_inner", "teacher_start", "teacher_outer",
-        "teacher_inner", "gradient_start", "gradient_outer", "gradient_inner", "n_inner", "n_rows", "n_cols", "width",
-        "denominator", "over_t", "divergence_scale", "hard_weight", "upstream_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def dense_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,

@@ -17,16 +17,12 @@ class Rows(NamedTuple):
     inner: int
 
     def offsets(self) -> tuple[int, int, int]:
-        return self.start, self.outer, self.inner
+        return self[1:]
 
     def arguments(self, name: str) -> dict[str, torch.Tensor | int]:
         """As a kernel takes them, for its tensor of this name."""
-        return {
-            f"{name}_ptr": self.base,
-            f"{name}_start": self.start,
-            f"{name}_outer": self.outer,
-            f"{name}_inner": self.inner,
-        }
+        parts = ("ptr", "start", "outer", "inner")
+        return {f"{name}_{part}": value for part, value in zip(parts, self, strict=True)}
 
     def is_in(self, tensor: torch.Tensor) -> bool:
         """Whether the rows lie in this tensor's memory, and are no copy."""

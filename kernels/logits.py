@@ -73,18 +73,20 @@ def softcap_gradient_kernel(
         tl.store(gradient_ptr + position, gradient, mask=inside)
 
 
-def _launch(n_rows: int, n_cols: int, device: torch.device) -> tuple[tuple[int, int], dict]:
-    """Grid and options of either kernel."""
-    facts = device_facts(device)
-    choice = launch.head_launch(n_rows, n_cols, facts)
-    return choice.grid, {"LANES": choice.lanes, "num_warps": choice.num_warps}
-
-
-def _row_stride(matrix: torch.Tensor) -> int:
-    stride = matrix.stride(0)
-    if stride % ALIGNMENT or matrix.storage_offset() % ALIGNMENT or matrix.stride(1) != 1:
-        raise ValueError(f"rows must begin at multiples of {ALIGNMENT} elements, got {stride}")
-    return stride
+def _launch(kernel, matrices: dict[str, torch.Tensor], **arguments) -> None:
+    """Launch either kernel on matrices ``[n, V]``, by its names for them."""
+    first = next(iter(matrices.values()))
+    n_rows, n_cols = first.shape
+    if n_rows == 0:
+        return
+    for name, matrix in matrices.items():
+        stride = matrix.stride(0)
+        if stride % ALIGNMENT or matrix.storage_offset() % ALIGNMENT or matrix.stride(1) != 1:
+            raise ValueError(f"rows must begin at multiples of {ALIGNMENT} elements, got {stride}")
+        arguments |= {f"{name}_ptr": matrix, f"{name}_stride": stride}
+    choice = launch.head_launch(n_rows, n_cols, device_facts(first.device))
+    arguments |= {"LANES": choice.lanes, "num_warps": choice.num_warps}
+    kernel[choice.grid](n_rows=n_rows, n_cols=n_cols, **arguments)
 
 
 def finish(
@@ -95,23 +97,14 @@ def finish(
     softcap: float | None,
 ) -> None:
     """``logits = softcap(product + bias * scale)``."""
-    n_rows, n_cols = product.shape
-    if n_rows == 0:
-        return
-    grid, options = _launch(n_rows, n_cols, product.device)
-    finish_kernel[grid](
-        product_ptr=product,
-        product_stride=_row_stride(product),
-        logits_ptr=logits,
-        logits_stride=_row_stride(logits),
+    _launch(
+        finish_kernel,
+        {"product": product, "logits": logits},
         bias_ptr=product if bias is None else bias,
-        n_rows=n_rows,
-        n_cols=n_cols,
         scale=float(scale),
         softcap=1.0 if softcap is None else float(softcap),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        **options,
     )
 
 
@@ -121,17 +114,5 @@ def softcap_gradient_(
     softcap: float,
 ) -> None:
     """``gradient *= 1 - (logits / softcap)**2``."""
-    n_rows, n_cols = gradient.shape
-    if n_rows == 0:
-        return
-    grid, options = _launch(n_rows, n_cols, gradient.device)
-    softcap_gradient_kernel[grid](
-        gradient_ptr=gradient,
-        gradient_stride=_row_stride(gradient),
-        logits_ptr=logits,
-        logits_stride=_row_stride(logits),
-        n_rows=n_rows,
-        n_cols=n_cols,
-        over=1.0 / float(softcap),
-        **options,
-    )
+    matrices = {"gradient": gradient, "logits": logits}
+    _launch(softcap_gradient_kernel, matrices, over=1.0 / float(softcap))

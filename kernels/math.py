@@ -20,6 +20,18 @@ if triton is not None:
         ``tl.target_info`` asks the driver instead, and ahead of time there is none."""
         return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
+    @device_function
+    def instruction(x, OF_NVIDIA: tl.constexpr, OF_AMD: tl.constexpr):
+        """One machine instruction of a float32, by its name on either."""
+        if is_cuda():
+            return tl.inline_asm_elementwise(
+                OF_NVIDIA + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                OF_AMD + " $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+
 
 def _log_of_tensor(x):
     return torch.log(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
@@ -80,14 +92,8 @@ def fast_log2(x):
     """
     if INTERPRETED:
         return tl.log2(x)
-    elif is_cuda():
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
     else:
-        return tl.inline_asm_elementwise(
-            "v_log_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return instruction(x, "lg2.approx.ftz.f32", "v_log_f32")
 
 
 @device_function(tensor_twin=_log_of_tensor)
@@ -107,14 +113,8 @@ def reciprocal(x):
     """``1 / x`` of a normal number, within a unit in the last place; division takes 8 instructions."""
     if INTERPRETED:
         return 1.0 / x
-    elif is_cuda():
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
     else:
-        return tl.inline_asm_elementwise(
-            "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return instruction(x, "rcp.approx.ftz.f32", "v_rcp_f32")
 
 
 @device_function

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .layout import row_layouts
 from .math import INFINITY, LN2, LOG2E, log2_of_normal
-from .rows import first_position, row_offset, rows_launch
-from .sweeps import NO_MOMENT, NOWHERE, PEELED, normalise, read, tile, whole_tiles
+from .rows import RUN_TIME, first_position, row_offset, rows_launch
+from .sweeps import DOWN, NO_MOMENT, NOWHERE, PEELED, normalise, read, sweep
 from .terms import both_exponents, paired_softmax, softmax
 
 # sums of a row: forward and reverse KL, Jensen-Shannon, total variation, sum of min(p, q), entropies
@@ -19,7 +19,7 @@ N_SUMS = 7
 
 
 @triton.jit
-def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: tl.constexpr):
+def metrics_tile(sums, k, position, inside, student_row, teacher_row, row, MASKED: tl.constexpr):
     forward, reverse, middle, variation, overlap, h_s, h_t, top_s, top_t = sums
     m_s, l_s, m_t, l_t, over_t = row
     x_s = read(student_row, position, inside, MASKED, False)
@@ -47,12 +47,7 @@ def metrics_tile(sums, student_row, teacher_row, position, inside, row, MASKED: 
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "student_start", "student_outer", "student_inner", "teacher_start", "teacher_outer",
-        "teacher_inner", "n_inner", "n_rows", "n_cols", "over_t",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def metrics_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
@@ -71,17 +66,13 @@ def metrics_kernel(
             student, teacher, lead, n_cols, over_t * LOG2E, LANES, WIDTH, ENDS,
             True, True, True, NO_MOMENT, False, False,
         )  # fmt: skip
-        first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
         zero = tl.zeros([LANES], tl.float32)
         none = tl.full([LANES], NOWHERE, tl.int32)
-        sums = (zero, zero, zero, zero, zero, zero, zero, none, none)
-        statistics = (m_s, l_s, m_t, l_t, over_t)
-        for j in range(begin, stop):
-            position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-            sums = metrics_tile(sums, student, teacher, position, inside, statistics, True)
-        for i in range(first, end):
-            position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
-            sums = metrics_tile(sums, student, teacher, position, inside, statistics, False)
+        sums = sweep(
+            (zero, zero, zero, zero, zero, zero, zero, none, none), metrics_tile,
+            (student, teacher, (m_s, l_s, m_t, l_t, over_t)), (), lead, n_cols, LANES, WIDTH, ENDS,
+            DOWN, 1,
+        )  # fmt: skip
         # a row without a finite logit, or with NaN, has no softmax
         poison = tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
         for k in tl.static_range(7):

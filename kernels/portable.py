@@ -18,16 +18,15 @@ except ImportError:  # the CPU path and the reference need no Triton
     tl = None
 
 
-def _maximum(x, y):
-    if not isinstance(x, torch.Tensor):
-        return max(x, y)
-    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+def _extreme(of_numbers, of_tensors, side):
+    """Maximum or minimum, where the second or both may be numbers."""
 
+    def extreme(x, y):
+        if not isinstance(x, torch.Tensor):
+            return of_numbers(x, y)
+        return of_tensors(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, **{side: y})
 
-def _minimum(x, y):
-    if not isinstance(x, torch.Tensor):
-        return min(x, y)
-    return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
+    return extreme
 
 
 def _where(condition, x, y):
@@ -45,27 +44,17 @@ class _TensorLanguage(types.SimpleNamespace):
         )
 
 
+SAME_NAME = (
+    "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "abs", "sigmoid", "erf", "sin", "cos", "floor",
+    "clamp", "zeros_like", "float32",
+)  # fmt: skip
 # What a device function may take from ``tl`` and still run on tensors.
 TENSOR_LANGUAGE = _TensorLanguage(
+    **{name: getattr(torch, name) for name in SAME_NAME},
     where=_where,
-    exp=torch.exp,
-    exp2=torch.exp2,
-    log=torch.log,
-    log2=torch.log2,
-    sqrt=torch.sqrt,
-    rsqrt=torch.rsqrt,
-    abs=torch.abs,
-    sigmoid=torch.sigmoid,
-    erf=torch.erf,
-    sin=torch.sin,
-    cos=torch.cos,
-    floor=torch.floor,
-    maximum=_maximum,
-    minimum=_minimum,
-    clamp=torch.clamp,
+    maximum=_extreme(max, torch.maximum, "min"),
+    minimum=_extreme(min, torch.minimum, "max"),
     fma=lambda x, y, z: x * y + z,
-    zeros_like=torch.zeros_like,
-    float32=torch.float32,
 )
 LANGUAGES = (tl, getattr(tl, "math", None))  # modules that the table stands for
 

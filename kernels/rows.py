@@ -11,17 +11,15 @@ import triton.language as tl
 
 from . import launch
 from .layout import Rows, uniform_rows
-from .sweeps import (
-    FORWARD_MOMENT,
-    NO_MOMENT,
-    PEELED,
-    REVERSE_MOMENT,
-    SOFT_MOMENT,
-    SYMMETRIC_MOMENT,
-    TAIL,
-    WHOLE_VECTORS,
-)
+from .sweeps import PEELED, TAIL, WHOLE_VECTORS
 from .terms import OPERANDS
+
+ROWS = ("student", "teacher", "logits", "gradient")  # the tensors whose rows kernels walk
+# arguments of kernels that walk rows whose values must not compile a kernel of their own
+RUN_TIME = [f"{name}_{part}" for name in ROWS for part in ("start", "outer", "inner")] + [
+    "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator", "over_t",
+    "divergence_scale", "hard_weight", "upstream_stride", "ignore_index",
+]  # fmt: skip
 
 
 @triton.jit
@@ -96,15 +94,6 @@ def first_position(pointer, offset, lead, MATCHED: tl.constexpr):
         return pointer + (offset - lead)
 
 
-MOMENTS = {
-    "none": NO_MOMENT.value,
-    "soft": SOFT_MOMENT.value,
-    "forward": FORWARD_MOMENT.value,
-    "reverse": REVERSE_MOMENT.value,
-    "symmetric": SYMMETRIC_MOMENT.value,
-}
-
-
 class Formula(NamedTuple):
     """What the kernel computes of a row; ``value_and_slope`` None: the hard label alone."""
 
@@ -133,12 +122,16 @@ class Formula(NamedTuple):
         }
 
 
+def pointers(filler: torch.Tensor, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """As a kernel takes them; the filler stands for those that the kernel's form does not read."""
+    return {f"{name}_ptr": filler if x is None else x for name, x in tensors.items()}
+
+
 class LossBuffers(NamedTuple):
     """What a launch of a loss reads and writes beside logits; None: what the launch does without."""
 
-    gradient: torch.Tensor | None = (
-        None  # [..., V], one stride to its rows; or the student: write it
-    )
+    # [..., V], one stride to its rows; or the student: write it
+    gradient: torch.Tensor | None = None
     statistics: torch.Tensor | None = None  # [N, STATISTICS]
     losses: torch.Tensor | None = None  # [N]; None: gradient from statistics and upstream
     components: torch.Tensor | None = None  # [2, N]
@@ -152,12 +145,14 @@ class LossBuffers(NamedTuple):
         return uniform_rows(self.gradient, n_inner) if written else student_rows
 
     def arguments(self, formula: Formula, labels: torch.Tensor | None, filler) -> dict:
-        """As kernels take them; ``filler`` stands for a pointer that the kernel's form does not read."""
-        names = ("losses", "components", "statistics", "weights", "upstream")
-        pointers = {f"{name}_ptr": getattr(self, name) for name in names} | {"labels_ptr": labels}
+        """As kernels take them, with :func:`pointers`."""
         upstream, statistics = self.upstream, self.statistics
+        tensors = pointers(
+            filler, losses=self.losses, components=self.components, statistics=statistics,
+            weights=self.weights, upstream=upstream, labels=labels,
+        )  # fmt: skip
         return formula.arguments() | {
-            **{name: filler if x is None else x for name, x in pointers.items()},
+            **tensors,
             "upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
             "denominator": self.denominator,
             "divergence_scale": float(formula.divergence_scale),

@@ -14,8 +14,16 @@ from . import launch
 from .layout import row_layouts, uniform_rows
 from .math import LOG2E, fma
 from .row_loss import row_statistics
-from .rows import MOMENTS, Formula, first_position, row_offset, row_parameters, rows_launch
-from .sweeps import NOWHERE, PEELED, fill_zero, read, tile, whole_tiles, write
+from .rows import (
+    RUN_TIME,
+    Formula,
+    first_position,
+    pointers,
+    row_offset,
+    row_parameters,
+    rows_launch,
+)
+from .sweeps import MOMENTS, NOWHERE, PEELED, UP, fill_zero, read, sweep, write
 from .terms import column_terms
 from .token_row import (
     token_coefficients,
@@ -32,8 +40,8 @@ TOKEN_KEPT = tl.constexpr(launch.TOKEN_STATISTICS)
 
 @triton.jit
 def combined_tile(
-    student_row, teacher_row, gradient_row, position, inside, row, token, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    state, k, position, inside, student_row, teacher_row, gradient_row, row, token, scales, parameters,
+    MASKED: tl.constexpr, VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, GUARDED: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr,
 ):  # fmt: skip
     scale, total_slope, poison = scales
@@ -49,36 +57,10 @@ def combined_tile(
     if GUARDED:
         gradient += poison
     write(gradient_row, position, gradient, inside, MASKED)
+    return state
 
 
-@triton.jit
-def combined_gradient(
-    student, teacher, gradient, lead, n_cols, row, token, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    ENDS: tl.constexpr, GUARDED: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
-):  # fmt: skip
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        combined_tile(
-            student, teacher, gradient, position, inside, row, token, scales, parameters,
-            VALUE_AND_SLOPE, OPERANDS, True, GUARDED, DROP, RESTRICT,
-        )  # fmt: skip
-    for k in range(first, end):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        combined_tile(
-            student, teacher, gradient, position, inside, row, token, scales, parameters,
-            VALUE_AND_SLOPE, OPERANDS, False, GUARDED, DROP, RESTRICT,
-        )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=[
-        "student_start", "student_outer", "student_inner", "teacher_start", "teacher_outer",
-        "teacher_inner", "gradient_start", "gradient_outer", "gradient_inner", "n_inner", "n_rows",
-        "n_cols", "over_t", "ignore_index",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def statistics_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
@@ -132,17 +114,21 @@ def statistics_kernel(
                     a, b = token_coefficients(l, entropy, over_t, upstream, upstream_entropy)
                     of_token = (m, c, a, b, lead + token_id, upstream * over_t)
                     if tl.load(dense + 7) > 0.0:
-                        combined_gradient(
-                            student, teacher, gradient, lead, n_cols, of_row, of_token,
-                            (scale, total_slope, 0.0), row_values, VALUE_AND_SLOPE, OPERANDS,
-                            LANES, WIDTH, ENDS, False, DROP, RESTRICT,
+                        scales = (scale, total_slope, 0.0)
+                        sweep(
+                            tl.cast(0.0, tl.float32), combined_tile,
+                            (student, teacher, gradient, of_row, of_token, scales, row_values),
+                            (VALUE_AND_SLOPE, OPERANDS, False, DROP, RESTRICT),
+                            lead, n_cols, LANES, WIDTH, ENDS, UP, 1,
                         )  # fmt: skip
                     else:
                         poison = tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
-                        combined_gradient(
-                            student, teacher, gradient, lead, n_cols, of_row, of_token,
-                            (scale, total_slope, poison), row_values, VALUE_AND_SLOPE, OPERANDS,
-                            LANES, WIDTH, ENDS, True, DROP, RESTRICT,
+                        scales = (scale, total_slope, poison)
+                        sweep(
+                            tl.cast(0.0, tl.float32), combined_tile,
+                            (student, teacher, gradient, of_row, of_token, scales, row_values),
+                            (VALUE_AND_SLOPE, OPERANDS, True, DROP, RESTRICT),
+                            lead, n_cols, LANES, WIDTH, ENDS, UP, 1,
                         )  # fmt: skip
         else:
             outputs = (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -207,22 +193,17 @@ def run(
     if gradient is not None:
         rows["gradient"] = uniform_rows(gradient, n_inner)
     grid, arguments = rows_launch(rows, [student, teacher], n_rows, n_cols, n_cols)
-    filler = student  # stands for a pointer that the kernel's form does not read
-    dense_statistics, token_statistics = statistics or (filler, filler)
-    of_divergence, of_log_prob, _, of_entropy, _ = (
-        (filler,) * OUTPUTS if upstream is None else upstream
-    )
+    dense_statistics, token_statistics = statistics or (None, None)
+    upstreams = (None,) * OUTPUTS if upstream is None else upstream
+    of_divergence, of_log_prob, _, of_entropy, _ = upstreams
+    arguments |= pointers(
+        student, ids=ids, outputs=outputs, agreement=agreement, dense=dense_statistics,
+        token=token_statistics, upstream=of_divergence, upstream_log_prob=of_log_prob,
+        upstream_entropy=of_entropy,
+    )  # fmt: skip
     statistics_kernel[grid](
         **arguments,
         **formula.arguments(),
-        ids_ptr=ids,
-        outputs_ptr=filler if outputs is None else outputs,
-        agreement_ptr=filler if agreement is None else agreement,
-        dense_ptr=dense_statistics,
-        token_ptr=token_statistics,
-        upstream_ptr=of_divergence,
-        upstream_log_prob_ptr=of_log_prob,
-        upstream_entropy_ptr=of_entropy,
         n_inner=n_inner,
         ignore_index=ignore_index,
         MOMENT=MOMENTS[formula.moment],

@@ -8,14 +8,12 @@ With ``x`` a logit, ``m`` the row's maximum, ``l = sum(exp((x - m) / T))`` and `
 * ``differentiate`` writes the gradient ``(slope - q * D) * scale`` and sums ``value`` again.
 
 A tile is ``[LANES, WIDTH]``, WIDTH contiguous columns a thread: one 16-byte load, and sums along
-axis 1 stay inside the thread, so the loops hold no shuffle and no barrier; lanes are combined once
-a sweep. Positions count from a 16-byte boundary ``lead`` columns before the row's first one; the
+axis 1 stay inside the thread; lanes are combined once a sweep. Positions count from a 16-byte boundary ``lead`` columns before the row's first one; the
 partial tiles at both ends are peeled off the loop, which has no mask.
 
-Every sweep exists twice. The fast form has no guard: an infinity (or a logit so large that float32
-overflows) shows as a sum that is not finite, and the row is done again in the GUARDED form, which
-works on ``x - m``, clamps the logarithms and selects away the terms that semantics.md, section 3
-drops. The normaliser stays a pair (maximum, logarithm of the sum): folding it into one number
+Every sweep exists twice (``docs/kernels.md``): the fast form has no guard, and a row whose sums are
+not finite is done again in the GUARDED form, which works on ``x - m``, clamps the logarithms and
+selects away the terms that semantics.md, section 3 drops. The normaliser stays a pair (maximum, logarithm of the sum): folding it into one number
 costs all the accuracy of a row far from zero.
 """
 
@@ -30,12 +28,10 @@ LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no i
 
 # Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T];
 # SYMMETRIC: the last two.
-NO_MOMENT = tl.constexpr(0)
-SOFT_MOMENT = tl.constexpr(1)
-FORWARD_MOMENT = tl.constexpr(2)
-REVERSE_MOMENT = tl.constexpr(3)
-SYMMETRIC_MOMENT = tl.constexpr(4)
-
+MOMENTS = {name: i for i, name in enumerate(("none", "soft", "forward", "reverse", "symmetric"))}
+NO_MOMENT, SOFT_MOMENT, FORWARD_MOMENT, REVERSE_MOMENT, SYMMETRIC_MOMENT = (
+    tl.constexpr(i) for i in MOMENTS.values()
+)
 
 # Tiles a turn of the loops: two share their addresses' arithmetic, a twentieth of the instructions,
 # and four loads are in flight. Not where it would spill: with a hard label's own softmax, in the
@@ -44,9 +40,11 @@ UNROLL = tl.constexpr(2)
 
 # How a row ends. WHOLE_VECTORS: it begins on a boundary and holds a whole number of vectors.
 # TAIL: it begins where tile 0 does. PEELED: it begins ``lead`` columns into tile 0.
-WHOLE_VECTORS = tl.constexpr(0)
-TAIL = tl.constexpr(1)
-PEELED = tl.constexpr(2)
+WHOLE_VECTORS, TAIL, PEELED = map(tl.constexpr, range(3))
+
+# How a sweep walks: its whole tiles upward and then the partial ones; or these first, and the whole ones
+# upward or downward, where the tiles that the sweep before read last are still in cache.
+UP_FIRST, UP, DOWN = map(tl.constexpr, range(3))
 
 
 @triton.jit
@@ -70,6 +68,29 @@ def whole_tiles(lead, n_cols, BLOCK: tl.constexpr, ENDS: tl.constexpr):
     end = (lead + n_cols) // BLOCK
     tail = ((lead + n_cols) % BLOCK > 0) & (end >= first)
     return first, end, 1 - first, 1 + tail.to(tl.int32)
+
+
+@triton.jit
+def sweep(
+    state, STEP: tl.constexpr, arguments, FLAGS, lead, n_cols, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ENDS: tl.constexpr, WALK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """``state = STEP(state, k, position, inside, *arguments, MASKED, *FLAGS)`` for each tile k of a
+    row, TILES whole ones a turn; a step without a state hands on what it gets."""
+    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
+    if WALK == UP_FIRST:
+        for k in tl.range(first, end, loop_unroll_factor=TILES):
+            position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+            state = STEP(state, k, position, inside, *arguments, False, *FLAGS)
+    for j in range(begin, stop):
+        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
+        state = STEP(state, j * end, position, inside, *arguments, True, *FLAGS)
+    if WALK != UP_FIRST:
+        for i in tl.range(first, end, loop_unroll_factor=TILES):
+            k = i if WALK == UP else end - 1 - i + first
+            position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
+            state = STEP(state, k, position, inside, *arguments, False, *FLAGS)
+    return state
 
 
 @triton.jit
@@ -132,20 +153,10 @@ def combine_lanes(m, l, c, GUARDED: tl.constexpr):
 
 @triton.jit
 def normalise_tile(
-    state,
-    student_row,
-    teacher_row,
-    position,
-    inside,
-    c,
-    MASKED: tl.constexpr,
-    GUARDED: tl.constexpr,
-    KEEP: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    RESTRICT: tl.constexpr,
-    OWN_HARD: tl.constexpr,
-):
+    state, k, position, inside, student_row, teacher_row, c, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr, KEEP: tl.constexpr, DIVERGENCE: tl.constexpr, MOMENT: tl.constexpr,
+    RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr,
+):  # fmt: skip
     m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
     x_s = read(student_row, position, inside, MASKED, KEEP)
     if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
@@ -190,38 +201,18 @@ def normalise_tile(
 
 @triton.jit
 def normalise(
-    student_row,
-    teacher_row,
-    lead,
-    n_cols,
-    c,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ENDS: tl.constexpr,
-    GUARDED: tl.constexpr,
-    KEEP: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    RESTRICT: tl.constexpr,
-    OWN_HARD: tl.constexpr,
-):
+    student_row, teacher_row, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ENDS: tl.constexpr, GUARDED: tl.constexpr, KEEP: tl.constexpr, DIVERGENCE: tl.constexpr,
+    MOMENT: tl.constexpr, RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr,
+):  # fmt: skip
     """Maximum and sum of both rows, the moments under p and q, the hard label's maximum and sum."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
-    state = (low, zero, low, zero, zero, zero, low, zero)
-    for k in tl.range(first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD else UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        state = normalise_tile(
-            state, student_row, teacher_row, position, inside, c,
-            False, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
-        )  # fmt: skip
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        state = normalise_tile(
-            state, student_row, teacher_row, position, inside, c,
-            True, GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
-        )  # fmt: skip
+    state = sweep(
+        (low, zero, low, zero, zero, zero, low, zero), normalise_tile, (student_row, teacher_row, c),
+        (GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD), lead, n_cols, LANES, WIDTH, ENDS,
+        UP_FIRST, 1 if GUARDED or OWN_HARD else UNROLL,
+    )  # fmt: skip
     m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
     lanes_m_s = m_s
     lanes_m_t = m_t
@@ -243,9 +234,9 @@ def normalise(
 
 @triton.jit
 def reduce_tile(
-    sums, student_row, teacher_row, position, inside, row, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
-    KEEP: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
+    sums, k, position, inside, student_row, teacher_row, row, parameters, MASKED: tl.constexpr,
+    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, GUARDED: tl.constexpr, KEEP: tl.constexpr,
+    DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     loss, total_slope = sums
     x_s = read(student_row, position, inside, MASKED, KEEP)
@@ -267,30 +258,19 @@ def reduce(
     """The loss L and D, walking backward: the tiles read last are still in cache.
 
     L of a PAIR divergence is left to the gradient's sweep, where one follows (KEEP)."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
-    sums = (zero, zero)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        sums = reduce_tile(
-            sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, OPERANDS, True, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
-        )  # fmt: skip
-    for i in tl.range(
-        first, end, loop_unroll_factor=1 if GUARDED or OPERANDS == STUDENT else UNROLL
-    ):
-        position, inside = tile(end - 1 - i + first, lead, n_cols, LANES, WIDTH, ENDS)
-        sums = reduce_tile(
-            sums, student_row, teacher_row, position, inside, row, parameters,
-            VALUE_AND_SLOPE, OPERANDS, False, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE,
-        )  # fmt: skip
+    sums = sweep(
+        (zero, zero), reduce_tile, (student_row, teacher_row, row, parameters),
+        (VALUE_AND_SLOPE, OPERANDS, GUARDED, KEEP, DROP, RESTRICT, PROPAGATE), lead, n_cols,
+        LANES, WIDTH, ENDS, DOWN, 1 if GUARDED or OPERANDS == STUDENT else UNROLL,
+    )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
 
 
 @triton.jit
 def differentiate_tile(
-    loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    loss, k, position, inside, student_row, teacher_row, gradient_row, row, hard, scales, parameters,
+    MASKED: tl.constexpr, VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, GUARDED: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
@@ -325,25 +305,13 @@ def differentiate(
     PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient and return L, walking against the sweep before (FORWARD or not)."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    loss = tl.zeros([LANES], tl.float32)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        loss = differentiate_tile(
-            loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, OPERANDS, True, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
-            HARD, OWN_HARD,
-        )  # fmt: skip
-    for i in tl.range(
-        first, end, loop_unroll_factor=1 if GUARDED or OWN_HARD or OPERANDS == STUDENT else UNROLL
-    ):
-        k = i if FORWARD else end - 1 - i + first
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        loss = differentiate_tile(
-            loss, student_row, teacher_row, gradient_row, position, inside, row, hard, scales,
-            parameters, VALUE_AND_SLOPE, OPERANDS, False, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
-            HARD, OWN_HARD,
-        )  # fmt: skip
+    loss = sweep(
+        tl.zeros([LANES], tl.float32), differentiate_tile,
+        (student_row, teacher_row, gradient_row, row, hard, scales, parameters),
+        (VALUE_AND_SLOPE, OPERANDS, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD),
+        lead, n_cols, LANES, WIDTH, ENDS, UP if FORWARD else DOWN,
+        1 if GUARDED or OWN_HARD or OPERANDS == STUDENT else UNROLL,
+    )  # fmt: skip
     return tl.sum(loss, axis=0)
 
 

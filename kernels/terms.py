@@ -2,14 +2,7 @@
 
 A row is ``(m_s, l_s, m_t, l_t, over_t)``: maximum of the logits and sum of exponentials relative to
 it, of student and teacher, and 1 / T. What ``value_and_slope`` takes (``divergences.py``) differs by
-divergence, because two logarithms rounded each by itself do not cancel where they should:
-
-* LOGS: ``log_q, log_p, q, p``;
-* RATIO: ``log_ratio, q, p``;
-* DIFFERENCE: ``log_ratio, difference, q``, for terms in which p and q cancel;
-* PAIR: ``log2_ratio, ratio, q, p``, the smaller probability from the larger;
-* STUDENT: ``log2_ratio, ratio, q``;
-* POWERS: ``log2_ratio, log2_larger``.
+divergence, because two logarithms rounded each by itself do not cancel where they should.
 """
 
 import triton
@@ -17,20 +10,14 @@ import triton.language as tl
 
 from .math import INFINITY, LN2, LOG2E, fma, rounded_product
 
-LOGS = tl.constexpr(0)
-RATIO = tl.constexpr(1)
-DIFFERENCE = tl.constexpr(2)
-POWERS = tl.constexpr(3)
-PAIR = tl.constexpr(4)  # this and more have the ratio
-STUDENT = tl.constexpr(5)
-OPERANDS = {
-    "logs": LOGS.value,
-    "ratio": RATIO.value,
-    "difference": DIFFERENCE.value,
-    "powers": POWERS.value,
-    "pair": PAIR.value,
-    "student": STUDENT.value,
-}
+LOGS = tl.constexpr(0)  # log_q, log_p, q, p
+RATIO = tl.constexpr(1)  # log_ratio, q, p
+DIFFERENCE = tl.constexpr(2)  # log_ratio, difference, q: for terms in which p and q cancel
+POWERS = tl.constexpr(3)  # log2_ratio, log2_larger
+PAIR = tl.constexpr(4)  # log2_ratio, ratio, q, p: the smaller probability from the larger
+STUDENT = tl.constexpr(5)  # log2_ratio, ratio, q
+NAMES = ("logs", "ratio", "difference", "powers", "pair", "student")
+OPERANDS = {name: i for i, name in enumerate(NAMES)}
 
 SMALLEST = tl.constexpr(-3.4028234663852886e38)  # of a NaN too: the row's sums tell of it
 
@@ -159,20 +146,10 @@ def difference_and_softmax(exponents):
 
 @triton.jit
 def column_terms(
-    x_s,
-    x_t,
-    inside,
-    row,
-    parameters,
-    VALUE_AND_SLOPE: tl.constexpr,
-    OPERANDS: tl.constexpr,
-    SLOPE_ONLY: tl.constexpr,
-    MASKED: tl.constexpr,
-    GUARDED: tl.constexpr,
-    DROP: tl.constexpr,
-    RESTRICT: tl.constexpr,
-    PROPAGATE: tl.constexpr,
-):
+    x_s, x_t, inside, row, parameters, VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr,
+    SLOPE_ONLY: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr, DROP: tl.constexpr,
+    RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
+):  # fmt: skip
     """Value, slope and student probability of a tile of columns, by the rules for infinities.
 
     SLOPE_ONLY: the value is not wanted, and may be anything that is infinite where a logit is."""

@@ -7,19 +7,14 @@ import triton.language as tl
 from . import launch
 from .layout import row_layouts, uniform_rows
 from .math import LOG2E
-from .rows import first_position, row_offset, rows_launch
+from .rows import RUN_TIME, first_position, pointers, row_offset, rows_launch
 from .sweeps import PEELED, fill_zero
 from .token_row import token_gradient, token_log_prob, token_sweep
 
 KEPT = tl.constexpr(launch.TOKEN_STATISTICS)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "logits_start", "logits_outer", "logits_inner", "gradient_start", "gradient_outer",
-        "gradient_inner", "n_inner", "n_rows", "n_cols", "over_t", "ignore_index",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def token_kernel(
     logits_ptr, logits_start, logits_outer, logits_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
@@ -98,15 +93,12 @@ def run(
     if not (gradient is None or gradient is logits):
         rows["gradient"] = uniform_rows(gradient, n_inner)
     grid, arguments = rows_launch(rows, [logits], n_rows, n_cols, n_cols)
-    filler = logits  # stands for a pointer that the kernel's form does not read
+    arguments |= pointers(
+        logits, ids=ids, log_probs=log_probs, entropies=entropies, statistics=statistics,
+        upstream=upstream, upstream_entropy=upstream_entropy,
+    )  # fmt: skip
     token_kernel[grid](
         **arguments,
-        ids_ptr=ids,
-        log_probs_ptr=filler if log_probs is None else log_probs,
-        entropies_ptr=filler if entropies is None else entropies,
-        statistics_ptr=filler if statistics is None else statistics,
-        upstream_ptr=filler if upstream is None else upstream,
-        upstream_entropy_ptr=filler if upstream_entropy is None else upstream_entropy,
         n_inner=n_inner,
         over_t=1.0 / temperature,
         ignore_index=ignore_index,

@@ -2,12 +2,8 @@
 
 With ``x`` a logit, ``m`` the row's maximum, ``y = (x - m) / T`` and ``l = sum(exp(y))``, the token's
 log-probability is ``y_id - log(l)`` and the entropy ``H = log(l) - sum(exp(y) * y) / l``, in which no
-two terms cancel: one sweep. Their gradient for upstream gradients ``g`` and ``h``,
-
-    (g (1[j = id] - q_j) - h q_j (log(q_j) + H)) / T    with    q_j = exp(y_j) / l,
-
-is ``exp(y_j) * (a + b * y_j)`` with numbers ``a`` and ``b`` of the row, but at the token itself, which
-is written over it.
+two terms cancel: one sweep. Their gradient (``docs/tokens.md``) is ``exp(y_j) * (a + b * y_j)`` with
+numbers ``a`` and ``b`` of the row, but at the token itself, which is written over it.
 
 There is one form of each loop, for every row: taking the maximum from a logit costs one instruction
 more than folding it into the scale does, and neither -inf nor the lowest float needs a guard then.
@@ -21,18 +17,19 @@ from .sweeps import (
     LOWEST,
     NOWHERE,
     UNROLL,
+    UP,
+    UP_FIRST,
     combine_lanes,
     read,
     rescale,
-    tile,
-    whole_tiles,
+    sweep,
     write,
 )
 
 
 @triton.jit
 def token_tile(
-    state, row, position, inside, c,
+    state, k, position, inside, row, c,
     MASKED: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     m, l, moment, top = state
@@ -56,17 +53,12 @@ def token_sweep(
 ):  # fmt: skip
     """A row's maximum, sum of exponentials, entropy in nats (ENTROPY), and the position of the
     first of its maxima (TOP; NOWHERE without a finite logit)."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
     low = tl.full([LANES], -INFINITY, tl.float32)
-    state = (low, zero, zero, tl.full([LANES], NOWHERE, tl.int32))
-    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        state = token_tile(state, row, position, inside, c, False, KEEP, ENTROPY, TOP)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        state = token_tile(state, row, position, inside, c, True, KEEP, ENTROPY, TOP)
-    lanes_m, lanes_l, moment, top = state
+    lanes_m, lanes_l, moment, top = sweep(
+        (low, zero, zero, tl.full([LANES], NOWHERE, tl.int32)), token_tile, (row, c),
+        (KEEP, ENTROPY, TOP), lead, n_cols, LANES, WIDTH, ENDS, UP_FIRST, UNROLL,
+    )  # fmt: skip
     m, l, factor, shift = combine_lanes(lanes_m, lanes_l, c, True)
     top = tl.min(tl.where(lanes_m == m, top, NOWHERE), axis=0)
     entropy = 0.0
@@ -102,6 +94,15 @@ def token_gradient_tile(x, m, c, a, b, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def write_token_tile(
+    state, k, position, inside, row, gradient_row, m, c, a, b, MASKED: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    x = read(row, position, inside, MASKED, False)
+    write(gradient_row, position, token_gradient_tile(x, m, c, a, b, ENTROPY), inside, MASKED)
+    return state
+
+
+@triton.jit
 def token_gradient(
     row, gradient_row, lead, n_cols, token_id, m, l, entropy, over_t, upstream, upstream_entropy,
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, ENTROPY: tl.constexpr,
@@ -113,17 +114,10 @@ def token_gradient(
     logit = tl.load(row + lead + token_id, mask=known, other=float("nan")).to(tl.float32)
     own = token_gradient_tile(logit, m, c, a, b, ENTROPY) + upstream * over_t
     tl.debug_barrier()  # every thread has read the logit before one overwrites it
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        x = read(row, position, inside, True, False)
-        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        write(gradient_row, position, gradient, inside, True)
-    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        x = read(row, position, inside, False, False)
-        gradient = token_gradient_tile(x, m, c, a, b, ENTROPY)
-        write(gradient_row, position, gradient, inside, False)
+    sweep(
+        tl.cast(0.0, tl.float32), write_token_tile, (row, gradient_row, m, c, a, b), (ENTROPY,), lead, n_cols,
+        LANES, WIDTH, ENDS, UP, UNROLL,
+    )  # fmt: skip
     tl.debug_barrier()  # the token's own entry goes over what another thread wrote there
     own = from_float32(own, gradient_row.dtype.element_ty)
     tl.store(gradient_row + lead + token_id, own, mask=known)

@@ -1,22 +1,15 @@
-"""The loss against a teacher of whom K log-probabilities a row are known (semantics.md, 11).
+"""The loss against a teacher of whom K log-probabilities a row are known: ``docs/topk.md`` has its
+gradient, semantics.md, section 11, the rules; weights, hard label and launches are the dense kernel's.
 
 The outcomes of a row are the K tokens and the rest of the vocabulary, a vector of BLOCK_K lanes. With
 ``m_r`` and ``l_r`` the maximum and the sum of exponentials of the columns outside the K, the rest's
 probability is ``q_rest = exp((m_r - m) / T) l_r / l``, and a column's share of it
-``exp((x_j - m_r) / T) / l_r``, which holds however small q_rest is. With ``value``, ``slope`` of the
-outcomes, ``D = sum(slope)``, and weights and hard label as in the dense kernel,
-
-    loss               = weight * (1 - w) * k * sum(value) + ...
-    gradient, of the K = scale * (slope - q * D) + ...
-    ... of column j    = scale * share_j * (slope_rest - q_rest * D) + ...
+``exp((x_j - m_r) / T) / l_r``, which holds however small q_rest is.
 
 The rest is one outcome for every divergence with the tail as a bucket, and without one for those whose
 terms at p = 0 are homogeneous, ``value(q, 0) = q value(1, 0)`` (Divergence.additive_at_teacher_zero).
 Of the others (EACH) every column outside is an outcome. Where the student is restricted to the K, by a
 divergence that is infinite at p = 0, nothing outside is read at all.
-
-The forward launch writes the gradient, or keeps STATISTICS float32 numbers a row, from which the
-backward launch makes it. The row is read once for either, and once more for the gradient.
 """
 
 import torch
@@ -27,6 +20,7 @@ from . import launch
 from .layout import row_layouts
 from .math import INFINITY, LOG2E, fma, from_float32
 from .rows import (
+    RUN_TIME,
     Formula,
     LossBuffers,
     first_position,
@@ -45,10 +39,8 @@ STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
 LEAST_REST = tl.constexpr(2.0**-24)  # of the teacher's tail
 
 # The rest of the vocabulary
-BUCKET = tl.constexpr(0)
-RENORMALIZE = tl.constexpr(1)
-IGNORE = tl.constexpr(2)
-TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "ignore": IGNORE.value}
+BUCKET, RENORMALIZE, IGNORE = map(tl.constexpr, range(3))
+TAILS = {name: i for i, name in enumerate(("bucket", "renormalize", "ignore"))}
 
 
 @triton.jit
@@ -119,13 +111,7 @@ def hard_normaliser(x, m_r, l_r):
     return m, tl.sum(e, axis=0) + of_rest, e
 
 
-@triton.jit(
-    do_not_specialize=[
-        "student_start", "student_outer", "student_inner", "gradient_start", "gradient_outer",
-        "gradient_inner", "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator",
-        "over_t", "divergence_scale", "hard_weight", "upstream_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def topk_kernel(
     student_ptr, student_start, student_outer, student_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .math import INFINITY, LOG2E, fma
-from .sweeps import combine_lanes, finite_or_zero, read, rescale, tile, whole_tiles, write
+from .sweeps import DOWN, UP, UP_FIRST, combine_lanes, finite_or_zero, read, rescale, sweep, write
 from .terms import column_terms
 
 
@@ -53,8 +53,8 @@ def read_outside(
 
 @triton.jit
 def sum_tile(
-    state, student_row, bitmap, k, position, inside, c, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    MASKED: tl.constexpr, REST: tl.constexpr, OWN_HARD: tl.constexpr,
+    state, k, position, inside, student_row, bitmap, c, MASKED: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr, REST: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
     old_m, l, l_h = state
     x = read_outside(student_row, bitmap, k, position, inside, LANES, WIDTH, MASKED)
@@ -75,20 +75,11 @@ def sum_outside(
 ):  # fmt: skip
     """Maximum of the columns outside, 0 where none is finite; their sums of exponentials relative to
     it, at the loss's temperature (REST) and at temperature 1 (OWN_HARD), 0 where there is none."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
-    state = (tl.full([LANES], -INFINITY, tl.float32), zero, zero)
-    for k in tl.range(first, end, loop_unroll_factor=UNROLL):
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        state = sum_tile(
-            state, student_row, bitmap, k, position, inside, c, LANES, WIDTH, False, REST, OWN_HARD
-        )
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        state = sum_tile(
-            state, student_row, bitmap, j * end, position, inside, c, LANES, WIDTH, True, REST, OWN_HARD
-        )  # fmt: skip
-    lanes_m, l, l_h = state
+    lanes_m, l, l_h = sweep(
+        (tl.full([LANES], -INFINITY, tl.float32), zero, zero), sum_tile, (student_row, bitmap, c),
+        (LANES, WIDTH, REST, OWN_HARD), lead, n_cols, LANES, WIDTH, ENDS, UP_FIRST, UNROLL,
+    )  # fmt: skip
     m, l, _, _ = combine_lanes(lanes_m, l, c, True)
     if OWN_HARD:
         l_h = tl.sum(l_h * tl.exp2((lanes_m - m) * LOG2E), axis=0)
@@ -99,9 +90,9 @@ def sum_outside(
 
 @triton.jit
 def terms_tile(
-    sums, student_row, bitmap, k, position, inside, row, parameters,
+    sums, k, position, inside, student_row, bitmap, row, parameters, MASKED: tl.constexpr,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, DROP: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     loss, total_slope = sums
     x = read_outside(student_row, bitmap, k, position, inside, LANES, WIDTH, MASKED)
@@ -120,29 +111,18 @@ def terms_outside(
 ):  # fmt: skip
     """Sums of value and slope of the columns outside, p being 0 there: of a divergence that must see
     each of them."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
     zero = tl.zeros([LANES], tl.float32)
-    sums = (zero, zero)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        sums = terms_tile(
-            sums, student_row, bitmap, j * end, position, inside, row, parameters,
-            VALUE_AND_SLOPE, OPERANDS, DROP, LANES, WIDTH, True,
-        )  # fmt: skip
-    for i in range(first, end):
-        k = end - 1 - i + first
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        sums = terms_tile(
-            sums, student_row, bitmap, k, position, inside, row, parameters,
-            VALUE_AND_SLOPE, OPERANDS, DROP, LANES, WIDTH, False,
-        )  # fmt: skip
+    sums = sweep(
+        (zero, zero), terms_tile, (student_row, bitmap, row, parameters),
+        (VALUE_AND_SLOPE, OPERANDS, DROP, LANES, WIDTH), lead, n_cols, LANES, WIDTH, ENDS, DOWN, 1,
+    )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)
 
 
 @triton.jit
 def spread_tile(
-    student_row, gradient_row, position, inside, c, factors, row, scales, parameters,
-    VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr,
+    state, k, position, inside, student_row, gradient_row, c, factors, row, scales, parameters,
+    MASKED: tl.constexpr, VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, DROP: tl.constexpr,
     SHARED: tl.constexpr, EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -167,6 +147,7 @@ def spread_tile(
     if OWN_HARD:
         gradient += tl.exp2((x - m_h) * LOG2E) * hard_factor
     write(gradient_row, position, gradient, inside, MASKED)
+    return state
 
 
 @triton.jit
@@ -182,18 +163,9 @@ def spread(
     ``factors`` are ``(m, factor, m_h, hard_factor)``. SHARED: the gradient is the exponential
     relative to m, times the factor. EACH: a column's own terms make it, plus the factor. Neither:
     the factor alone. OWN_HARD adds the exponential at temperature 1, times its factor."""
-    first, end, begin, stop = whole_tiles(lead, n_cols, LANES * WIDTH, ENDS)
-    for j in range(begin, stop):
-        position, inside = tile(j * end, lead, n_cols, LANES, WIDTH, ENDS)
-        spread_tile(
-            student_row, gradient_row, position, inside, c, factors, row, scales, parameters,
-            VALUE_AND_SLOPE, OPERANDS, DROP, True, SHARED, EACH, HARD, OWN_HARD, LANES, WIDTH,
-        )  # fmt: skip
-    for i in tl.range(first, end, loop_unroll_factor=1 if EACH else UNROLL):
-        # of a divergence that sees each column the sweep before walked backward
-        k = i if EACH else end - 1 - i + first
-        position, inside = tile(k, lead, n_cols, LANES, WIDTH, ENDS)
-        spread_tile(
-            student_row, gradient_row, position, inside, c, factors, row, scales, parameters,
-            VALUE_AND_SLOPE, OPERANDS, DROP, False, SHARED, EACH, HARD, OWN_HARD, LANES, WIDTH,
-        )  # fmt: skip
+    sweep(
+        tl.cast(0.0, tl.float32), spread_tile, (student_row, gradient_row, c, factors, row, scales, parameters),
+        (VALUE_AND_SLOPE, OPERANDS, DROP, SHARED, EACH, HARD, OWN_HARD, LANES, WIDTH), lead, n_cols,
+        # of a divergence that sees each column the sweep before walked downward
+        LANES, WIDTH, ENDS, UP if EACH else DOWN, 1 if EACH else UNROLL,
+    )  # fmt: skip

@@ -4,8 +4,6 @@ Counted are the instructions of the vector unit: scalar, memory and waiting inst
 beside it, from other wavefronts. A packed instruction works on two columns.
 """
 
-import re
-
 from . import aot, forms, sass
 
 # AMD's opcodes for the NVIDIA ones that sass.Loop counts
@@ -44,25 +42,16 @@ class Loop(sass.Loop):
         return self.count("LDG", "STG") - wide
 
 
+SYNTAX = sass.Syntax(
+    label=r"(\.LBB\w+):",
+    place=r"\t\.loc\s.*;\s+([^\s:]+):(\d+)",
+    instruction=r"\t([a-z]\w*)(?:\s+(\.LBB\w+))?",
+)
+
+
 def innermost_loops(text: str) -> list[Loop]:
     """Loops that hold no other loop, in program order."""
-    opcodes: list[str] = []
-    sources: list[tuple[str, int]] = []
-    source = ("", 0)
-    labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(opcodes)
-        elif place := re.match(r"\t\.loc\s.*;\s+([^\s:]+):(\d+)", line):
-            source = (place[1], int(place[2]))
-        elif instruction := re.match(r"\t([a-z]\w*)(?:\s+(\.LBB\w+))?", line):
-            opcode, target = instruction.groups()
-            if target:
-                jumps.append((len(opcodes), target))
-            opcodes.append(opcode)
-            sources.append(source)
-    return sass.loops_of(opcodes, sources, labels, jumps, Loop)
+    return sass.innermost_loops(text.splitlines(), SYNTAX, Loop)
 
 
 def count(launch: aot.Launch, target: aot.Target) -> forms.Counts:

@@ -6,7 +6,7 @@ disagree with it. ``compile_launch`` then compiles that launch for a target.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -85,8 +85,8 @@ class _Recorder:
         return launch
 
 
-@contextlib.contextmanager
-def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
+def record(call: Callable[[], object], facts: DeviceFacts) -> list[Launch]:
+    """The launches that ``call`` makes, none of which runs."""
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
         for module in (rows, logits):  # those that ask for the device's facts
@@ -94,12 +94,6 @@ def _recording(facts: DeviceFacts) -> Iterator[list[Launch]]:
         for module, name in KERNELS:
             recorder = _Recorder(getattr(module, name), launches)
             stack.enter_context(mock.patch.object(module, name, recorder))
-        yield launches
-
-
-def record(call: Callable[[], object], facts: DeviceFacts) -> list[Launch]:
-    """The launches that ``call`` makes, none of which runs."""
-    with _recording(facts) as launches:
         call()
     return launches
 

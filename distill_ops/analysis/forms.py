@@ -28,13 +28,23 @@ from ..problem import (
 from . import aot, sass
 
 
-def _call(operator: LossOperator, inputs, options, made: str) -> None:
-    """An operator's forward, and its backward where the gradient is made there."""
-    plan = Plan(operator.name, made, (made != "none",))
-    outputs, kept = operator.forward(inputs, options, plan)
-    if made == BACKWARD:
-        upstreams = [x if x is None else torch.empty_like(x) for x in outputs]
-        operator.gradient(inputs, options, plan, kept, upstreams[: operator.differentiable])
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _recorded(
+    operator: LossOperator, inputs, options, made: str, target: aot.Target
+) -> list[aot.Launch]:
+    """Launches of an operator's forward, and of its backward where the gradient is made there."""
+
+    def call():
+        plan = Plan(operator.name, made, (made != "none",))
+        outputs, kept = operator.forward(inputs, options, plan)
+        if made == BACKWARD:
+            upstreams = [x if x is None else torch.empty_like(x) for x in outputs]
+            operator.gradient(inputs, options, plan, kept, upstreams[: operator.differentiable])
+
+    return aot.record(call, target.facts)
 
 
 @dataclass(frozen=True)
@@ -56,31 +66,19 @@ class Form:
     def problem(self, divergence: Divergence) -> tuple[DenseInputs, Options]:
         """The operator's arguments, on tensors without memory."""
 
-        def logits(stride, dtype):
-            wide = torch.empty(self.n_rows, stride or self.n_cols, dtype=dtype, device="meta")
-            return wide[:, : self.n_cols]
-
-        labels = None
-        if self.hard_label_weight:
-            labels = torch.empty(self.n_rows, dtype=torch.int64, device="meta")
-        arguments = LossArguments(
-            temperature=self.temperature, hard_label_weight=self.hard_label_weight
-        )
+        weight = self.hard_label_weight
+        labels = _meta(self.n_rows, dtype=torch.int64) if weight else None
+        arguments = LossArguments(temperature=self.temperature, hard_label_weight=weight)
         options = Options.of(divergence, self.vocab_size or self.n_cols, "triton", arguments)
-        student = logits(None, self.student_dtype)
-        teacher = logits(self.teacher_stride, self.teacher_dtype)
+        student = _meta(self.n_rows, self.n_cols, dtype=self.student_dtype)
+        stride = self.teacher_stride or self.n_cols
+        teacher = _meta(self.n_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
         return DenseInputs(student, teacher, None, labels, None, divergence.tensors), options
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
         """The dense kernel's launches for one forward (and, made there, one backward)."""
-        problem = self.problem(divergence)
-        call = lambda: _call(dense_loss, *problem, self.gradient)
-        recorded = aot.record(call, target.facts)
+        recorded = _recorded(dense_loss, *self.problem(divergence), self.gradient, target)
         return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def token_launches(
@@ -89,7 +87,7 @@ def token_launches(
     """The token kernel's launches for one forward and one backward."""
     inputs = TokenInputs(_meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64))
     options = TokenOptions("triton", 1.0, -100, entropy)
-    return aot.record(lambda: _call(token_log_probs, inputs, options, BACKWARD), target.facts)
+    return _recorded(token_log_probs, inputs, options, BACKWARD, target)
 
 
 def statistics_launches(
@@ -99,24 +97,15 @@ def statistics_launches(
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
     ids = _meta(n_rows, dtype=torch.int64)
     inputs = StatisticsInputs(student, teacher, ids, divergence.tensors)
-    problem = inputs, Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
-    return aot.record(lambda: _call(distillation_statistics, *problem, BACKWARD), target.facts)
+    options = Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
+    return _recorded(distillation_statistics, inputs, options, BACKWARD, target)
 
 
 def topk_launches(
-    divergence: Divergence,
-    n_cols: int,
-    k: int,
-    dtype: torch.dtype,
-    target: aot.Target,
-    *,
-    tail: str = "bucket",
-    gradient: str = "forward",
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    n_rows: int = 4096,
-) -> list[aot.Launch]:
+    divergence: Divergence, n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
+    tail: str = "bucket", gradient: str = "forward", hard_label_weight: float = 0.0,
+    temperature: float = 1.0, vocab_size: int | None = None, n_rows: int = 4096,
+) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
     arguments = LossArguments(temperature=temperature, hard_label_weight=hard_label_weight)
     options = Options.of(divergence, vocab_size or n_cols, "triton", arguments, tail)
@@ -125,8 +114,7 @@ def topk_launches(
     inputs = TopKInputs(
         _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors
     )
-    call = lambda: _call(topk_loss, inputs, options, gradient)
-    recorded = aot.record(call, target.facts)
+    recorded = _recorded(topk_loss, inputs, options, gradient, target)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]
 
 

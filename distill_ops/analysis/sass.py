@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
@@ -98,17 +99,42 @@ def disassemble(compiled) -> tuple[list[str], Usage]:
     return code.splitlines(), Usage(found["REG"], stack, found["SHARED"], spills)
 
 
-def loops_of(
-    opcodes: list[str],
-    sources: list[tuple[str, int]],
-    labels: dict[str, int],
-    jumps: list[tuple[int, str]],
-    kind: type[Loop],
-) -> list[Loop]:
-    """Loops that hold no other loop, in program order: from a label to a jump back to it.
+class Syntax(NamedTuple):
+    """How a line of assembly reads: a label, the file and line of what follows, or an opcode and the
+    label to which it may jump."""
 
-    ``sources`` are the instructions' places; ``labels`` and ``jumps`` say before and at which
-    instruction they stand."""
+    label: str
+    place: str
+    instruction: str
+
+
+NVIDIA = Syntax(
+    label=r"\s*(\.L_\w+):",
+    place=r'\s*//## File "(?:.*/)?([^"/]+)", line (\d+)',
+    instruction=r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?=([^\s;]+))(?:BRA.*?(\.L_\w+))?.*;",
+)
+
+
+def innermost_loops(
+    code: list[str], syntax: Syntax = NVIDIA, kind: type[Loop] = Loop
+) -> list[Loop]:
+    """Loops that hold no other loop, in program order: from a label to a jump back to it."""
+    opcodes: list[str] = []
+    sources: list[tuple[str, int]] = []  # the instructions' places
+    source = ("", 0)
+    labels: dict[str, int] = {}  # before which instruction each stands
+    jumps: list[tuple[int, str]] = []
+    for line in code:
+        if label := re.match(syntax.label, line):
+            labels[label[1]] = len(opcodes)
+        elif place := re.match(syntax.place, line):
+            source = (place[1], int(place[2]))
+        elif instruction := re.match(syntax.instruction, line):
+            opcode, target = instruction.groups()
+            if target:
+                jumps.append((len(opcodes), target))
+            opcodes.append(opcode)
+            sources.append(source)
     spans = {(labels[label], at) for at, label in jumps if labels.get(label, at + 1) <= at}
     inner = [
         (first, last)
@@ -119,27 +145,6 @@ def loops_of(
         kind(Counter(opcodes[first : last + 1]), frozenset(sources[first : last + 1]))
         for first, last in sorted(inner)
     ]
-
-
-def innermost_loops(code: list[str]) -> list[Loop]:
-    """Loops that hold no other loop, in program order."""
-    opcodes: list[str] = []
-    sources: list[tuple[str, int]] = []
-    source = ("", 0)
-    labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    for line in code:
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(opcodes)
-        elif place := re.match(r'\s*//## File "(?:.*/)?([^"/]+)", line (\d+)', line):
-            source = (place[1], int(place[2]))
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*);", line):
-            opcode, operands = instruction.groups()
-            if opcode.startswith("BRA") and (target := re.search(r"\(?(\.L_\w+)\)?", operands)):
-                jumps.append((len(opcodes), target[1]))
-            opcodes.append(opcode)
-            sources.append(source)
-    return loops_of(opcodes, sources, labels, jumps, Loop)
 
 
 def amd_usage(compiled) -> Usage:

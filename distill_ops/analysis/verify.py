@@ -106,6 +106,9 @@ def _check_limit(divergence: Divergence, side: str, infinite: bool) -> None:
         log_q = log_other if side == "teacher" else zeros
         return _evaluate(divergence, log_q, log_other if side == "student" else zeros)
 
+    def refuse(why: str) -> None:
+        raise ValueError(divergence.name + why)
+
     where = {"student": "q = 0, p = 0.25", "teacher": "q = 0.25, p = 0", "both": "q = p = 0"}[side]
     value, slope = at(torch.finfo(torch.float64).min)
     near, nearer = at(FAR)[0], at(FARTHER)[0]
@@ -114,32 +117,25 @@ def _check_limit(divergence: Divergence, side: str, infinite: bool) -> None:
     fact = f"infinite_at_{side}_zero"
     if infinite:
         if not (grows.any() or _at_an_end(divergence)):
-            raise ValueError(
-                f"{divergence.name} declares {fact}, but its value tends to "
-                f"{nearer.flatten()[0].item():.6g} at {where}: leave the declaration out"
-            )
+            tends_to = f"its value tends to {nearer.flatten()[0].item():.6g} at {where}"
+            refuse(f" declares {fact}, but {tends_to}: leave the declaration out")
         return
     for kind, x in (("value", value), ("slope", slope)):
         if not x.isfinite().all():
-            raise ValueError(
-                f"{divergence.name}: the {kind} at {where} is {x[~x.isfinite()][0].item()}, not "
-                f"finite: rewrite it so that a probability of 0 has its limit, or declare {fact}=True"
+            refuse(
+                f": the {kind} at {where} is {x[~x.isfinite()][0].item()}, not finite: rewrite it so "
+                f"that a probability of 0 has its limit, or declare {fact}=True"
             )
     if grows.any() and side != "both":
-        raise ValueError(
-            f"{divergence.name}: the value grows without limit towards {where} "
-            f"({near[grows][0].item():.6g} at log {FAR:g}, {nearer[grows][0].item():.6g} at "
-            f"{FARTHER:g}): declare {fact}=True"
+        refuse(
+            f": the value grows without limit towards {where} ({near[grows][0].item():.6g} at log "
+            f"{FAR:g}, {nearer[grows][0].item():.6g} at {FARTHER:g}): declare {fact}=True"
         )
     if side == "both" and ((value != 0).any() or (slope != 0).any()):
-        raise ValueError(
-            f"{divergence.name}: a column of q = p = 0 (padding) must have value and slope 0, got "
-            f"{value.flatten()[0].item():.6g} and {slope.flatten()[0].item():.6g}"
-        )
+        found = f"{value.flatten()[0].item():.6g} and {slope.flatten()[0].item():.6g}"
+        refuse(f": a column of q = p = 0 (padding) must have value and slope 0, got {found}")
     if side == "student" and (slope.abs() > 1e-12 * value.abs().clamp(min=1.0)).any():
-        raise ValueError(
-            f"{divergence.name}: the slope at {where} must be 0, got {slope.abs().max().item():.6g}"
-        )
+        refuse(f": the slope at {where} must be 0, got {slope.abs().max().item():.6g}")
 
 
 def _at_an_end(divergence: Divergence) -> bool:

@@ -22,7 +22,7 @@ from ..problem import (
 from .chunk import Terms
 from .dense import dense
 from .metrics import metrics
-from .rows import kept_groups, per_row
+from .rows import PerRow, kept_groups, per_row
 from .tokens import Buffers, fill_gradient, log_probs, tempered, write_gradient
 from .topk import topk
 
@@ -70,11 +70,11 @@ def rows(
         compute = functools.partial(topk, terms, options.tail, student, *slots)
     else:
         compute = functools.partial(dense, terms, student, teacher)
-    divergence_loss, hard_loss = compute(
-        tokens.labels, weights,
-        scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
-        column_parameters(tokens.parameters, dtype), options.n_cols, gradient,
+    per_row = PerRow(
+        tokens.labels, scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
+        column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
+    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient)
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
@@ -142,17 +142,11 @@ def _divergence_terms(inputs: StatisticsInputs, options: Options) -> tuple[Terms
 def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool):
     """``[5, ...]``, the agreement ``[...]``, and what the gradient needs of the rows: the student's
     entropies."""
-    student, teacher, dtype, ids = (
-        inputs.student,
-        inputs.teacher,
-        inputs.dtype(),
-        inputs.ids.reshape(-1),
-    )
+    student, teacher, dtype, ids = *inputs[:2], inputs.dtype(), inputs.ids.reshape(-1)
     kept = ids != options.ignore_index
     terms, parameters = _divergence_terms(inputs, options)
-    divergence, _ = dense(
-        terms, student, teacher, None, kept.to(dtype), 1.0, 0.0, parameters, options.n_cols, None
-    )
+    per_row = PerRow(None, 1.0, 0.0, parameters)
+    divergence, _ = dense(terms, student, teacher, per_row, kept.to(dtype), options.n_cols, None)
     (log_q, student_entropy), (log_p, teacher_entropy) = (
         log_probs(logits, ids, options.temperature, options.ignore_index, dtype, True)
         for logits in (student, teacher)
@@ -187,11 +181,9 @@ def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstre
         )  # fmt: skip
         if of_divergence.any():
             of_terms = part[: len(chunk)]
-            dense(
-                terms, chunk, of_teacher[places_here], None, of_divergence,
-                of_divergence[:, None] / temperature, 0.0, per_row(parameters, places), n_cols,
-                of_terms,
-            )  # fmt: skip
+            scale = of_divergence[:, None] / temperature
+            here = PerRow(None, scale, 0.0, per_row(parameters, places))
+            dense(terms, chunk, of_teacher[places_here], here, of_divergence, n_cols, of_terms)
             total += of_terms
         target[places_here] = total.to(target.dtype)
 

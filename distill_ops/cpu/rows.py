@@ -3,6 +3,7 @@ count.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -91,3 +92,15 @@ def kept_groups(
 def per_row(values: list, rows: Places) -> list:
     """Values at these rows: those of per-row tensors; a number, 0-d tensor or None serves every row."""
     return [v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]
+
+
+class PerRow(NamedTuple):
+    """What rows of logits come with: ``[N, ...]``, or a number or 0-d tensor for all of them."""
+
+    labels: torch.Tensor | None  # [N]
+    scale: float | torch.Tensor  # or [N, 1]: factor of the divergence's gradient, 1 / T included
+    hard_scale: float | torch.Tensor
+    parameters: list[float | torch.Tensor]  # of the divergence: numbers, [] or [N, 1]
+
+    def at(self, rows: Places) -> "PerRow":
+        return PerRow(*per_row(list(self[:3]), rows), per_row(self.parameters, rows))

@@ -6,38 +6,27 @@ outcome (EACH in the kernel), its terms are those of ``Divergence.on_columns`` w
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from .chunk import NEG_INF, Terms, row_sums
-from .rows import GENERAL_ELEMENTS, kept_groups, per_row, rows_in_chunk
+from .rows import GENERAL_ELEMENTS, PerRow, kept_groups, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
-
-
-class TopKRows(NamedTuple):
-    """Rows under work: ``[n, ...]``, per-row factors ``[n, 1]`` or numbers."""
-
-    student: torch.Tensor  # [n, V]
-    log_probs: torch.Tensor  # [n, K]
-    ids: torch.Tensor  # [n, K] int64
-    labels: torch.Tensor | None  # [n]
-    scale: float | torch.Tensor
-    hard_scale: float | torch.Tensor
-    parameters: list[float | torch.Tensor]
 
 
 def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
     return maximum.masked_fill(maximum == NEG_INF, 0.0)
 
 
-def _teacher(rows: TopKRows, tail: str, n_cols: int, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _teacher(
+    log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
     distribution, ``[n, 1]``."""
-    used = rows.ids >= 0
-    log_p = rows.log_probs.to(dtype).masked_fill(~used, NEG_INF)
+    used = ids >= 0
+    log_p = log_probs.to(dtype).masked_fill(~used, NEG_INF)
     # float64: of a confident teacher float32's rounding of the sum would be all that is left
     total = log_p.double().exp().sum(-1, keepdim=True)
     good = total < math.inf
@@ -57,12 +46,12 @@ def _columns(ids: torch.Tensor) -> torch.Tensor:
     return torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)
 
 
-def _copy_outside(rows: TopKRows, out: torch.Tensor) -> torch.Tensor:
+def _copy_outside(student: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The student's logits in the working dtype, -inf in the columns of the K."""
-    out.copy_(rows.student)
+    out.copy_(student)
     first_column = out[:, :1].clone()
-    out.scatter_(-1, _columns(rows.ids), NEG_INF)
-    out[:, :1] = torch.where((rows.ids < 0).all(-1, keepdim=True), first_column, out[:, :1])
+    out.scatter_(-1, _columns(ids), NEG_INF)
+    out[:, :1] = torch.where((ids < 0).all(-1, keepdim=True), first_column, out[:, :1])
     return out
 
 
@@ -77,24 +66,27 @@ def _exponentials(x: torch.Tensor, maximum: torch.Tensor, temperature: float) ->
 class TopKChunk:
     """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
 
-    def __init__(self, terms: Terms, tail: str, rows: TopKRows, buffers: list[torch.Tensor]):
-        self.terms, self.tail, self.rows, self.buffers = terms, tail, rows, buffers
+    def __init__(
+        self, terms: Terms, tail: str, student: torch.Tensor, log_probs: torch.Tensor,
+        ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor],
+    ):  # fmt: skip
+        self.terms, self.student, self.ids, self.per_row = terms, student, ids, per_row
+        self.buffers = buffers
         divergence = terms.divergence
         self.restrict = divergence.infinite_at_teacher_zero
         self.rest = tail == "bucket" or not self.restrict
         self.each = self.rest and tail != "bucket" and not divergence.additive_at_teacher_zero
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
-        used = rows.ids >= 0
-        logits = rows.student.gather(-1, rows.ids.clamp(min=0)).to(terms.dtype)
-        self.logits = logits.masked_fill_(~used, NEG_INF)
-        self.log_p, self.good = _teacher(rows, tail, rows.student.shape[-1], terms.dtype)
+        logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
+        self.logits = logits.masked_fill_(ids < 0, NEG_INF)
+        self.log_p, self.good = _teacher(log_probs, ids, tail, student.shape[-1], terms.dtype)
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Divergence and cross-entropy of each row."""
         temperature, rest = self.terms.temperature, self.logits.new_zeros(len(self.logits), 1)
         self.rest_max = self.rest_sum = self.hard_sum = rest
         if self.rest or self.terms.hard:
-            outside = _copy_outside(self.rows, self.buffers[0])
+            outside = _copy_outside(self.student, self.ids, self.buffers[0])
             self.rest_max = outside.amax(-1, keepdim=True)
             shift = _finite_or_zero(self.rest_max)
             if self.own_hard:
@@ -132,18 +124,14 @@ class TopKChunk:
             of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
-        self.poison = torch.where(
-            self.good & maximum.isfinite() & (self.rest_sum >= 0), 0.0, math.nan
-        )
-        self.poison = self.poison.to(x.dtype)
+        good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
+        self.poison = torch.where(good, 0.0, math.nan).to(x.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
         self.slope = slope
         if self.each:
             value, slope = self._terms_outside()
-            loss, self.total_slope = (
-                loss + row_sums(value),
-                self.total_slope + row_sums(slope)[:, None],
-            )
+            loss = loss + row_sums(value)
+            self.total_slope = self.total_slope + row_sums(slope)[:, None]
         return loss + self.poison[:, 0]
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,39 +144,37 @@ class TopKChunk:
         if divergence.infinite_at_student_zero:
             dead = dead | student_zero
         logs = [log.clamp(min=lowest) for log in (log_q, log_p)]
-        terms = divergence.on_columns(*logs, self.rows.parameters)
+        terms = divergence.on_columns(*logs, self.per_row.parameters)
         return tuple(x.masked_fill(dead, 0.0) for x in terms)
 
     def _terms_outside(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
-        x = _copy_outside(self.rows, self.buffers[0])
+        x = _copy_outside(self.student, self.ids, self.buffers[0])
         zero = x == NEG_INF
-        log_q = (
-            x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature).sub_(self.log_sum)
-        )
+        x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature)
+        log_q = x.sub_(self.log_sum)
         value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
         self.outside_slope = slope
         self.outside_q = log_q.masked_fill_(zero, NEG_INF).exp_()
         return value, slope
 
     def _cross_entropy(self) -> torch.Tensor:
-        labels = self.rows.labels[:, None]
+        labels = self.per_row.labels[:, None]
         has_rest = self.hard_sum != 0
         rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
         maximum = _finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
         self.hard_q = (self.logits - maximum).exp_()
-        self.hard_factor = (
-            rest_max - maximum
-        ).exp_()  # from what is relative to the rest's maximum
+        # from what is relative to the rest's maximum
+        self.hard_factor = (rest_max - maximum).exp_()
         total = row_sums(self.hard_q)[:, None] + self.hard_sum * self.hard_factor
         self.hard_q /= total
-        self.hard_factor = self.hard_factor / total * self.rows.hard_scale
-        logit = self.rows.student.gather(-1, labels).to(total.dtype)
+        self.hard_factor = self.hard_factor / total * self.per_row.hard_scale
+        logit = self.student.gather(-1, labels).to(total.dtype)
         return ((maximum - logit) + total.log()).squeeze(-1)
 
     def write(self, gradient: torch.Tensor) -> None:
         """Fill ``gradient [n, V]``, after :meth:`losses`."""
-        scale, hard_scale = self.rows.scale, self.rows.hard_scale
+        scale, hard_scale = self.per_row.scale, self.per_row.hard_scale
         slots = (self.slope - self.q * self.total_slope) * scale + self.poison
         out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
         if self.each:
@@ -211,23 +197,22 @@ class TopKChunk:
             out.addcmul_(self.hard, self.hard_factor)
         slots = slots[:, :-1]
         if self.terms.hard:
-            labels = self.rows.labels[:, None]
-            one_hot = (self.rows.ids == labels).to(out.dtype)
+            labels = self.per_row.labels[:, None]
+            one_hot = (self.ids == labels).to(out.dtype)
             slots = slots + (self.hard_q - one_hot) * hard_scale
             minus = torch.zeros_like(self.poison) - hard_scale
-            out.scatter_add_(
-                -1, labels, minus
-            )  # where the label is one of the K, that comes over it
+            # where the label is one of the K, that comes over it
+            out.scatter_add_(-1, labels, minus)
         self._scatter(slots, out)
         if out is not gradient:
             gradient.copy_(out)
 
     def _scatter(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         """Write what the used slots hold to their columns."""
-        last, at = self.rows.ids.max(-1, keepdim=True)
+        last, at = self.ids.max(-1, keepdim=True)
         # an unused slot writes the same as a used one; without any, what is there
         other = torch.where(last < 0, out[:, :1], slots.gather(-1, at))
-        columns, values = _columns(self.rows.ids), torch.where(self.rows.ids < 0, other, slots)
+        columns, values = _columns(self.ids), torch.where(self.ids < 0, other, slots)
         out.scatter_(-1, columns, values)
 
 
@@ -237,11 +222,8 @@ def topk(
     student: torch.Tensor,  # [..., V]
     log_probs: torch.Tensor,  # [N, K]
     ids: torch.Tensor,  # [N, K] int64
-    labels: torch.Tensor | None,  # [N]
+    per_row: PerRow,
     weights: torch.Tensor | None,  # [N]; None: every row counts
-    scale: float | torch.Tensor,  # or [N, 1]: factor of the divergence's gradient, 1 / T included
-    hard_scale: float | torch.Tensor,
-    parameters: list[float | torch.Tensor],  # of the divergence: numbers, [] or [N, 1]
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -254,18 +236,16 @@ def topk(
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
     losses = torch.zeros(n_rows, **kind)
     hard_losses = torch.zeros(n_rows, **kind) if terms.hard else None
-    groups = kept_groups(
-        None if weights is None else weights != 0,
-        student,
-        gradient=gradient,
-        size=size,
-        copies=gradient is not student,
-    )
+    keep = None if weights is None else weights != 0
+    copies = gradient is not student
+    groups = kept_groups(keep, student, gradient=gradient, size=size, copies=copies)
     for (block, gradient_block), group, places in groups:
-        of_rows = per_row([log_probs, ids, labels, scale, hard_scale], places)
-        rows = TopKRows(block[group, :n_cols], *of_rows, per_row(parameters, places))
-        n = rows.student.shape[0]
-        chunk = TopKChunk(terms, tail, rows, [b[:n] for b in buffers])
+        logits = block[group, :n_cols]
+        n = len(logits)
+        chunk = TopKChunk(
+            terms, tail, logits, log_probs[places], ids[places], per_row.at(places),
+            [b[:n] for b in buffers],
+        )  # fmt: skip
         losses[places], hard = chunk.losses()
         if terms.hard:
             hard_losses[places] = hard

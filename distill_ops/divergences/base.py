@@ -10,7 +10,7 @@ graph of ``torch.compile`` or a captured CUDA graph.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -87,13 +87,12 @@ class Divergence:
         if not isinstance(name, str):
             raise TypeError(f"{cls.__name__} needs a class attribute name, a string of its own")
         other = DIVERGENCES.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):  # the same text again is a module loaded again
+        place = lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+        # the same text again is a module loaded again
+        if other is not None and place(other) != place(cls):
             raise ValueError(
-                f"{cls.__name__}: a divergence is called {name!r} already, "
-                f"{other.__module__}.{other.__qualname__}; choose another name"
+                f"{cls.__name__}: a divergence is called {name!r} already, {place(other)}; "
+                f"choose another name"
             )
         DIVERGENCES[name] = cls
 
@@ -102,8 +101,12 @@ class Divergence:
             domain = self.domain(name)
             if isinstance(value, torch.Tensor):
                 _check_tensor(name, value)
+            elif not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(
+                    f"{name} must be a number {domain}, or a tensor of them (0-d, or one a token), "
+                    f"got {type(value).__name__}"
+                )
             else:
-                _check_number(name, value, str(domain))
                 self.check_number(name, value, domain)
 
     def check_number(self, name: str, value: float, domain: Domain) -> None:
@@ -132,10 +135,8 @@ class Divergence:
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Divergence":
         """The same with ``function`` applied to the parameters that are tensors."""
-        values = zip(self.__match_args__, self.parameters, strict=True)
-        return replace(
-            self, **{name: function(x) for name, x in values if isinstance(x, torch.Tensor)}
-        )
+        of_tensor = lambda x: function(x) if isinstance(x, torch.Tensor) else x
+        return type(self)(*map(of_tensor, self.parameters))
 
     def column_parameters(self, dtype: torch.dtype) -> list[Parameter]:
         """The parameters as they go with ``[..., vocab]`` columns."""
@@ -180,22 +181,13 @@ def column_parameters(parameters: tuple[Parameter, ...], dtype: torch.dtype) -> 
     found = []
     for value in parameters:
         if isinstance(value, torch.Tensor):
-            value = value.to(dtype)
-            value = value[..., None] if value.dim() else value
+            value = value.to(dtype)[..., None] if value.dim() else value.to(dtype)
         found.append(value)
     return found
 
 
 def is_number(parameter: Parameter, value: float) -> bool:
     return not isinstance(parameter, torch.Tensor) and parameter == value
-
-
-def _check_number(name: str, value: float, expected: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be a number {expected}, or a tensor of them (0-d, or one a token), "
-            f"got {type(value).__name__}"
-        )
 
 
 def _check_tensor(name: str, value: torch.Tensor) -> None:
@@ -212,16 +204,16 @@ def as_divergence(divergence: "Divergence | str") -> Divergence:
         ValueError: no divergence has this name.
         TypeError: neither a name nor a Divergence.
     """
-    if isinstance(divergence, Divergence):
-        return divergence.canonical()
     if isinstance(divergence, str):
-        if divergence in DIVERGENCES:
-            return DIVERGENCES[divergence]().canonical()
-        raise ValueError(
-            f"divergence must be one of {', '.join(sorted(DIVERGENCES))} "
-            f"or a Divergence, got {divergence!r}"
+        if divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence must be one of {', '.join(sorted(DIVERGENCES))} "
+                f"or a Divergence, got {divergence!r}"
+            )
+        divergence = DIVERGENCES[divergence]()
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence must be a name or a Divergence such as JensenShannon(beta=0.5), "
+            f"got {type(divergence).__name__}"
         )
-    raise TypeError(
-        f"divergence must be a name or a Divergence such as JensenShannon(beta=0.5), "
-        f"got {type(divergence).__name__}"
-    )
+    return divergence.canonical()

@@ -75,7 +75,7 @@ class JensenShannon(Divergence):
     """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``.
 
     GKD's generalised Jensen-Shannon divergence. By its convention ``beta=0`` is the forward and
-    ``beta=1`` the reverse KL (the formula itself goes to 0 there).
+    ``beta=1`` the reverse KL (the formula itself goes to 0 there); outside of [0, 1], ValueError.
 
     Example:
         >>> import torch
@@ -83,9 +83,6 @@ class JensenShannon(Divergence):
         >>> student, teacher = torch.tensor([[[1.0, 2.0, -1.0]], [[0.5, 1.5, 0.0]]])
         >>> round(distillation_loss(student, teacher, divergence=JensenShannon(beta=0.1)).item(), 4)
         0.008
-
-    Raises:
-        ValueError: beta is not a number in [0, 1].
     """
 
     beta: Parameter = 0.5
@@ -106,15 +103,14 @@ class JensenShannon(Divergence):
 class SymmetricKL(Divergence):
     """``(1 - weight) KL(p || q) + weight KL(q || p)``: Jeffreys' divergence, halved, at 0.5.
 
+    A weight outside of [0, 1] is a ValueError.
+
     Example:
         >>> import torch
         >>> from distill_ops import SymmetricKL, distillation_loss
         >>> student, teacher = torch.tensor([[[1.0, 2.0, -1.0]], [[0.5, 1.5, 0.0]]])
         >>> round(distillation_loss(student, teacher, divergence=SymmetricKL(weight=0.25)).item(), 4)
         0.0869
-
-    Raises:
-        ValueError: weight is not a number in [0, 1].
     """
 
     weight: Parameter = 0.5
@@ -133,7 +129,7 @@ class SymmetricKL(Divergence):
 class SkewForwardKL(Divergence):
     """``KL(p || alpha p + (1 - alpha) q)``: DistiLLM's skew KL (arXiv:2402.03898).
 
-    ``alpha=0`` is the forward KL.
+    ``alpha=0`` is the forward KL; outside of [0, 1], ValueError.
 
     Example:
         >>> import torch
@@ -141,9 +137,6 @@ class SkewForwardKL(Divergence):
         >>> student, teacher = torch.tensor([[[1.0, 2.0, -1.0]], [[0.5, 1.5, 0.0]]])
         >>> round(distillation_loss(student, teacher, divergence=SkewForwardKL(alpha=0.2)).item(), 4)
         0.0482
-
-    Raises:
-        ValueError: alpha is not a number in [0, 1].
     """
 
     alpha: Parameter = 0.1
@@ -162,7 +155,7 @@ class SkewForwardKL(Divergence):
 class SkewReverseKL(Divergence):
     """``KL(q || alpha q + (1 - alpha) p)``: DistiLLM's skew reverse KL (arXiv:2402.03898).
 
-    ``alpha=0`` is the reverse KL.
+    ``alpha=0`` is the reverse KL; outside of [0, 1], ValueError.
 
     Example:
         >>> import torch
@@ -170,9 +163,6 @@ class SkewReverseKL(Divergence):
         >>> student, teacher = torch.tensor([[[1.0, 2.0, -1.0]], [[0.5, 1.5, 0.0]]])
         >>> round(distillation_loss(student, teacher, divergence=SkewReverseKL(alpha=0.2)).item(), 4)
         0.0451
-
-    Raises:
-        ValueError: alpha is not a number in [0, 1].
     """
 
     alpha: Parameter = 0.1

@@ -104,12 +104,11 @@ def declare_divergence(
         unknown = set(domains or {}) - {parameter.name for parameter in numbers}
         if unknown:
             raise ValueError(f"domains names no parameter: {', '.join(sorted(unknown))}")
-        fields = []
-        for parameter in numbers:
-            field = (parameter.name, object)
-            if parameter.default is not inspect.Parameter.empty:
-                field = (*field, dataclasses.field(default=parameter.default))
-            fields.append(field)
+        defaults = [dataclasses.MISSING if x.default is x.empty else x.default for x in numbers]
+        fields = [
+            (x.name, object, dataclasses.field(default=default))
+            for x, default in zip(numbers, defaults, strict=True)
+        ]
         namespace = {
             "__doc__": function.__doc__,
             "__module__": function.__module__,

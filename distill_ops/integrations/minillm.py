@@ -46,14 +46,9 @@ def _refuse_model_parallel(args: Any) -> None:
 
 
 def get_distil_loss(
-    args: Any,
-    tokenizer: Any,
-    model: Any,
-    teacher_model: torch.nn.Module,
-    model_batch: dict,
-    no_model_batch: dict,
-    logits: torch.Tensor,
-) -> torch.Tensor:
+    args: Any, tokenizer: Any, model: Any, teacher_model: torch.nn.Module, model_batch: dict,
+    no_model_batch: dict, logits: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """MiniLLM's distillation loss, with the signature of its ``finetune.py``.
 
     ``-sum(softmax(t) * log_softmax(s))``, averaged over the tokens with a label; in nats.
@@ -99,12 +94,9 @@ def get_distil_loss(
 
 
 def get_mixed_loss(
-    args: Any,
-    teacher_model: torch.nn.Module,
-    model_batch: dict,
-    no_model_batch: dict,
+    args: Any, teacher_model: torch.nn.Module, model_batch: dict, no_model_batch: dict,
     logits: torch.Tensor,
-) -> LossComponents:
+) -> LossComponents:  # fmt: skip
     """MiniLLM's loss of ``finetune.py``, cross-entropy and distillation in one pass.
 
     ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, over the tokens with a label; in nats.
@@ -114,18 +106,14 @@ def get_mixed_loss(
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from distill_ops.integrations.minillm import get_mixed_loss
+        >>> logits, labels = torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, -100]])
         >>> teacher = torch.nn.Module()
-        >>> teacher.forward = lambda **batch: SimpleNamespace(logits=torch.zeros(1, 2, 4))
-        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
-        >>> batch, labels = {"input_ids": torch.tensor([[1, 2]])}, torch.tensor([[3, -100]])
-        >>> losses = get_mixed_loss(
-        ...     SimpleNamespace(kd_ratio=0.5), teacher, batch, {"label": labels}, logits
-        ... )
+        >>> teacher.forward = lambda use_cache: SimpleNamespace(logits=torch.zeros(1, 2, 4))
+        >>> args = SimpleNamespace(kd_ratio=0.5)
+        >>> losses = get_mixed_loss(args, teacher, {}, {"label": labels}, logits)
         >>> losses.loss.backward()
         >>> round(losses.hard_label.item(), 4)
         1.3863
-
-    MiniLLM's ``(1 - kd_ratio) * lm_loss + kd_ratio * distil_loss``, both in one pass.
 
     Args:
         args: ``kd_ratio``, a number in [0, 1]; ``model_parallel`` as in :func:`get_distil_loss`.

@@ -5,20 +5,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checks.values import check_integer, check_temperature
-from .store import (
-    INDEX,
-    Header,
-    TeacherTopK,
-    check_path,
-    check_teacher,
-    not_ours,
-    shard_name,
-)
+from .store import INDEX, Header, TeacherTopK, check_path, check_teacher, not_ours, shard_name
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -61,6 +54,11 @@ def _read_index(file: Path) -> tuple[Header, int]:
     if not (isinstance(size, str) and size.isdecimal() and int(size) > 0):
         raise not_ours(file, "rows_per_shard, a positive number", size)
     return header, int(size)
+
+
+def _recorded(name: str, doc: str) -> Any:
+    """A property: what the header has under this name."""
+    return property(lambda self: getattr(self._header, name), doc=doc)
 
 
 class TeacherTopKDataset(torch.utils.data.Dataset):
@@ -124,14 +122,13 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
         self._mapped: dict[int, dict[str, torch.Tensor]] = {}
         if path.is_dir():
             self._header, self._size = _read_index(path / INDEX)
-            self._files = []
-            for i in range(max(1, -(-self._header.rows // self._size))):
-                self._files.append(path / shard_name(i))
-                self._map_shard(i)
+            n_files = max(1, -(-self._header.rows // self._size))
+            self._files = [path / shard_name(i) for i in range(n_files)]
         else:
             self._header, _ = _map_file(path)
             self._files, self._size = [path], max(1, self._header.rows)
-            self._map_shard(0)
+        for i in range(len(self._files)):
+            self._map_shard(i)
         asked = {"temperature": temperature, "vocab_size": vocab_size, "teacher": teacher}
         for name, value in asked.items():
             recorded = getattr(self._header, name)
@@ -140,25 +137,12 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
                     f"{name} must be {recorded!r}, which {path} records, got {value!r}"
                 )
 
-    @property
-    def temperature(self) -> float:
-        """Of the softmax whose log-probabilities are stored."""
-        return self._header.temperature
-
-    @property
-    def vocab_size(self) -> int:
-        """Of the teacher: ids lie below it."""
-        return self._header.vocab_size
-
-    @property
-    def k(self) -> int:
-        """Slots a row."""
-        return self._header.k
-
-    @property
-    def teacher(self) -> str:
-        """The teacher's name."""
-        return self._header.teacher
+    temperature: float = _recorded(
+        "temperature", "Of the softmax whose log-probabilities are stored."
+    )
+    vocab_size: int = _recorded("vocab_size", "Of the teacher: ids lie below it.")
+    k: int = _recorded("k", "Slots a row.")
+    teacher: str = _recorded("teacher", "The teacher's name.")
 
     def __len__(self) -> int:
         return self._header.rows

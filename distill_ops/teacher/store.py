@@ -238,10 +238,7 @@ def _joined(pending: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def _at_once(path: Path, folder: bool):
     """A temporary file or folder beside ``path``, which takes its place in one step at the end."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    if folder:
-        temporary.mkdir()
-    else:
-        temporary.touch()
+    (temporary.mkdir if folder else temporary.touch)()
     try:
         yield temporary
         os.replace(temporary, path)
@@ -295,12 +292,8 @@ def save_teacher_topk(
         >>> len(dataset), dataset.k, dataset[5:9].log_probs.shape
         (60, 8, torch.Size([4, 8]))
 
-    A row takes 6 bytes a slot and 4 more: ids are int32, log-probabilities float16 differences from
-    the row's largest, which is float32 and shifted so that the row's probabilities keep their sum.
-    Read back, a log-probability is off by at most ``2**-11 * (d + mean)``, d being its difference
-    and mean the row's mean of them, weighted by probability (below log k; 2**-24 stands for
-    differences below 2**-14), and by float32 rounding. A difference beyond float16, in a used slot,
-    is stored as -65504; -inf and NaN stay what they are.
+    A row takes 6 bytes a slot and 4 more. The largest is shifted so that the row's probabilities keep
+    their sum; how far a log-probability read back may be off: ``docs/teacher-store.md``.
 
     ``path`` appears when everything is written, in one step: an error in a batch, or in the iterable,
     leaves nothing behind and an older file as it was.
