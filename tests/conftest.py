@@ -83,6 +83,7 @@ def pytest_collection_finish(session):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: os.nice(5),  # this process, the longest, has a core to itself
         )
         for share in shares
         if not (session.config.option.collectonly or INTERPRETING or HAS_GPU)

@@ -5,6 +5,7 @@ has not replaced yet; within a launch there are none. The first of a module's te
 they are replaced together, and given back together.
 """
 
+import functools
 import inspect
 
 
@@ -14,8 +15,11 @@ def look_for_builtins_once():
     from triton.runtime import interpreter
 
     search = getattr(interpreter, "_patch_builtin", None)
+    if search is None:
+        return
     first = {}
 
+    @functools.wraps(search)
     def replace_builtins(package, *more):
         if package not in first:
             members = inspect.getmembers(package)
@@ -24,5 +28,4 @@ def look_for_builtins_once():
         if name is not None and is_builtin(getattr(package, name)):
             search(package, *more)
 
-    if search is not None:
-        interpreter._patch_builtin = replace_builtins
+    interpreter._patch_builtin = replace_builtins

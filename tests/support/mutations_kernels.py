@@ -33,7 +33,7 @@ FORMULAS = [
         f"{SEMANTICS}closed_forms_agree_with_the_text_they_replace[{SKEW}]",
     ),
     Mutation(
-        "the ratio of the exponents without the sums'", sources.KERNELS_COLUMNS,
+        "the ratio of the exponents without the sums'", sources.KERNELS_TERMS,
         "(y_t - y_s) + log_quotient(l_s, l_t) * LOG2E", "y_t - y_s",
         f"{OPTIONS}[triton-{SKEW}-plain]",
     ),
@@ -71,7 +71,7 @@ SWEEPS = [
         f"{DENSE}strides[triton-same-shifted-37]",
     ),
     Mutation(
-        "values outside the row are summed", sources.KERNELS_COLUMNS,
+        "values outside the row are summed", sources.KERNELS_TERMS,
         "value = tl.where(inside, value, 0.0)", "pass",
         f"{OPTIONS}[triton-ForwardKL()-plain]",
     ),
@@ -86,7 +86,7 @@ SWEEPS = [
         f"{GRADIENTS}no_gradient_is_made_where_none_is_wanted[triton-40]",
     ),
     Mutation(
-        "normaliser folded into one number", sources.KERNELS_COLUMNS,
+        "normaliser folded into one number", sources.KERNELS_TERMS,
         "return fma(y, LN2, -log_l), prob",
         "folded = fma(x, over_t, -(m * over_t + log_l))\n"
         "        return folded, tl.exp(folded)",
@@ -103,7 +103,7 @@ SWEEPS = [
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-ReverseKL()-teacher]",
     ),
     Mutation(
-        "dropped terms keep their slope", sources.KERNELS_COLUMNS,
+        "dropped terms keep their slope", sources.KERNELS_TERMS,
         "slope = tl.where(dead, 0.0, slope)", "pass",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-SoftCrossEntropy()-student]",
     ),
@@ -133,7 +133,7 @@ SWEEPS = [
 
 DENSE_KERNEL = [
     Mutation(
-        "nearly equal rows' losses from the moments", sources.KERNELS_DENSE,
+        "nearly equal rows' losses from the moments", sources.KERNELS_ROW_LOSS,
         "if loss < NEARLY_EQUAL:", "if loss < -1.0:",
         "tests/losses/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton--30000.0-none]",
     ),
@@ -143,7 +143,7 @@ DENSE_KERNEL = [
         "tests/losses/test_adversarial.py::test_symmetric_kl_of_nearly_equal_rows[triton-0.0-forward]",
     ),
     Mutation(
-        "rows of a view by one stride", sources.KERNELS_DENSE,
+        "rows of a view by one stride", sources.KERNELS_ROWS,
         "row // n_inner * outer_stride + row % n_inner * inner_stride", "row * inner_stride",
         f"{DENSE}strides[triton-same-shifted-24]",
     ),
@@ -159,33 +159,34 @@ DENSE_KERNEL = [
         f"{OPTIONS}[triton-ForwardKL()-temperature]",
     ),
     Mutation(
-        "the kept weight is not divided", sources.KERNELS_DENSE,
+        "the kept weight is not divided", sources.KERNELS_ROWS,
         "tl.store(kept + STATISTICS - 1, scale)", "tl.store(kept + STATISTICS - 1, weight)",
         f"{OPTIONS}[triton-ForwardKL()-gradient_backward]",
     ),
     Mutation(
         "the hard label's normaliser at the temperature", sources.KERNELS_DENSE,
-        "tempered = hard and formula.temperature != 1", "tempered = False",
+        "TEMPERED=formula.hard_label_weight > 0 and formula.temperature != 1",
+        "TEMPERED=False",
         f"{OPTIONS}[triton-ForwardKL()-hard_temperature]",
     ),
     Mutation(
-        "rows are peeled in deterministic mode", sources.KERNELS_DENSE,
+        "rows are peeled in deterministic mode", sources.KERNELS_ROWS,
         "if not aligned and not torch.are_deterministic_algorithms_enabled():", "if not aligned:",
         f"{GRADIENTS}same_bits_in_any_batch_position_in_deterministic_mode[triton-49]",
     ),
     Mutation(
-        "per-token upstream gradients by one", sources.KERNELS_DENSE,
-        "upstream_stride=0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)",
-        "upstream_stride=0",
+        "per-token upstream gradients by one", sources.KERNELS_ROWS,
+        '"upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)',
+        '"upstream_stride": 0',
         f"{OPTIONS}[triton-ForwardKL()-none]",
     ),
     Mutation(
-        "components of the second row onwards", sources.KERNELS_DENSE,
+        "components of the second row onwards", sources.KERNELS_ROWS,
         "tl.store(components_ptr + n_rows + row, hard_loss)", "tl.store(components_ptr + row, hard_loss)",
         f"{DENSE}components[triton-0.3-mean]",
     ),
     Mutation(
-        "16-byte loads that the compiler cannot prove", sources.KERNELS_DENSE,
+        "16-byte loads that the compiler cannot prove", sources.KERNELS_ROWS,
         "return pointer + offset // 8 * 8", "return pointer + (offset - lead)",
         f"{AHEAD_OF_TIME}dense_kernel_for_nvidia[soft_cross_entropy-bf16 odd-sm_90]",
     ),

@@ -1,8 +1,9 @@
 """Mistakes in the statistics of parts of a row, and in how they combine."""
 
+from tests.support import sources
 from tests.support.mutants import Mutation
 
-FILE = "distill_ops/row_statistics.py"
+FILE = sources.ROW_STATISTICS
 TESTS = "tests/losses/test_row_statistics.py::test_"
 SPLIT = f"{TESTS}any_split_is_the_whole"
 ORACLE = f"{TESTS}loss_and_slope_are_the_oracles"

@@ -9,7 +9,7 @@ OPERATORS = "tests/interface/test_topk_operators.py::test_"
 
 TOPK_MUTATIONS = [
     Mutation(
-        "top-k: the K count as columns outside", sources.KERNELS_OUTSIDE,
+        "top-k: the K count as columns outside", sources.KERNELS_TOPK_OUTSIDE,
         "tl.where((bits & mask) != 0, -INFINITY, x)", "x",
         f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
@@ -24,7 +24,7 @@ TOPK_MUTATIONS = [
         f"{TOPK}scratch_memory_may_hold_anything", kernels=True,
     ),
     Mutation(
-        "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_OUTSIDE,
+        "top-k: bits of float32 vectors are taken from the byte's start", sources.KERNELS_TOPK_OUTSIDE,
         " >> (first & 7)", "",
         f"{TOPK}value_and_gradient[triton-ForwardKL()-bucket]",
     ),
@@ -56,23 +56,25 @@ TOPK_MUTATIONS = [
         "-renormalize]",
     ),
     Mutation(
-        "top-k, CPU: an unused slot takes column 0 from the rest", sources.TOPK_HOST,
+        "top-k, CPU: an unused slot takes column 0 from the rest", sources.CPU_TOPK,
         "torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)", "ids.clamp(min=0)",
         f"{EDGES}unused_slots_are_as_if_absent[torch-JensenShannon(beta=0.3)-bucket]",
     ),
     Mutation(
-        "top-k, CPU: a token without slots loses column 0", sources.TOPK_HOST,
+        "top-k, CPU: a token without slots loses column 0", sources.CPU_TOPK,
         "    out[:, :1] = torch.where((rows.ids", "    out[:, :0] = torch.where((rows.ids",
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
     Mutation(
-        "top-k: slots are looked at on the GPU", sources.CHECKS,
-        "if hard_label_weight < 1 and _readable(teacher_ids, teacher_log_probs, loss_mask, labels):", "if hard_label_weight < 1:",
+        "top-k: slots are looked at on the GPU", sources.CHECKS_SLOTS,
+        "if readable(teacher_ids, teacher_log_probs, *counted[:2]):",
+        "if True:",
         "tests/interface/test_no_sync.py::test_nothing_is_read_for_the_top_k[plain-forward]",
     ),
     Mutation(
-        "top-k: the tail is lost on the way", sources.TOPK_OPS,
-        "self.ids, self.tail)", 'self.ids, "bucket")',
+        "top-k: the tail is lost on the way", sources.PROBLEM,
+        "a.infinities, backend, tail, temperature",
+        'a.infinities, backend, tail and "bucket", temperature',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip

@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from distill_ops import TeacherTopKDataset
-from tests.support import ROOT
+from tests.support import ROOT, optional
 
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
+for name in ("transformers", "tokenizers", "matplotlib", "rich"):
+    optional(name)
 
 EXAMPLES = ROOT / "examples"
 MODULES = [path.stem for path in EXAMPLES.glob("*.py")]
