@@ -1,4 +1,4 @@
-"""RowLayout of a tensor with any leading dimensions, as the kernels address them."""
+"""Rows of a tensor with any leading dimensions, as the kernels address them."""
 
 import math
 from typing import NamedTuple
