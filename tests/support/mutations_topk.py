@@ -62,7 +62,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k, CPU: a token without slots loses column 0", sources.CPU_TOPK,
-        "    out[:, :1] = torch.where((rows.ids", "    out[:, :0] = torch.where((rows.ids",
+        "    out[:, :1] = torch.where((ids", "    out[:, :0] = torch.where((rows.ids",
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
     Mutation(
