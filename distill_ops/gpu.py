@@ -54,9 +54,6 @@ def formula_of(options: Options, parameters: tuple[float | torch.Tensor, ...]) -
     )
 
 
-# --- losses --------------------------------------------------------------------------------------
-
-
 def tokens(inputs, options: Options) -> Tokens:
     labels, weights, n_rows = flat(inputs.labels), None, inputs.n_rows
     over = float(max(n_rows, 1)) if options.reduction == "mean" else 1.0
@@ -129,9 +126,6 @@ def scale_(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
         reduction.scale_(gradient, upstream)
 
 
-# --- single tokens -------------------------------------------------------------------------------
-
-
 def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
     """Log-probabilities, entropies where asked for, and what the gradient needs."""
     shape, new = inputs.leading, inputs.logits.new_empty
@@ -190,8 +184,6 @@ def metrics_of_tokens(inputs: MetricsInputs, options: MetricsOptions):
         metrics.run(*inputs, options.temperature, options.n_cols, sums, agreement)
     return sums, agreement.view(torch.bool)
 
-
-# --- logits of a head ----------------------------------------------------------------------------
 
 finish_logits = logits.finish
 softcap_gradient_ = logits.softcap_gradient_

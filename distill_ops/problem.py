@@ -22,9 +22,6 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-# --- Options -------------------------------------------------------------------------------------
-
-
 class Options(NamedTuple):
     """The options of a loss, checked."""
 
@@ -121,9 +118,6 @@ class MetricsOptions(NamedTuple):
     backend: str
     temperature: float
     n_cols: int
-
-
-# --- The tensors of each form --------------------------------------------------------------------
 
 
 class TopKTeacher(NamedTuple):
@@ -285,9 +279,6 @@ class MetricsInputs(NamedTuple):
     dtype = DenseInputs.dtype
 
 
-LossInputs = DenseInputs | TopKInputs | LinearInputs
-
-
 class Tokens(NamedTuple):
     """What rows of logits come with: for all of them, or one entry a row."""
 
@@ -312,9 +303,6 @@ def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
     """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[n]``."""
     tensors = (t.reshape(-1) if t.dim() else t for t in inputs.parameters)
     return tuple(next(tensors) if x is None else x for x in options.parameters)
-
-
-# --- Results -------------------------------------------------------------------------------------
 
 
 class LossComponents(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 ALIGNMENT = 8  # elements: 16 bytes in half precision, and a multiple of them in single
 
 
-class Rows(NamedTuple):
+class RowLayout(NamedTuple):
     """``base[start + (row // n_inner) * outer + (row % n_inner) * inner + column]``."""
 
     base: torch.Tensor
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
         """Every row begins at a multiple of 16 bytes."""
         return all(x % ALIGNMENT == 0 for x in self.offsets())
 
-    def matches(self, other: "Rows") -> bool:
+    def matches(self, other: "RowLayout") -> bool:
         """Every row is as far from such a multiple as the other tensor's."""
         pairs = zip(self.offsets(), other.offsets(), strict=True)
         return all((a - b) % ALIGNMENT == 0 for a, b in pairs)
@@ -55,15 +55,15 @@ def _based(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.as_strided((1,), (1,), tensor.storage_offset() - start), start
 
 
-def uniform_rows(tensor: torch.Tensor, n_inner: int) -> Rows:
+def uniform_rows(tensor: torch.Tensor, n_inner: int) -> RowLayout:
     """The rows of a tensor ``[..., V]`` whose rows lie one stride apart, ``n_inner`` to an outer
     step."""
     base, start = _based(tensor)
     stride = tensor.stride(-2) if tensor.dim() > 1 else tensor.shape[-1]
-    return Rows(base, start, n_inner * stride, stride)
+    return RowLayout(base, start, n_inner * stride, stride)
 
 
-def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
+def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[RowLayout]]:
     """``n_inner`` and the rows of each tensor ``[..., V]``; leading shapes are equal.
 
     Leading dimensions are taken as two where one stride does not reach all rows (a shifted view
@@ -71,7 +71,7 @@ def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
     """
     leading = tensors[0].shape[:-1]
     if 0 in leading:  # no row is addressed
-        return 1, [Rows(t, 0, 0, 0) for t in tensors]
+        return 1, [RowLayout(t, 0, 0, 0) for t in tensors]
     tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
     def split_at(t, k):
@@ -86,5 +86,5 @@ def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[Rows]]:
     layouts = []
     for t in tensors:
         base, start = _based(t)
-        layouts.append(Rows(base, start, *split_at(t, split)))
+        layouts.append(RowLayout(base, start, *split_at(t, split)))
     return max(1, math.prod(leading[split:])), layouts

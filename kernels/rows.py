@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .layout import Rows, uniform_rows
+from .layout import RowLayout, uniform_rows
 from .sweeps import PEELED, TAIL, WHOLE_VECTORS
 from .terms import OPERANDS
 
@@ -139,7 +139,7 @@ class LossBuffers(NamedTuple):
     denominator: torch.Tensor | float = 1.0
     upstream: torch.Tensor | None = None  # [N] or []
 
-    def rows(self, student: torch.Tensor, student_rows: Rows, n_inner: int) -> Rows:
+    def rows(self, student: torch.Tensor, student_rows: RowLayout, n_inner: int) -> RowLayout:
         """The gradient's rows, or what stands for them."""
         written = self.gradient is not None and self.gradient is not student
         return uniform_rows(self.gradient, n_inner) if written else student_rows
@@ -186,7 +186,7 @@ def device_facts(device: torch.device) -> launch.DeviceFacts:
 
 
 def plan(
-    layouts: list[Rows], n_cols: int, width: int
+    layouts: list[RowLayout], n_cols: int, width: int
 ) -> tuple[tl.constexpr, list[bool], launch.Budget]:
     """How rows end, which tensors' rows begin on the common boundary, and the budget of that form.
 
@@ -204,7 +204,7 @@ def plan(
 
 
 def rows_launch(
-    layouts: dict[str, Rows], logits: list[torch.Tensor], n_rows: int, n_cols: int, width: int
+    layouts: dict[str, RowLayout], logits: list[torch.Tensor], n_rows: int, n_cols: int, width: int
 ) -> tuple[tuple[int], dict]:
     """Grid and arguments of a kernel that walks whole rows.
 

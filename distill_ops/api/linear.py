@@ -89,14 +89,7 @@ def linear_distillation_loss(
     hidden states and weight on a GPU, or autocast's. Gradients have the dtype of their tensors. The
     gradient of the logits is rounded to the products' dtype.
 
-    Returns:
-        The loss, float32 (float64 where a tensor is): 0-d, or ``[...]`` with "none". Without a token
-        of nonzero weight it is 0, with a graph. ``LossComponents`` with ``return_components``.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative, or a second backward of gradients made
-            in the forward.
+    Result and errors are those of :func:`distillation_loss`; float64 where a tensor is.
     """
     arguments = loss_arguments("linear_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias

@@ -61,16 +61,7 @@ def linear_topk_distillation_loss(
         student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
             kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
 
-    The others are those of :func:`distill_ops.distillation_loss`.
-
-    Returns:
-        The loss in nats, float32 (float64 where a tensor is): 0-d, or ``[...]`` with "none";
-        ``LossComponents`` with ``return_components``.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative, or a second backward of gradients made
-            in the forward.
+    The others, the result and the errors are those of :func:`distill_ops.distillation_loss`.
     """
     arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
     student = student_hidden, student_weight, student_bias

@@ -4,7 +4,9 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.slots import check_topk_logits
+from ..checks.logits import check_alone
+from ..checks.slots import check_topk
+from ..checks.values import TokenRows
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
 from ..problem import DenseInputs, LossComponents, Options, TopKInputs
@@ -73,19 +75,12 @@ def topk_distillation_loss(
     The other arguments are those of :func:`distill_ops.distillation_loss`. Both teacher arguments may
     be None where ``hard_label_weight`` is 1.
 
-    Returns:
-        The loss, float32 (float64 for float64 inputs): 0-d, or ``[...]`` with "none"; or
-        ``LossComponents(loss, divergence, hard_label)``.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative, or a second backward of a gradient
-            made in the forward.
+    Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
     arguments = loss_arguments("topk_distillation_loss", options, *WITHOUT)
-    divergence, n_cols = check_topk_logits(
-        student_logits, teacher_log_probs, teacher_ids, tail, arguments
-    )
+    n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
+    rows = TokenRows("student_logits", student_logits)
+    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
     shared = *arguments.tensors, divergence.tensors
     if arguments.hard_label_weight == 1:  # the divergence has no share

@@ -57,10 +57,9 @@ def check_pair(
     return check_vocabulary(vocab_size, width, teacher_logits.shape[-1])
 
 
-def check_teacher_logits(logits: torch.Tensor, vocab_size: int | None) -> int:
-    """Check a teacher's logits that stand alone; returns the number of columns used."""
-    check_logits("logits", logits)
-    of_teacher("logits", logits)
+def check_alone(name: str, logits: torch.Tensor, vocab_size: int | None) -> int:
+    """Check a tensor of logits; returns the number of columns used."""
+    check_logits(name, logits)
     return check_vocabulary(vocab_size, logits.shape[-1])
 
 

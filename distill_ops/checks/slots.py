@@ -4,7 +4,7 @@ import torch
 
 from ..arguments import LossArguments
 from ..divergences.base import Divergence
-from .logits import check_logits, check_teacher_given, check_vocabulary
+from .logits import check_teacher_given
 from .tokens import check_options
 from .values import LOGIT_DTYPES, TokenRows, check_integer, of_teacher, one_of, readable
 
@@ -58,21 +58,6 @@ def check_topk(
             kept = counted.kept(teacher_ids[..., 0])
             _check_slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
     return divergence
-
-
-def check_topk_logits(
-    student_logits: torch.Tensor,
-    teacher_log_probs: torch.Tensor | None,
-    teacher_ids: torch.Tensor | None,
-    tail: str,
-    arguments: LossArguments,
-) -> tuple[Divergence, int]:
-    """Check the arguments of the loss of logits against a top-k teacher; returns as ``check_dense``
-    does."""
-    check_logits("student_logits", student_logits)
-    n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
-    rows = TokenRows("student_logits", student_logits)
-    return check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments), n_cols
 
 
 def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from ..arguments import Counted, LossArguments
 from ..divergences.base import Divergence, Domain, as_divergence
-from .logits import check_logits, check_pair, check_teacher_given, check_vocabulary
+from .logits import check_alone, check_logits, check_pair, check_teacher_given
 from .values import (
     TokenRows,
     check_share,
@@ -104,11 +104,7 @@ def check_normalizer(
 
 
 def check_options(rows: TokenRows, n_cols: int, arguments: LossArguments) -> Divergence:
-    """Check the options that every form of the loss takes.
-
-    Returns:
-        The divergence, routed to the one that it is at an end point.
-    """
+    """Check the options that every form of the loss takes; returns the routed divergence."""
     loss_mask, labels, ignore_index = arguments.counted
     one_of("reduction", arguments.reduction, REDUCTIONS)
     divergence = as_divergence(arguments.divergence)
@@ -133,18 +129,11 @@ def check_options(rows: TokenRows, n_cols: int, arguments: LossArguments) -> Div
 def check_dense(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, arguments: LossArguments
 ) -> tuple[Divergence, int]:
-    """Check the arguments of the dense loss.
-
-    Returns:
-        The divergence, routed to the one it is at an end point, and the number of columns used.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-    """
+    """Check the arguments of the dense loss; returns the divergence, routed to the one that it is at
+    an end point, and the number of columns used."""
     one_of("infinities", arguments.infinities, INFINITIES)
     if teacher_logits is None:
-        check_logits("student_logits", student_logits)
-        n_cols = check_vocabulary(arguments.vocab_size, student_logits.shape[-1])
+        n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     else:
         n_cols = check_pair(student_logits, teacher_logits, arguments.vocab_size)
     divergence = check_options(TokenRows("student_logits", student_logits), n_cols, arguments)

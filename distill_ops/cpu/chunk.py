@@ -23,7 +23,7 @@ from ..divergences.base import Divergence
 NEG_INF = float("-inf")
 
 Write = Callable[[torch.Tensor], object]
-Form = Callable[["Chunk"], tuple[torch.Tensor, Write]]
+ClosedForm = Callable[["Chunk"], tuple[torch.Tensor, Write]]
 
 softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
@@ -66,7 +66,7 @@ class Chunk:
     buffers: tuple[torch.Tensor, ...]
     guards: int
 
-    def divergence(self, form: Form | None) -> tuple[torch.Tensor, Write]:
+    def divergence(self, form: ClosedForm | None) -> tuple[torch.Tensor, Write]:
         """Divergence of each row, by its closed form or else its own text, and what writes the
         gradient."""
         return self.general() if form is None or self.guards == ROW_BY_ROW else form(self)

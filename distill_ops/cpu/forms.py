@@ -26,8 +26,6 @@ from .rows import PerRow, kept_groups, per_row
 from .tokens import Buffers, fill_gradient, log_probs, tempered, write_gradient
 from .topk import topk
 
-# --- losses --------------------------------------------------------------------------------------
-
 
 def tokens(inputs, options: Options) -> Tokens:
     dtype, labels, weights = inputs.dtype(), inputs.labels, None
@@ -109,9 +107,6 @@ def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient
 def gradient(inputs: DenseInputs | TopKInputs, options: Options, kept, upstream, out) -> None:
     of_rows = tokens(inputs, options)
     rows(options, of_rows, inputs.student, inputs.teacher, out, inputs.dtype(), upstream)
-
-
-# --- single tokens -------------------------------------------------------------------------------
 
 
 def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):

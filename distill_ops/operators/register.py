@@ -119,8 +119,6 @@ class LossOperator:
             torch.library.register_vmap(f"{self.namespace}::{name}", map_in_turn(op), lib=library)
         return op
 
-    # --- calls ---
-
     def __call__(
         self, function: str, inputs: NamedTuple, options: NamedTuple, made: str = NO_GRADIENT,
         *, inplace: bool = False,
@@ -180,8 +178,6 @@ class LossOperator:
         plan = unpack(self.code[1], Plan, sources)
         return self.inputs(*arguments[:n]), options, plan, arguments[n + 3 :]
 
-    # --- what the dispatcher calls ---
-
     def _forward(self, *arguments):
         inputs, options, plan, _ = self.unpacked(arguments)
         outputs, kept = self.forward(inputs, options, plan)
@@ -221,8 +217,6 @@ class LossOperator:
         kept, upstreams = others[: self.n_kept], others[self.n_kept :]
         self.gradient(inputs, options, plan, kept, upstreams, into=inputs[0])
         saving.increment_version(inputs[0])
-
-    # --- autograd ---
 
     def _setup_context(self, ctx, inputs, output) -> None:
         problem, options, plan, _ = self.unpacked(inputs)

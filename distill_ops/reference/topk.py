@@ -6,7 +6,9 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.slots import check_topk_logits
+from ..checks.logits import check_alone
+from ..checks.slots import check_topk
+from ..checks.values import TokenRows
 from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
 from .dense import (
@@ -107,9 +109,9 @@ def topk_distillation_loss(
     computed in float32, float64 in float64.
     """
     arguments = loss_arguments("reference.topk_distillation_loss", options, *WITHOUT)
-    divergence, n_cols = check_topk_logits(
-        student_logits, teacher_log_probs, teacher_ids, tail, arguments
-    )
+    n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
+    rows = TokenRows("student_logits", student_logits)
+    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..checks.logits import check_teacher_logits
-from ..checks.values import check_integer, check_temperature
+from ..checks.logits import check_alone
+from ..checks.values import check_integer, check_temperature, of_teacher
 from ..cpu.rows import row_blocks
 from ..problem import working_dtype
 
@@ -84,7 +84,8 @@ def teacher_topk(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    n_cols = check_teacher_logits(logits, vocab_size)
+    n_cols = check_alone("logits", logits, vocab_size)
+    of_teacher("logits", logits)
     check_integer("k", k, 1, n_cols)
     temperature = check_temperature(temperature)
     leading = logits.shape[:-1]

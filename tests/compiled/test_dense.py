@@ -108,7 +108,7 @@ EVEN_AND_ODD = [
 def test_metrics_kernel(dtype, n_cols, target):
     target = aot.TARGETS[target]
     student, teacher = (torch.empty(64, n_cols, dtype=dtype, device="meta") for _ in range(2))
-    sums = torch.empty(metrics.SUMS, 64, device="meta")
+    sums = torch.empty(metrics.N_SUMS, 64, device="meta")
     agreement = torch.empty(64, dtype=torch.uint8, device="meta")
     call = lambda: metrics.run(student, teacher, 2.0, n_cols, sums, agreement)
     (launched,) = aot.record(call, target.facts)

@@ -71,7 +71,7 @@ def test_declared_parameters():
 # --- check_divergence ------------------------------------------------------------------------------
 
 
-@pytest.mark.covering("name", "backend")
+@pytest.mark.covering("backend")
 @pytest.mark.parametrize("name", [*BUILT_IN, *(kind.name for kind in RIGHT)])
 def test_check_passes_for_right_divergences(name, backend):
     report = check_divergence(name)

@@ -278,7 +278,9 @@ def test_values_on_a_device_are_checked_in_debug_mode_only():
     meta = (x.to("meta") for x in (STUDENT, LOG_P, IDS))
     student, log_p, ids = meta
     from distill_ops.arguments import LossArguments
-    from distill_ops.checks.slots import check_topk_logits as check
+    from distill_ops.checks.slots import check_topk
+    from distill_ops.checks.values import TokenRows
 
-    arguments = student, log_p, ids, "bucket", LossArguments("forward_kl")
-    assert_values_are_read_in_debug_mode_only(lambda: check(*arguments))
+    rows = TokenRows("student_logits", student)
+    arguments = rows, 12, log_p, ids, "bucket", LossArguments("forward_kl")
+    assert_values_are_read_in_debug_mode_only(lambda: check_topk(*arguments))
