@@ -174,8 +174,8 @@ class LossOperator:
         """Inputs, options and plan again, and the arguments that follow them."""
         n = len(self.inputs._fields)
         sources = tuple(iter(source) for source in arguments[n : n + 3])
-        options = unpack(self.code[0], self.options, sources)
-        plan = unpack(self.code[1], Plan, sources)
+        options = unpack(self.code[0], sources)
+        plan = unpack(self.code[1], sources)
         return self.inputs(*arguments[:n]), options, plan, arguments[n + 3 :]
 
     def _forward(self, *arguments):
