@@ -139,7 +139,7 @@ class LossOperator:
             called = function, self._reference(plan), made, backend_of(options)
             return _InPlace.apply(self.name, called, *inputs, *self.packed(options, plan))
         if self._watched(plan, inputs, students):
-            return self.op(*inputs, *self.packed(options, plan))[: self.n_outputs]
+            return as_tuple(self.op(*inputs, *self.packed(options, plan)))[: self.n_outputs]
         if made == NO_GRADIENT:
             return self.forward(inputs, options, plan)[0]
         return _Direct.apply(self, inputs, options, plan, *students)
@@ -226,6 +226,7 @@ class LossOperator:
     def _backward(self, ctx, *upstreams):
         found = dict(zip(self.students, self.differentiate(ctx, upstreams), strict=True))
         fields = zip(self.inputs._fields, ctx.lengths, strict=True)
+        output = as_tuple(output)
         # PyTorch wants an entry for each tensor of a list, too
         gradients = [found.get(name) if n is None else [None] * n for name, n in fields]
         return *gradients, None, None, None
@@ -253,11 +254,11 @@ class LossOperator:
             gradients = saving.scaled(ctx, upstreams[0], ctx.plan.wanted, backend_of(ctx.options))
         else:
             inputs, kept = saving.saved(ctx, self.inputs)
-            if torch.compiler.is_compiling() or dispatches(upstreams):
-                gradients = self.gradient_op(
-                    *inputs, *self.packed(ctx.options, plan), *kept, *upstreams
+            tensors = *saving.flattened(inputs), *upstreams
+            if torch.compiler.is_compiling() or dispatches(tensors) or batched(upstreams):
+                gradients = as_tuple(
+                    self.gradient_op(*inputs, *self.packed(ctx.options, plan), *kept, *upstreams)
                 )
-                gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             else:
                 gradients = self.gradient(inputs, ctx.options, plan, kept, upstreams)
         return tuple(x if want else None for x, want in zip(gradients, plan.wanted, strict=True))
@@ -274,9 +275,22 @@ def filled(like: torch.Tensor, results) -> tuple[torch.Tensor, ...] | torch.Tens
 
 def dispatches(tensors) -> bool:
     """Whether a call on these tensors must go through the dispatcher."""
-    plain = all(t is None or type(t) in PLAIN for t in tensors)
+    for t in tensors:
+        if t is not None and type(t) not in PLAIN:
+            return True
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or not plain or bool(torch._C._len_torch_dispatch_stack())
+    return transformed or bool(torch._C._len_torch_dispatch_stack())
+
+
+def batched(upstreams) -> bool:
+    """Whether autograd maps a backward over a batch of upstreams (``is_grads_batched``, a vectorized
+    jacobian): of old, not as a transform of torch.func."""
+    return any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams)
+
+def as_tuple(results) -> tuple[torch.Tensor, ...]:
+    """Results of an operator, which returns one of them alone."""
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
 
 
 def backend_of(options: NamedTuple) -> str:

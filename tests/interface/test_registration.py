@@ -3,12 +3,13 @@ a public function and its kernel."""
 
 import inspect
 import sys
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map
 
 import distill_ops
 from distill_ops.operators import register
@@ -256,6 +257,47 @@ def test_hops_to_the_launch(name, monkeypatch):
     with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
     student = torch.empty(4, 33, device="meta", requires_grad=True)
     with (
+@pytest.mark.parametrize("name", ["token_log_probs", "linear_token_log_probs"])
+def test_a_batch_of_upstreams(name):
+    """autograd's own vmap, of ``is_grads_batched`` and ``jacobian(vectorize=True)``, is not torch.func's."""
+    student, teacher = make_logits((4, 33))
+    one_by_one, at_once = (
+        torch.autograd.functional.jacobian(
+            lambda s: FUNCTIONS[name](s, teacher), student, vectorize=vectorize
+        )
+        for vectorize in (False, True)
+    )
+    assert torch.equal(one_by_one, at_once)
+
+
+class Watching(torch.Tensor):
+    """A tensor around another, whose class sees the operators that are called on it."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        cls.seen.append(function.name())
+        inner = lambda x: x.inner if isinstance(x, cls) else x
+        return function(*tree_map(inner, arguments), **(options or {}))
+
+
+def test_a_tensor_class_sees_the_backward_of_a_plain_upstream():
+    student, teacher = make_logits((4, 33))
+    student = Watching(student).requires_grad_()
+    Watching.seen.clear()
+    loss = distill_ops.distillation_loss(student, teacher, gradient="backward")
+    loss.backward(torch.ones(()))
+    assert "distill_ops::dense_loss_gradient" in Watching.seen
+
+
         mock.patch.object(distill_ops, name, with_triton),
         mock.patch.dict(globals(), IDS=IDS.to("meta"), SLOTS=SLOTS.to("meta")),
     ):
