@@ -137,7 +137,11 @@ class LossOperator:
             if not torch.compiler.is_compiling() and self._refuse(plan, students):
                 raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
             called = function, self._reference(plan), made, backend_of(options)
-            return _InPlace.apply(self.name, called, *inputs, *self.packed(options, plan))
+            if torch.compiler.is_compiling() or dispatches(saving.flattened(inputs)):
+                direct, lists = None, self.packed(options, plan)
+            else:
+                direct, lists = (options, plan), ()
+            return _InPlace.apply(self.name, called, direct, *inputs, *lists)
         if self._watched(plan, inputs, students):
             return as_tuple(self.op(*inputs, *self.packed(options, plan)))[: self.n_outputs]
         if made == NO_GRADIENT:
@@ -145,7 +149,9 @@ class LossOperator:
         return _Direct.apply(self, inputs, options, plan, *students)
 
     def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
-        wanted = (made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
+        if made == NO_GRADIENT:
+            return Plan(function, made, (False,) * len(students))
+        wanted = [x is not None and x.requires_grad for x in students]
         return Plan(function, made, tuple(wanted))
 
     def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
@@ -220,13 +226,13 @@ class LossOperator:
 
     def _setup_context(self, ctx, inputs, output) -> None:
         problem, options, plan, _ = self.unpacked(inputs)
+        output = as_tuple(output)
         self.keep(ctx, problem, options, plan, output[: self.n_outputs], output[self.n_outputs :])
         ctx.mark_non_differentiable(*output[self.differentiable :])
 
     def _backward(self, ctx, *upstreams):
         found = dict(zip(self.students, self.differentiate(ctx, upstreams), strict=True))
         fields = zip(self.inputs._fields, ctx.lengths, strict=True)
-        output = as_tuple(output)
         # PyTorch wants an entry for each tensor of a list, too
         gradients = [found.get(name) if n is None else [None] * n for name, n in fields]
         return *gradients, None, None, None
@@ -273,6 +279,11 @@ def filled(like: torch.Tensor, results) -> tuple[torch.Tensor, ...] | torch.Tens
     return found[0] if len(found) == 1 else found
 
 
+def as_tuple(results) -> tuple[torch.Tensor, ...]:
+    """Results of an operator, which returns one of them alone."""
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
 def dispatches(tensors) -> bool:
     """Whether a call on these tensors must go through the dispatcher."""
     for t in tensors:
@@ -287,15 +298,16 @@ def batched(upstreams) -> bool:
     jacobian): of old, not as a transform of torch.func."""
     return any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams)
 
-def as_tuple(results) -> tuple[torch.Tensor, ...]:
-    """Results of an operator, which returns one of them alone."""
-    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
-
-
 
 def backend_of(options: NamedTuple) -> str:
     """Of options, or of those of the loss among them."""
     return options.backend if hasattr(options, "backend") else backend_of(options[0])
+
+
+def mark_constant(ctx, operator: LossOperator, outputs) -> None:
+    """Those that have no derivative."""
+    constant = [x for x in outputs[operator.differentiable :] if x is not None]
+    ctx.mark_non_differentiable(*constant)
 
 
 class _Direct(torch.autograd.Function):
@@ -306,8 +318,7 @@ class _Direct(torch.autograd.Function):
         outputs, kept = operator.forward(inputs, options, plan)
         operator.keep(ctx, inputs, options, plan, outputs, kept)
         ctx.operator = operator
-        constant = [x for x in outputs[operator.differentiable :] if x is not None]
-        ctx.mark_non_differentiable(*constant)
+        mark_constant(ctx, operator, outputs)
         return tuple(outputs)
 
     @staticmethod
@@ -320,43 +331,55 @@ class _InPlace(torch.autograd.Function):
     mutates its input can have a formula for autograd, so this has one around it."""
 
     @staticmethod
-    def forward(ctx, name, called, *arguments):
+    def forward(ctx, name, called, direct, *arguments):
         operator = OPERATORS[name]
-        n = len(operator.inputs._fields)
-        ctx.name, ctx.called, ctx.lists = name, called, arguments[n:]
+        n, made = len(operator.inputs._fields), called[2]
+        inputs = operator.inputs(*arguments[:n])
+        ctx.name, ctx.called, ctx.direct, ctx.lists = name, called, direct, arguments[n:]
         ctx.n_others, ctx.spent = len(arguments) - 1, False
         ctx.set_materialize_grads(False)
-        if called[2] == FORWARD:
-            outputs = operator.inplace_op(*arguments)
-            ctx.save_for_backward(arguments[0])
-        else:
-            results = operator.op(*arguments)
+        if direct is None:
+            op = operator.inplace_op if made == FORWARD else operator.op
+            results = as_tuple(op(*arguments))
             outputs, kept = results[: operator.n_outputs], results[operator.n_outputs :]
-            saving.save(ctx, operator.inputs(*arguments[:n]), kept)
-        ctx.mark_non_differentiable(*outputs[operator.differentiable :])
+        else:  # options and plan: nothing watches the dispatcher
+            into = inputs[0] if made == FORWARD else None
+            outputs, kept = operator.forward(inputs, *direct, into=into)
+            if made == FORWARD:
+                saving.increment_version(into)
+        if made == FORWARD:
+            ctx.save_for_backward(inputs[0])
+        else:
+            saving.save(ctx, inputs, kept)
+        mark_constant(ctx, operator, outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         operator, others = OPERATORS[ctx.name], (None,) * ctx.n_others
         if upstream is None:
-            return None, None, None, *others
+            return None, None, None, None, *others
         function, reference, made, backend = ctx.called
         saving.check_backward(ctx, function, reference)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if made == BACKWARD:
             inputs, kept = saving.saved(ctx, operator.inputs)
-            arguments = (*inputs, *ctx.lists, *kept, upstream)
-            if traced:  # the compiler plans the memory
-                return None, None, operator.gradient_op(*arguments), *others
-            ctx.spent = True
-            operator.inplace_gradient_op(*arguments)
-            return None, None, inputs[0].detach(), *others
+            ctx.spent = not traced
+            if ctx.direct is not None and not traced and not dispatches((upstream,)):
+                operator.gradient(inputs, *ctx.direct, kept, (upstream,), into=inputs[0])
+                saving.increment_version(inputs[0])
+            else:
+                lists = ctx.lists or operator.packed(*ctx.direct)
+                arguments = *inputs, *lists, *kept, upstream
+                if traced:  # the compiler plans the memory
+                    return None, None, None, operator.gradient_op(*arguments), *others
+                operator.inplace_gradient_op(*arguments)
+            return None, None, None, inputs[0].detach(), *others
         (student,) = ctx.saved_tensors
         if traced:
-            return None, None, student * upstream, *others
+            return None, None, None, student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
         saving.scale_(gradient, upstream, backend)
         saving.increment_version(student)
-        return None, None, gradient, *others
+        return None, None, None, gradient, *others

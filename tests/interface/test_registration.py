@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from torch.utils._pytree import tree_map
 
 import distill_ops
-from distill_ops.operators import register
+from distill_ops.operators import packing, register
 from distill_ops.operators.register import LossOperator
 from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
 from tests.support.helpers import make_logits
@@ -164,6 +164,45 @@ def test_opcheck(toy, made):
     torch.library.opcheck(toy.gradient_op, (*arguments, kept, torch.tensor(0.5)))
 
 
+def test_options_are_read_without_their_annotations(toy):
+    """Reading the annotations takes longer than a small call: once, where the operator is made."""
+    with (
+        mock.patch.object(packing, "get_type_hints", side_effect=AssertionError),
+        mock.patch.object(register, "dispatches", return_value=True),
+    ):
+        call(toy, leaf(), BACKWARD).backward()
+
+
+@pytest.mark.parametrize("made", [FORWARD, BACKWARD])
+def test_in_place_goes_around_the_dispatcher(toy, made):
+    with mock.patch.object(LossOperator, "packed", side_effect=AssertionError):
+        call(toy, leaf() * 1.0, made, inplace=True).backward()
+
+
+def test_one_output_and_nothing_kept(toy):
+    """Such an operator returns its result alone, and not in a tuple."""
+
+    class Alone(NamedTuple):
+        x: torch.Tensor
+
+    class Few(NamedTuple):
+        backend: str
+
+    operator = LossOperator(
+        "toy_of_one", Alone, Few, students=("x",), namespace="distill_ops_toy",
+        forward=lambda inputs, options, plan: (((inputs.x**2).sum(),), ()),
+        gradient=lambda inputs, options, plan, kept, upstreams: (2 * inputs.x * upstreams[0],),
+        fake=lambda inputs, options, plan: ((inputs.x.new_empty(()),), ()),
+    )  # fmt: skip
+    x = leaf()
+    with mock.patch.object(register, "dispatches", return_value=True):
+        (loss,) = operator("toy_of_one", Alone(x), Few("torch"), BACKWARD)
+        loss.backward()
+    del register.OPERATORS["toy_of_one"]
+    torch.testing.assert_close(loss, (x**2).sum())
+    torch.testing.assert_close(x.grad, 2 * x)
+
+
 def test_errors_name_the_function(toy):
     x = leaf()
     with pytest.raises(RuntimeError, match="toy_loss has no second derivative"):
@@ -218,45 +257,6 @@ def test_every_function_is_named_by_its_errors(name):
     assert hasattr(distill_ops.reference, advised)
 
 
-# --- how many calls lie between ------------------------------------------------------------------
-
-MOST_HOPS = {
-    "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
-    "linear_topk_distillation_loss": 7, "token_log_probs": 6, "linear_token_log_probs": 8,
-    "distillation_statistics": 6, "distillation_metrics": 6,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MOST_HOPS)
-def test_hops_to_the_launch(name, monkeypatch):
-    """Frames of the package between a public function and its kernel's launch."""
-    pytest.importorskip("triton")
-    from distill_ops.analysis import aot
-    from distill_ops.api import choices
-
-    found = []
-    original = aot._Recorder.__getitem__
-
-    def recorded(recorder, grid):
-        names, frame = [], sys._getframe(1)
-        while frame is not None and frame.f_code.co_name != name:
-            if (
-                "/distill_ops/" in frame.f_code.co_filename
-                or "/kernels/" in frame.f_code.co_filename
-            ):
-                names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        if not recorder.kernel.__name__.startswith(("weights", "total")):
-            found.append(names[::-1])
-        return original(recorder, grid)
-
-    monkeypatch.setattr(aot._Recorder, "__getitem__", recorded)
-    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
-    monkeypatch.setattr(register, "dispatches", lambda *_: False)
-    function, called = getattr(distill_ops, name), FUNCTIONS[name]
-    with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
-    student = torch.empty(4, 33, device="meta", requires_grad=True)
-    with (
 @pytest.mark.parametrize("name", ["token_log_probs", "linear_token_log_probs"])
 def test_a_batch_of_upstreams(name):
     """autograd's own vmap, of ``is_grads_batched`` and ``jacobian(vectorize=True)``, is not torch.func's."""
@@ -298,6 +298,45 @@ def test_a_tensor_class_sees_the_backward_of_a_plain_upstream():
     assert "distill_ops::dense_loss_gradient" in Watching.seen
 
 
+# --- how many calls lie between ------------------------------------------------------------------
+
+MOST_HOPS = {
+    "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
+    "linear_topk_distillation_loss": 7, "token_log_probs": 6, "linear_token_log_probs": 8,
+    "distillation_statistics": 6, "distillation_metrics": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOST_HOPS)
+def test_hops_to_the_launch(name, monkeypatch):
+    """Frames of the package between a public function and its kernel's launch."""
+    pytest.importorskip("triton")
+    from distill_ops.analysis import aot
+    from distill_ops.api import choices
+
+    found = []
+    original = aot._Recorder.__getitem__
+
+    def recorded(recorder, grid):
+        names, frame = [], sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != name:
+            if (
+                "/distill_ops/" in frame.f_code.co_filename
+                or "/kernels/" in frame.f_code.co_filename
+            ):
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        if not recorder.kernel.__name__.startswith(("weights", "total")):
+            found.append(names[::-1])
+        return original(recorder, grid)
+
+    monkeypatch.setattr(aot._Recorder, "__getitem__", recorded)
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(register, "dispatches", lambda *_: False)
+    function, called = getattr(distill_ops, name), FUNCTIONS[name]
+    with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
+    student = torch.empty(4, 33, device="meta", requires_grad=True)
+    with (
         mock.patch.object(distill_ops, name, with_triton),
         mock.patch.dict(globals(), IDS=IDS.to("meta"), SLOTS=SLOTS.to("meta")),
     ):
