@@ -242,7 +242,10 @@ class LossOperator:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.plan, ctx.spent = options, plan, False
         if plan.made == NO_GRADIENT:
-            raise RuntimeError(f"{plan.function}: no gradient was planned of what requires grad")
+            raise RuntimeError(
+                f"{plan.function} makes no gradient under torch.func.vmap, which hides that a tensor "
+                "requires grad: detach it, or call without vmap"
+            )
         if plan.made == BACKWARD:
             saving.save(ctx, inputs, kept)
         else:

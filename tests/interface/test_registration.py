@@ -244,6 +244,14 @@ def test_every_function_under_vmap(name):
     assert torch.equal(mapped, torch.stack(looped))
 
 
+def test_vmap_makes_no_gradient():
+    student, teacher = make_logits((2, 4, 33))
+    with pytest.raises(
+        RuntimeError, match="^distillation_loss makes no gradient under torch.func.vmap"
+    ):
+        torch.func.vmap(FUNCTIONS["distillation_loss"])(student.requires_grad_(), teacher)
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "distillation_metrics"])
 def test_every_function_is_named_by_its_errors(name):
     student, teacher = make_logits((4, 33))
