@@ -3,7 +3,7 @@ a public function and its kernel."""
 
 import inspect
 import sys
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_type_hints
 from unittest import mock
 
 import pytest
@@ -373,3 +373,10 @@ def test_signatures():
         for name, parameters in names.items():
             if parameters is not None:
                 assert described(getattr(module, name)) == parameters, name
+
+
+def test_annotations_list_what_signatures_list():
+    for name in FUNCTIONS:
+        function = getattr(distill_ops, name)
+        listed = [*inspect.signature(function).parameters, "return"]
+        assert list(get_type_hints(function)) == listed
