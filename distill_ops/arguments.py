@@ -85,6 +85,8 @@ def with_loss_options(*without: str) -> Callable[[Function], Function]:
             if name not in without
         ]
         function.__signature__ = signature.replace(parameters=own + shared)
+        listed = {p.name: p.annotation for p in own + shared}
+        function.__annotations__ = {**listed, "return": signature.return_annotation}
         return function
 
     return sign

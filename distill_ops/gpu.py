@@ -84,7 +84,7 @@ def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
 
 
 def reduced(losses, components, options: Options, tokens: Tokens, leading):
-    """Rows' losses ``[n]`` and components ``[2, n]`` (or ``[0]``) reduced over n, which are the
+    """Rows' losses ``[n]`` and components ``[2, n]`` (or ``[0, n]``) reduced over n, which are the
     tokens ``leading``."""
     if options.reduction == "none":
         return losses.view(leading), components.view((components.shape[0], *leading))

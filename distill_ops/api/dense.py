@@ -64,7 +64,7 @@ def distillation_loss(
     probability tensor exists. Inputs are not changed, and results are the same bits run after run.
 
     Args:
-        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). TokenRows
+        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
             may be strided: a view such as ``logits[:, :-1]`` is not copied.
         teacher_logits: ``[..., V]``, its dtype may differ; no gradient flows to it, and it must not
             require one while gradients are enabled. None where ``hard_label_weight`` is 1.

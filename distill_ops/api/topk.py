@@ -57,7 +57,7 @@ def topk_distillation_loss(
     nothing else. Results are the same bits run after run.
 
     Args:
-        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). TokenRows
+        student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
             may be strided: a view such as ``logits[:, :-1]`` is not copied. With Hugging Face labels
             pass that, the teacher's slots ``[:, :-1]`` and ``labels[:, 1:]``: no shift happens inside.
         teacher_log_probs: ``[..., K]``, K at most 1024, any of these dtypes: natural logarithms, at

@@ -18,7 +18,8 @@ class _Pass:
     """One call of :func:`dense`: what serves all its chunks, and the rows' sums so far."""
 
     def __init__(self, terms, n_rows, n_cols, device, per_row: PerRow, inplace):
-        self.terms, self.n_cols, self.per_row, self.inplace = terms, n_cols, per_row, inplace
+        self.terms, self.n_rows, self.n_cols, self.inplace = terms, n_rows, n_cols, inplace
+        self.per_row = per_row
         name = None if terms.divergence is None else terms.divergence.name
         self.form = CLOSED_FORMS.get(name)
         # below temperature 1 the division may overflow, which takes more care than theirs
@@ -28,9 +29,20 @@ class _Pass:
         threads = torch.get_num_threads()
         self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
         self.buffers = tuple(torch.empty(self.size, n_cols, **kind) for _ in range(N_BUFFERS))
-        # divergence and cross-entropy, as far as they are wanted
-        wanted = terms.divergence is not None, terms.hard
-        self.sums = [torch.zeros(n_rows, **kind) if asked else None for asked in wanted]
+        self.sums = [None, None]  # divergence and cross-entropy
+
+    def zeros(self) -> torch.Tensor:
+        buffer = self.buffers[0]
+        return torch.zeros(self.n_rows, dtype=buffer.dtype, device=buffer.device)
+
+    def store(self, i: int, places, losses: torch.Tensor) -> None:
+        """Rows' losses; those of all rows at once, as of any small call, are not copied."""
+        if isinstance(places, slice) and losses.shape[0] == self.n_rows:
+            self.sums[i] = losses
+            return
+        if self.sums[i] is None:
+            self.sums[i] = self.zeros()
+        self.sums[i][places] = losses
 
     def rows(self, group, places, n, guards) -> int:
         """Losses and gradient of ``n`` rows whose places in the call are a slice or a tensor; returns
@@ -45,14 +57,14 @@ class _Pass:
                 chunk.guards = GUARDS
                 losses, write = chunk.divergence(self.form)
                 finite = math.isfinite(losses.sum())
-            self.sums[0][places] = losses
+            self.store(0, places, losses)
             if not finite and guards != ROW_BY_ROW:
                 bad = (~losses.isfinite()).nonzero().squeeze(-1)
                 # these rows come again: copied before a gradient overwrites them
                 again = [None if matrix is None else matrix[bad] for matrix in group]
         hard_losses = chunk.finish(write, group[2], self.inplace)
         if hard_losses is not None:
-            self.sums[1][places] = hard_losses
+            self.store(1, places, hard_losses)
         if len(bad):
             if isinstance(places, slice):
                 places = torch.arange(places.start, places.stop, device=bad.device)
@@ -96,4 +108,8 @@ def dense(
         guards = run.group(block, rows, places, guards)  # infinities here: in the next, too
     if gradient is not None and n_cols < gradient.shape[-1]:
         gradient[..., n_cols:] = 0
-    return tuple(run.sums)
+    wanted = terms.divergence is not None, terms.hard
+    return tuple(  # None is left where no row was kept
+        run.zeros() if asked and losses is None else losses
+        for asked, losses in zip(wanted, run.sums, strict=True)
+    )

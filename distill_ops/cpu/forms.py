@@ -91,10 +91,13 @@ def rows(
 def reduced(losses, components, options: Options, tokens: Tokens, leading):
     """Rows' losses ``[n]`` and components ``[2, n]`` (or None) reduced over n, which are the tokens
     ``leading``."""
-    both = (losses, components if options.components else None)
-    if options.reduction == "none":
-        return tuple(x if x is None else x.reshape((*x.shape[:-1], *leading)) for x in both)
-    return tuple(x if x is None else x.sum(-1) / tokens.denominator for x in both)
+
+    def over_tokens(x):
+        if options.reduction == "none":
+            return x.reshape((*x.shape[:-1], *leading))
+        return x.sum(-1) / tokens.denominator
+
+    return over_tokens(losses), over_tokens(components) if options.components else None
 
 
 def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient):

@@ -137,15 +137,21 @@ class LossOperator:
             if not torch.compiler.is_compiling() and self._refuse(plan, students):
                 raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
             called = function, self._reference(plan), made, backend_of(options)
-            return _InPlace.apply(self.name, called, *inputs, *self.packed(options, plan))
+            if torch.compiler.is_compiling() or dispatches(saving.flattened(inputs)):
+                direct, lists = None, self.packed(options, plan)
+            else:
+                direct, lists = (options, plan), ()
+            return _InPlace.apply(self.name, called, direct, *inputs, *lists)
         if self._watched(plan, inputs, students):
-            return self.op(*inputs, *self.packed(options, plan))[: self.n_outputs]
+            return as_tuple(self.op(*inputs, *self.packed(options, plan)))[: self.n_outputs]
         if made == NO_GRADIENT:
             return self.forward(inputs, options, plan)[0]
         return _Direct.apply(self, inputs, options, plan, *students)
 
     def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
-        wanted = (made != NO_GRADIENT and x is not None and x.requires_grad for x in students)
+        if made == NO_GRADIENT:
+            return Plan(function, made, (False,) * len(students))
+        wanted = [x is not None and x.requires_grad for x in students]
         return Plan(function, made, tuple(wanted))
 
     def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
@@ -174,8 +180,8 @@ class LossOperator:
         """Inputs, options and plan again, and the arguments that follow them."""
         n = len(self.inputs._fields)
         sources = tuple(iter(source) for source in arguments[n : n + 3])
-        options = unpack(self.code[0], self.options, sources)
-        plan = unpack(self.code[1], Plan, sources)
+        options = unpack(self.code[0], sources)
+        plan = unpack(self.code[1], sources)
         return self.inputs(*arguments[:n]), options, plan, arguments[n + 3 :]
 
     def _forward(self, *arguments):
@@ -220,6 +226,7 @@ class LossOperator:
 
     def _setup_context(self, ctx, inputs, output) -> None:
         problem, options, plan, _ = self.unpacked(inputs)
+        output = as_tuple(output)
         self.keep(ctx, problem, options, plan, output[: self.n_outputs], output[self.n_outputs :])
         ctx.mark_non_differentiable(*output[self.differentiable :])
 
@@ -235,7 +242,10 @@ class LossOperator:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.plan, ctx.spent = options, plan, False
         if plan.made == NO_GRADIENT:
-            raise RuntimeError(f"{plan.function}: no gradient was planned of what requires grad")
+            raise RuntimeError(
+                f"{plan.function} makes no gradient under torch.func.vmap, which hides that a tensor "
+                "requires grad: detach it, or call without vmap"
+            )
         if plan.made == BACKWARD:
             saving.save(ctx, inputs, kept)
         else:
@@ -253,11 +263,11 @@ class LossOperator:
             gradients = saving.scaled(ctx, upstreams[0], ctx.plan.wanted, backend_of(ctx.options))
         else:
             inputs, kept = saving.saved(ctx, self.inputs)
-            if torch.compiler.is_compiling() or dispatches(upstreams):
-                gradients = self.gradient_op(
-                    *inputs, *self.packed(ctx.options, plan), *kept, *upstreams
+            tensors = *saving.flattened(inputs), *upstreams
+            if torch.compiler.is_compiling() or dispatches(tensors) or batched(upstreams):
+                gradients = as_tuple(
+                    self.gradient_op(*inputs, *self.packed(ctx.options, plan), *kept, *upstreams)
                 )
-                gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             else:
                 gradients = self.gradient(inputs, ctx.options, plan, kept, upstreams)
         return tuple(x if want else None for x, want in zip(gradients, plan.wanted, strict=True))
@@ -272,16 +282,35 @@ def filled(like: torch.Tensor, results) -> tuple[torch.Tensor, ...] | torch.Tens
     return found[0] if len(found) == 1 else found
 
 
+def as_tuple(results) -> tuple[torch.Tensor, ...]:
+    """Results of an operator, which returns one of them alone."""
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
 def dispatches(tensors) -> bool:
     """Whether a call on these tensors must go through the dispatcher."""
-    plain = all(t is None or type(t) in PLAIN for t in tensors)
+    for t in tensors:
+        if t is not None and type(t) not in PLAIN:
+            return True
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or not plain or bool(torch._C._len_torch_dispatch_stack())
+    return transformed or bool(torch._C._len_torch_dispatch_stack())
+
+
+def batched(upstreams) -> bool:
+    """Whether autograd maps a backward over a batch of upstreams (``is_grads_batched``, a vectorized
+    jacobian): of old, not as a transform of torch.func."""
+    return any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams)
 
 
 def backend_of(options: NamedTuple) -> str:
     """Of options, or of those of the loss among them."""
     return options.backend if hasattr(options, "backend") else backend_of(options[0])
+
+
+def mark_constant(ctx, operator: LossOperator, outputs) -> None:
+    """Those that have no derivative."""
+    constant = [x for x in outputs[operator.differentiable :] if x is not None]
+    ctx.mark_non_differentiable(*constant)
 
 
 class _Direct(torch.autograd.Function):
@@ -292,8 +321,7 @@ class _Direct(torch.autograd.Function):
         outputs, kept = operator.forward(inputs, options, plan)
         operator.keep(ctx, inputs, options, plan, outputs, kept)
         ctx.operator = operator
-        constant = [x for x in outputs[operator.differentiable :] if x is not None]
-        ctx.mark_non_differentiable(*constant)
+        mark_constant(ctx, operator, outputs)
         return tuple(outputs)
 
     @staticmethod
@@ -306,43 +334,55 @@ class _InPlace(torch.autograd.Function):
     mutates its input can have a formula for autograd, so this has one around it."""
 
     @staticmethod
-    def forward(ctx, name, called, *arguments):
+    def forward(ctx, name, called, direct, *arguments):
         operator = OPERATORS[name]
-        n = len(operator.inputs._fields)
-        ctx.name, ctx.called, ctx.lists = name, called, arguments[n:]
+        n, made = len(operator.inputs._fields), called[2]
+        inputs = operator.inputs(*arguments[:n])
+        ctx.name, ctx.called, ctx.direct, ctx.lists = name, called, direct, arguments[n:]
         ctx.n_others, ctx.spent = len(arguments) - 1, False
         ctx.set_materialize_grads(False)
-        if called[2] == FORWARD:
-            outputs = operator.inplace_op(*arguments)
-            ctx.save_for_backward(arguments[0])
-        else:
-            results = operator.op(*arguments)
+        if direct is None:
+            op = operator.inplace_op if made == FORWARD else operator.op
+            results = as_tuple(op(*arguments))
             outputs, kept = results[: operator.n_outputs], results[operator.n_outputs :]
-            saving.save(ctx, operator.inputs(*arguments[:n]), kept)
-        ctx.mark_non_differentiable(*outputs[operator.differentiable :])
+        else:  # options and plan: nothing watches the dispatcher
+            into = inputs[0] if made == FORWARD else None
+            outputs, kept = operator.forward(inputs, *direct, into=into)
+            if made == FORWARD:
+                saving.increment_version(into)
+        if made == FORWARD:
+            ctx.save_for_backward(inputs[0])
+        else:
+            saving.save(ctx, inputs, kept)
+        mark_constant(ctx, operator, outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         operator, others = OPERATORS[ctx.name], (None,) * ctx.n_others
         if upstream is None:
-            return None, None, None, *others
+            return None, None, None, None, *others
         function, reference, made, backend = ctx.called
         saving.check_backward(ctx, function, reference)
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
         if made == BACKWARD:
             inputs, kept = saving.saved(ctx, operator.inputs)
-            arguments = (*inputs, *ctx.lists, *kept, upstream)
-            if traced:  # the compiler plans the memory
-                return None, None, operator.gradient_op(*arguments), *others
-            ctx.spent = True
-            operator.inplace_gradient_op(*arguments)
-            return None, None, inputs[0].detach(), *others
+            ctx.spent = not traced
+            if ctx.direct is not None and not traced and not dispatches((upstream,)):
+                operator.gradient(inputs, *ctx.direct, kept, (upstream,), into=inputs[0])
+                saving.increment_version(inputs[0])
+            else:
+                lists = ctx.lists or operator.packed(*ctx.direct)
+                arguments = *inputs, *lists, *kept, upstream
+                if traced:  # the compiler plans the memory
+                    return None, None, None, operator.gradient_op(*arguments), *others
+                operator.inplace_gradient_op(*arguments)
+            return None, None, None, inputs[0].detach(), *others
         (student,) = ctx.saved_tensors
         if traced:
-            return None, None, student * upstream, *others
+            return None, None, None, student * upstream, *others
         ctx.spent = True
         gradient = student.detach()
         saving.scale_(gradient, upstream, backend)
         saving.increment_version(student)
-        return None, None, gradient, *others
+        return None, None, None, gradient, *others

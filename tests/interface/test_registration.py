@@ -3,15 +3,16 @@ a public function and its kernel."""
 
 import inspect
 import sys
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, get_type_hints
 from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map
 
 import distill_ops
-from distill_ops.operators import register
+from distill_ops.operators import packing, register
 from distill_ops.operators.register import LossOperator
 from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
 from tests.support.helpers import make_logits
@@ -165,6 +166,45 @@ def test_opcheck(toy, made):
     torch.library.opcheck(toy.gradient_op, (*arguments, kept, torch.tensor(0.5)))
 
 
+def test_options_are_read_without_their_annotations(toy):
+    """Reading the annotations takes longer than a small call: once, where the operator is made."""
+    with (
+        mock.patch.object(packing, "get_type_hints", side_effect=AssertionError),
+        mock.patch.object(register, "dispatches", return_value=True),
+    ):
+        call(toy, leaf(), BACKWARD).backward()
+
+
+@pytest.mark.parametrize("made", [FORWARD, BACKWARD])
+def test_in_place_goes_around_the_dispatcher(toy, made):
+    with mock.patch.object(LossOperator, "packed", side_effect=AssertionError):
+        call(toy, leaf() * 1.0, made, inplace=True).backward()
+
+
+def test_one_output_and_nothing_kept(toy):
+    """Such an operator returns its result alone, and not in a tuple."""
+
+    class Alone(NamedTuple):
+        x: torch.Tensor
+
+    class Few(NamedTuple):
+        backend: str
+
+    operator = LossOperator(
+        "toy_of_one", Alone, Few, students=("x",), namespace="distill_ops_toy",
+        forward=lambda inputs, options, plan: (((inputs.x**2).sum(),), ()),
+        gradient=lambda inputs, options, plan, kept, upstreams: (2 * inputs.x * upstreams[0],),
+        fake=lambda inputs, options, plan: ((inputs.x.new_empty(()),), ()),
+    )  # fmt: skip
+    x = leaf()
+    with mock.patch.object(register, "dispatches", return_value=True):
+        (loss,) = operator("toy_of_one", Alone(x), Few("torch"), BACKWARD)
+        loss.backward()
+    del register.OPERATORS["toy_of_one"]
+    torch.testing.assert_close(loss, (x**2).sum())
+    torch.testing.assert_close(x.grad, 2 * x)
+
+
 def test_errors_name_the_function(toy):
     x = leaf()
     with pytest.raises(RuntimeError, match="toy_loss has no second derivative"):
@@ -206,6 +246,14 @@ def test_every_function_under_vmap(name):
     assert torch.equal(mapped, torch.stack(looped))
 
 
+def test_vmap_makes_no_gradient():
+    student, teacher = make_logits((2, 4, 33))
+    with pytest.raises(
+        RuntimeError, match="^distillation_loss makes no gradient under torch.func.vmap"
+    ):
+        torch.func.vmap(FUNCTIONS["distillation_loss"])(student.requires_grad_(), teacher)
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "distillation_metrics"])
 def test_every_function_is_named_by_its_errors(name):
     student, teacher = make_logits((4, 33))
@@ -217,6 +265,47 @@ def test_every_function_is_named_by_its_errors(name):
         torch.func.grad(lambda s: FUNCTIONS[name](s, teacher).sum())(student.detach())
     advised = str(caught.value).split("distill_ops.reference.")[1].split(" ")[0]
     assert hasattr(distill_ops.reference, advised)
+
+
+@pytest.mark.parametrize("name", ["token_log_probs", "linear_token_log_probs"])
+def test_a_batch_of_upstreams(name):
+    """autograd's own vmap, of ``is_grads_batched`` and ``jacobian(vectorize=True)``, is not torch.func's."""
+    student, teacher = make_logits((4, 33))
+    one_by_one, at_once = (
+        torch.autograd.functional.jacobian(
+            lambda s: FUNCTIONS[name](s, teacher), student, vectorize=vectorize
+        )
+        for vectorize in (False, True)
+    )
+    assert torch.equal(one_by_one, at_once)
+
+
+class Watching(torch.Tensor):
+    """A tensor around another, whose class sees the operators that are called on it."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        cls.seen.append(function.name())
+        inner = lambda x: x.inner if isinstance(x, cls) else x
+        return function(*tree_map(inner, arguments), **(options or {}))
+
+
+def test_a_tensor_class_sees_the_backward_of_a_plain_upstream():
+    student, teacher = make_logits((4, 33))
+    student = Watching(student).requires_grad_()
+    Watching.seen.clear()
+    loss = distill_ops.distillation_loss(student, teacher, gradient="backward")
+    loss.backward(torch.ones(()))
+    assert "distill_ops::dense_loss_gradient" in Watching.seen
 
 
 # --- how many calls lie between ------------------------------------------------------------------
@@ -300,3 +389,10 @@ def test_signatures():
         for name, parameters in names.items():
             if parameters is not None:
                 assert described(getattr(module, name)) == parameters, name
+
+
+def test_annotations_list_what_signatures_list():
+    for name in FUNCTIONS:
+        function = getattr(distill_ops, name)
+        listed = [*inspect.signature(function).parameters, "return"]
+        assert list(get_type_hints(function)) == listed

@@ -137,8 +137,8 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "the logits are overwritten a second time", sources.OPERATORS_REGISTER,
-        "ctx.spent = True\n            operator.inplace_gradient_op",
-        "operator.inplace_gradient_op",
+        "ctx.spent = not traced",
+        "pass",
         f"{INPLACE}one_backward_only[torch-backward]",
     ),
     Mutation(
