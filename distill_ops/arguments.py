@@ -93,11 +93,7 @@ def with_loss_options(*without: str) -> Callable[[Function], Function]:
 
 
 def loss_arguments(function: str, options: LossOptions, *without: str) -> LossArguments:
-    """The options that a function was given.
-
-    Raises:
-        TypeError: it has no such option.
-    """
+    """The options that a function was given; a TypeError where it has no such option."""
     for name in options:
         if name in without or name not in DEFAULTS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

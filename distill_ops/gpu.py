@@ -4,24 +4,12 @@ import contextlib
 
 import torch
 
+from . import problem
 from .divergences.base import Divergence
 from .kernels import dense, logits, metrics, reduction, statistics, token, topk
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .kernels.rows import Formula
-from .problem import (
-    BACKWARD,
-    DenseInputs,
-    MetricsInputs,
-    MetricsOptions,
-    Options,
-    StatisticsInputs,
-    TokenInputs,
-    TokenOptions,
-    Tokens,
-    TopKInputs,
-    TopKTeacher,
-    parameters_of,
-)
+from .problem import BACKWARD, Options, Tokens, TopKTeacher, parameters_of
 
 OUTPUTS = statistics.OUTPUTS
 
@@ -91,7 +79,7 @@ def reduced(losses, components, options: Options, tokens: Tokens, leading):
     return reduction.total(losses, components, tokens.weights, tokens.denominator)
 
 
-def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient):
+def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, made: str, gradient):
     """Loss, components where asked for, and the statistics of a gradient made in the backward."""
     n_rows, new = inputs.n_rows, inputs.student.new_empty
     with on(inputs.student):
@@ -110,7 +98,9 @@ def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient
     return found[0], found[1] if options.components else None, kept
 
 
-def gradient(inputs: DenseInputs | TopKInputs, options: Options, kept, upstream, out) -> None:
+def gradient(
+    inputs: problem.DenseInputs | problem.TopKInputs, options: Options, kept, upstream, out
+) -> None:
     upstream = upstream.reshape(-1) if upstream.dim() else upstream
     of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters_of(inputs, options))
     with on(inputs.student):
@@ -126,7 +116,7 @@ def scale_(gradient: torch.Tensor, upstream: torch.Tensor) -> None:
         reduction.scale_(gradient, upstream)
 
 
-def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
+def token_log_probs(inputs: problem.TokenInputs, options: problem.TokenOptions, keep: bool):
     """Log-probabilities, entropies where asked for, and what the gradient needs."""
     shape, new = inputs.leading, inputs.logits.new_empty
     log_probs = new(shape, dtype=torch.float32)
@@ -140,7 +130,9 @@ def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
     return log_probs, entropies, kept
 
 
-def token_gradient(inputs: TokenInputs, options: TokenOptions, kept, upstreams, out) -> None:
+def token_gradient(
+    inputs: problem.TokenInputs, options: problem.TokenOptions, kept, upstreams, out
+) -> None:
     """``out``, which may be the logits: the gradient of ``[n]`` upstream gradients."""
     with on(inputs.logits):
         token.run(
@@ -149,7 +141,7 @@ def token_gradient(inputs: TokenInputs, options: TokenOptions, kept, upstreams, 
         )  # fmt: skip
 
 
-def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool):
+def statistics_of_tokens(inputs: problem.StatisticsInputs, options: Options, keep: bool):
     """``[OUTPUTS, ...]``, the agreement ``[...]``, and what the gradient needs of the rows."""
     new, n_rows = inputs.student.new_empty, inputs.n_rows
     outputs = new((OUTPUTS, *inputs.leading), dtype=torch.float32)
@@ -166,7 +158,9 @@ def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool)
     return outputs, agreement, kept or (None, None)
 
 
-def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstream, out) -> None:
+def statistics_gradient(
+    inputs: problem.StatisticsInputs, options: Options, kept, upstream, out
+) -> None:
     """``upstream`` is ``[OUTPUTS, n]``."""
     with on(inputs.student):
         statistics.run(
@@ -176,7 +170,7 @@ def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstre
         )  # fmt: skip
 
 
-def metrics_of_tokens(inputs: MetricsInputs, options: MetricsOptions):
+def metrics_of_tokens(inputs: problem.MetricsInputs, options: problem.MetricsOptions):
     """Sums ``[n_sums, n]`` and the agreement ``[n]``."""
     sums = inputs.student.new_empty((metrics.N_SUMS, inputs.n_rows), dtype=torch.float32)
     agreement = inputs.student.new_empty(inputs.n_rows, dtype=torch.uint8)

@@ -179,10 +179,7 @@ class RowStatistics(NamedTuple):
 
         NaN for a row of which the student, as restricted, or the teacher has no finite logit. Both are
         rounded absolutely: near L = 0 sum the columns' terms where L itself matters, and, of
-        symmetric KL, where D does.
-
-        Raises:
-            ValueError: the divergence has no closed moment.
+        symmetric KL, where D does. A ValueError where the divergence has no closed moment.
         """
         if divergence.moment == "none":
             raise ValueError(f"{divergence.name} has no closed moment: sum its value and slope")

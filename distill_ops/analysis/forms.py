@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import problem
 from ..arguments import LossArguments
 from ..divergences.base import Divergence
 from ..kernels import dense, topk
@@ -16,15 +17,7 @@ from ..operators.register import LossOperator, Plan
 from ..operators.statistics import distillation_statistics
 from ..operators.tokens import token_log_probs
 from ..operators.topk import topk_loss
-from ..problem import (
-    BACKWARD,
-    DenseInputs,
-    Options,
-    StatisticsInputs,
-    TokenInputs,
-    TokenOptions,
-    TopKInputs,
-)
+from ..problem import BACKWARD, Options
 from . import aot, sass
 
 
@@ -63,7 +56,7 @@ class Form:
     teacher_stride: int | None = None
     n_rows: int = 4096
 
-    def problem(self, divergence: Divergence) -> tuple[DenseInputs, Options]:
+    def problem(self, divergence: Divergence) -> tuple[problem.DenseInputs, Options]:
         """The operator's arguments, on tensors without memory."""
 
         weight = self.hard_label_weight
@@ -73,7 +66,9 @@ class Form:
         student = _meta(self.n_rows, self.n_cols, dtype=self.student_dtype)
         stride = self.teacher_stride or self.n_cols
         teacher = _meta(self.n_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
-        return DenseInputs(student, teacher, None, labels, None, divergence.tensors), options
+        return problem.DenseInputs(
+            student, teacher, None, labels, None, divergence.tensors
+        ), options
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
         """The dense kernel's launches for one forward (and, made there, one backward)."""
@@ -85,8 +80,10 @@ def token_launches(
     n_cols: int, dtype: torch.dtype, entropy: bool, target: aot.Target, n_rows: int = 4096
 ) -> list[aot.Launch]:
     """The token kernel's launches for one forward and one backward."""
-    inputs = TokenInputs(_meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64))
-    options = TokenOptions("triton", 1.0, -100, entropy)
+    inputs = problem.TokenInputs(
+        _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64)
+    )
+    options = problem.TokenOptions("triton", 1.0, -100, entropy)
     return _recorded(token_log_probs, inputs, options, BACKWARD, target)
 
 
@@ -96,7 +93,7 @@ def statistics_launches(
     """The statistics kernel's launches for one forward and one backward."""
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
     ids = _meta(n_rows, dtype=torch.int64)
-    inputs = StatisticsInputs(student, teacher, ids, divergence.tensors)
+    inputs = problem.StatisticsInputs(student, teacher, ids, divergence.tensors)
     options = Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
     return _recorded(distillation_statistics, inputs, options, BACKWARD, target)
 
@@ -111,7 +108,7 @@ def topk_launches(
     options = Options.of(divergence, vocab_size or n_cols, "triton", arguments, tail)
     labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
     slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
-    inputs = TopKInputs(
+    inputs = problem.TopKInputs(
         _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors
     )
     recorded = _recorded(topk_loss, inputs, options, gradient, target)

@@ -43,11 +43,7 @@ def gradient_mode(
     products: torch.dtype | None = None,
 ) -> str:  # fmt: skip
     """When the gradient of the student's tensors is made: in the forward, in the backward, or never.
-    ``products``: the dtype in which it is computed, where that is not one of theirs.
-
-    Raises:
-        ValueError: ``gradient="forward"`` where the gradient cannot be made then.
-    """
+    ``products``: the dtype in which it is computed, where that is not one of theirs."""
     one_of("gradient", gradient, GRADIENTS)
     given = [x for x in students if x is not None]
     float16 = torch.float16 in (products, *(x.dtype for x in given))

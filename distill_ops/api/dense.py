@@ -55,13 +55,9 @@ def distillation_loss(
         ...     logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], hard_label_weight=0.5
         ... )
 
-    With ``q = softmax(student_logits / T)`` and ``p = softmax(teacher_logits / T)``, per token::
-
-        loss = (1 - w) * divergence(q, p) + w * cross_entropy(student_logits, label)
-
-    times the token's weight, ``loss_mask * (labels != ignore_index)``. The default divergence,
-    ``-sum(p log q)``, is MiniLLM's (arXiv:2306.08543). The vocabulary is streamed in tiles; no
-    probability tensor exists. Inputs are not changed, and results are the same bits run after run.
+    A token's loss is multiplied by its weight, ``loss_mask * (labels != ignore_index)``. The default
+    divergence, ``-sum(p log q)``, is MiniLLM's (arXiv:2306.08543). The vocabulary is streamed in tiles;
+    no probability tensor exists. Inputs are not changed; results are the same bits run after run.
 
     Args:
         student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows

@@ -41,11 +41,8 @@ def reverse_kl_estimate(
     form, has the gradient of k2. No kind has both the right value and the right gradient, hence no
     default.
 
-    Unbiased is meant for tokens drawn from ``q`` itself, at its temperature and not truncated;
-    off-policy tokens need importance weights. k3 is unbiased, and its gradient that of the forward
-    KL, where the student gives every token of the teacher's a probability: its expectation is else
-    less by the teacher's probability of the others. The gradient is the token's own, for the given
-    prefix: how the student chose the prefix has no part in it.
+    Off-policy or truncated tokens need importance weights, and k3 a student that excludes none of the
+    teacher's tokens (docs/estimators.md).
 
     Args:
         student_log_prob: ``[...]``, float32 or float64: ``log q`` of the tokens, differentiable.

@@ -39,13 +39,7 @@ def distillation_statistics(
     All that an on-policy distillation step needs of a token (MiniLLM, arXiv:2306.08543: importance
     weights, the single-step reverse KL, rewards and entropy) in one call: one launch forward, which
     finds the logits in cache after their first read, and one backward for the three differentiable
-    results together. With upstream gradients ``g`` of divergence, student's log-probability and
-    student's entropy, the gradient with respect to the student's logit j is::
-
-        [g_d (slope_j - q_j D) + g_lp (1[j = id] - q_j) - g_H q_j (log q_j + H)] / T
-
-    where the q of the first term is the student restricted to the teacher's support, for divergences
-    that are infinite outside it.
+    results together (its formula: docs/semantics.md, section 12).
 
     Args:
         student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in

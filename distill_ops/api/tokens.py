@@ -88,17 +88,12 @@ def mixture_token_log_probs(
 
     a is ``teacher_weight`` (arXiv:2306.08543, section 2.2: tokens are drawn from this mixture, and
     the importance weight of a token is ``exp(token_log_probs(student) - this)``). Each row is read
-    once; the gradient with respect to the student's logit j is ``r (1[j = id] - q_j) / T`` with the
-    student's share ``r = (1 - a) q_id / ((1 - a) q_id + a p_id)``.
+    once.
 
     Args:
-        student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in
-            Triton); dtypes may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64, aligned with the logits, as in :func:`token_log_probs`. Where it
-            is ``ignore_index`` the rows are not read: result and gradient are 0.
+        student_logits, teacher_logits, token_ids, temperature, backend: as in
+            :func:`distillation_statistics`. Where the id is ``ignore_index`` result and gradient are 0.
         teacher_weight: a in [0, 1], a number or a tensor, 0-d or ``[...]``.
-        temperature: T above, positive.
-        backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
 
     Returns:
         ``[...]``, float32 (float64 for float64 logits), differentiable; -inf for an id that is

@@ -38,12 +38,8 @@ def topk_distillation_loss(
         >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
         (0.6338, [0.0923, 0.263, 0.0125, 0.056, -0.4238])
 
-    With ``q = softmax(student_logits / temperature)`` over the whole vocabulary and
-    ``p = exp(teacher_log_probs)``, per token::
-
-        loss = (1 - w) * divergence(q, p) + w * cross_entropy(student_logits, label)
-
-    times the token's weight, and the rest of the vocabulary, by ``tail``, is
+    q is the student's softmax over the whole vocabulary, p is ``exp(teacher_log_probs)``, and the rest
+    of the vocabulary, by ``tail``, is
 
     - "bucket": one more outcome, ``p_rest = max(1 - sum(p), 2**-24)`` against ``q_rest``, the sum of
       q over the columns outside the K; none where the K cover the vocabulary. A divergence of K + 1

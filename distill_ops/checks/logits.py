@@ -70,11 +70,8 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
-    """Whether the gradient may overwrite the student's logits, which require grad.
-
-    Raises:
-        ValueError: they are a leaf, share memory with themselves or the teacher's.
-    """
+    """The gradient may overwrite the student's logits, which require grad: they are no leaf, and share
+    no memory with themselves or the teacher's."""
     base = student_logits._base
     if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(

@@ -5,20 +5,9 @@ import math
 
 import torch
 
+from .. import problem
 from ..divergences.base import column_parameters
-from ..problem import (
-    DenseInputs,
-    MetricsInputs,
-    MetricsOptions,
-    Options,
-    StatisticsInputs,
-    TokenInputs,
-    TokenOptions,
-    Tokens,
-    TopKInputs,
-    TopKTeacher,
-    parameters_of,
-)
+from ..problem import Options, Tokens, TopKTeacher, parameters_of
 from .chunk import Terms
 from .dense import dense
 from .metrics import metrics
@@ -100,19 +89,21 @@ def reduced(losses, components, options: Options, tokens: Tokens, leading):
     return over_tokens(losses), over_tokens(components) if options.components else None
 
 
-def loss(inputs: DenseInputs | TopKInputs, options: Options, made: str, gradient):
+def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, made: str, gradient):
     """Loss, components where asked for, and what is kept for the backward: nothing."""
     of_rows = tokens(inputs, options)
     found = rows(options, of_rows, inputs.student, inputs.teacher, gradient, inputs.dtype())
     return *reduced(*found, options, of_rows, inputs.leading), None
 
 
-def gradient(inputs: DenseInputs | TopKInputs, options: Options, kept, upstream, out) -> None:
+def gradient(
+    inputs: problem.DenseInputs | problem.TopKInputs, options: Options, kept, upstream, out
+) -> None:
     of_rows = tokens(inputs, options)
     rows(options, of_rows, inputs.student, inputs.teacher, out, inputs.dtype(), upstream)
 
 
-def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
+def token_log_probs(inputs: problem.TokenInputs, options: problem.TokenOptions, keep: bool):
     """Log-probabilities, entropies where asked for, and what the gradient needs: the entropies."""
     found, entropies = log_probs(
         inputs.logits, inputs.ids.reshape(-1), options.temperature, options.ignore_index,
@@ -123,7 +114,9 @@ def token_log_probs(inputs: TokenInputs, options: TokenOptions, keep: bool):
     return found.view(inputs.leading), shaped, kept
 
 
-def token_gradient(inputs: TokenInputs, options: TokenOptions, kept, upstreams, out) -> None:
+def token_gradient(
+    inputs: problem.TokenInputs, options: problem.TokenOptions, kept, upstreams, out
+) -> None:
     """``out``, which may be the logits: the gradient of ``[n]`` upstream gradients."""
     fill_gradient(
         inputs.logits, inputs.ids.reshape(-1), kept, *upstreams, options.temperature,
@@ -131,13 +124,13 @@ def token_gradient(inputs: TokenInputs, options: TokenOptions, kept, upstreams, 
     )  # fmt: skip
 
 
-def _divergence_terms(inputs: StatisticsInputs, options: Options) -> tuple[Terms, list]:
+def _divergence_terms(inputs: problem.StatisticsInputs, options: Options) -> tuple[Terms, list]:
     """Of the statistics, and the divergence's parameters."""
     terms = Terms(options.kind(), False, options.temperature, False, inputs.dtype())
     return terms, column_parameters(parameters_of(inputs, options), inputs.dtype())
 
 
-def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool):
+def statistics_of_tokens(inputs: problem.StatisticsInputs, options: Options, keep: bool):
     """``[5, ...]``, the agreement ``[...]``, and what the gradient needs of the rows: the student's
     entropies."""
     student, teacher, dtype, ids = *inputs[:2], inputs.dtype(), inputs.ids.reshape(-1)
@@ -157,7 +150,9 @@ def statistics_of_tokens(inputs: StatisticsInputs, options: Options, keep: bool)
     return outputs.view(-1, *leading), agree.view(leading), (None, entropies)
 
 
-def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstream, out) -> None:
+def statistics_gradient(
+    inputs: problem.StatisticsInputs, options: Options, kept, upstream, out
+) -> None:
     """The gradient of divergence, log-probability and entropy together, 0 where the token is ignored;
     ``upstream`` is ``[5, n]``."""
     terms, parameters = _divergence_terms(inputs, options)
@@ -186,6 +181,6 @@ def statistics_gradient(inputs: StatisticsInputs, options: Options, kept, upstre
         target[places_here] = total.to(target.dtype)
 
 
-def metrics_of_tokens(inputs: MetricsInputs, options: MetricsOptions):
+def metrics_of_tokens(inputs: problem.MetricsInputs, options: problem.MetricsOptions):
     """Sums ``[n_sums, n]`` and the agreement ``[n]``."""
     return metrics(*inputs, options.temperature, options.n_cols, inputs.dtype())

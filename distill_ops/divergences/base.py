@@ -198,12 +198,7 @@ def _check_tensor(name: str, value: torch.Tensor) -> None:
 
 
 def as_divergence(divergence: "Divergence | str") -> Divergence:
-    """A divergence from itself or its name.
-
-    Raises:
-        ValueError: no divergence has this name.
-        TypeError: neither a name nor a Divergence.
-    """
+    """A divergence from itself or its name, routed to the one that it is at an end point."""
     if isinstance(divergence, str):
         if divergence not in DIVERGENCES:
             raise ValueError(

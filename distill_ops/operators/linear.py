@@ -4,18 +4,11 @@ import math
 
 import torch
 
+from .. import problem
 from ..heads.engine import Engine
 from ..heads.projection import Projection, logits_bytes
 from ..heads.select import on_device, select
-from ..problem import (
-    FORWARD,
-    NO_GRADIENTS,
-    LinearInputs,
-    LinearOptions,
-    Tokens,
-    TopKTeacher,
-    Wanted,
-)
+from ..problem import FORWARD, NO_GRADIENTS, Tokens, TopKTeacher, Wanted
 from .logits import loss_fakes
 from .path import path_of
 from .register import LossOperator, Plan
@@ -35,7 +28,11 @@ class LinearPass:
     """One pass over all tokens: what the loss of rows needs, and where it stores its results."""
 
     def __init__(
-        self, inputs: LinearInputs, options: LinearOptions, tokens: Tokens, wanted: Wanted
+        self,
+        inputs: problem.LinearInputs,
+        options: problem.LinearOptions,
+        tokens: Tokens,
+        wanted: Wanted,
     ):
         self.options, self.dtype, blocks = options.loss, inputs.dtype(), options.blocks
         self.path = path_of(self.options.backend)
@@ -103,7 +100,7 @@ class LinearPass:
         return loss, components if self.options.components else None
 
 
-def forward(inputs: LinearInputs, options: LinearOptions, plan: Plan):
+def forward(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan):
     """Loss and components; kept are the gradients that the forward makes."""
     hidden = inputs.student_hidden
     with on_device(hidden):
@@ -114,7 +111,9 @@ def forward(inputs: LinearInputs, options: LinearOptions, plan: Plan):
         return made.reduced(inputs.leading), gradients.of(hidden)
 
 
-def gradient(inputs: LinearInputs, options: LinearOptions, plan: Plan, kept, upstreams):
+def gradient(
+    inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan, kept, upstreams
+):
     """The gradients that are wanted, for the incoming gradient ``[]`` or ``[...]``."""
     hidden = inputs.student_hidden
     with on_device(hidden):
@@ -124,7 +123,7 @@ def gradient(inputs: LinearInputs, options: LinearOptions, plan: Plan, kept, ups
         return made.engine.run(made.row_loss).of(hidden)
 
 
-def fake(inputs: LinearInputs, options: LinearOptions, plan: Plan):
+def fake(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan):
     wanted = plan.wanted if plan.made == FORWARD else NO_GRADIENTS
     gradients = tuple(
         x.new_empty(x.shape) if want else None
@@ -134,7 +133,7 @@ def fake(inputs: LinearInputs, options: LinearOptions, plan: Plan):
 
 
 linear_loss = LossOperator(
-    "linear_loss", LinearInputs, LinearOptions, forward=forward, gradient=gradient, fake=fake,
+    "linear_loss", problem.LinearInputs, problem.LinearOptions, forward=forward, gradient=gradient, fake=fake,
     students=("student_hidden", "student_weight", "student_bias"), outputs=2, kept=3,
     references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
 )  # fmt: skip

@@ -2,19 +2,12 @@
 
 import torch
 
+from .. import problem
 from ..heads.engine import Engine
 from ..heads.projection import Projection
 from ..heads.select import on_device, select
 from ..kernels.launch import TOKEN_STATISTICS
-from ..problem import (
-    BACKWARD,
-    NO_GRADIENTS,
-    LinearTokenInputs,
-    LinearTokenOptions,
-    TokenInputs,
-    Tokens,
-    Wanted,
-)
+from ..problem import BACKWARD, NO_GRADIENTS, TokenInputs, Tokens, Wanted
 from .path import path_of
 from .register import LossOperator, Plan
 from .tokens import fake as token_fake
@@ -24,7 +17,9 @@ from .tokens import per_row
 class TokenPass:
     """One pass over the tokens that count."""
 
-    def __init__(self, inputs: LinearTokenInputs, options: LinearTokenOptions, wanted: Wanted):
+    def __init__(
+        self, inputs: problem.LinearTokenInputs, options: problem.LinearTokenOptions, wanted: Wanted
+    ):
         self.options, self.path = options.tokens, path_of(options.tokens.backend)
         self.triton = self.options.backend == "triton"
         blocks, dtype, ids = options.blocks, inputs.dtype(), inputs.ids.reshape(-1)
@@ -84,7 +79,7 @@ class TokenPass:
         return self.engine.run(write)
 
 
-def forward(inputs: LinearTokenInputs, options: LinearTokenOptions, plan: Plan):
+def forward(inputs: problem.LinearTokenInputs, options: problem.LinearTokenOptions, plan: Plan):
     """Log-probabilities and entropies ``[...]``; what the gradient needs of the rows is kept."""
     with on_device(inputs.hidden):
         found = TokenPass(inputs, options, NO_GRADIENTS)
@@ -93,14 +88,20 @@ def forward(inputs: LinearTokenInputs, options: LinearTokenOptions, plan: Plan):
     return (log_probs.view(inputs.leading), entropies), (kept,)
 
 
-def gradient(inputs: LinearTokenInputs, options: LinearTokenOptions, plan: Plan, kept, upstreams):
+def gradient(
+    inputs: problem.LinearTokenInputs,
+    options: problem.LinearTokenOptions,
+    plan: Plan,
+    kept,
+    upstreams,
+):
     with on_device(inputs.hidden):
         made = TokenPass(inputs, options, Wanted(*plan.wanted))
         return made.gradients(*kept, per_row(upstreams)).of(inputs.hidden)
 
 
 linear_token_log_probs = LossOperator(
-    "linear_token_log_probs", LinearTokenInputs, LinearTokenOptions, forward=forward,
+    "linear_token_log_probs", problem.LinearTokenInputs, problem.LinearTokenOptions, forward=forward,
     gradient=gradient, fake=lambda inputs, options, plan: token_fake(inputs, options.tokens, plan),
     students=("hidden", "weight", "bias"), outputs=2, kept=1, differentiable=2,
 )  # fmt: skip

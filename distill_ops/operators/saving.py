@@ -42,11 +42,8 @@ def saved(ctx, kind: type) -> tuple:
 
 
 def check_backward(ctx, function: str, reference: str) -> None:
-    """For a backward: operators without a formula of their own would leave a wrong one unnoticed.
-
-    Raises:
-        RuntimeError: it is itself to be differentiated, or its gradient was used up.
-    """
+    """Refuse a backward that is to be differentiated (operators without a formula of their own would
+    leave a wrong one unnoticed), or whose gradient was used up."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function} has no second derivative: its backward was called with "
