@@ -122,13 +122,14 @@ class TeacherTopKDataset(torch.utils.data.Dataset):
         self._mapped: dict[int, dict[str, torch.Tensor]] = {}
         if path.is_dir():
             self._header, self._size = _read_index(path / INDEX)
-            n_files = max(1, -(-self._header.rows // self._size))
-            self._files = [path / shard_name(i) for i in range(n_files)]
+            self._files = []
+            for i in range(max(1, -(-self._header.rows // self._size))):
+                self._files.append(path / shard_name(i))
+                self._map_shard(i)  # at once: an index may name billions of rows
         else:
             self._header, _ = _map_file(path)
             self._files, self._size = [path], max(1, self._header.rows)
-        for i in range(len(self._files)):
-            self._map_shard(i)
+            self._map_shard(0)
         asked = {"temperature": temperature, "vocab_size": vocab_size, "teacher": teacher}
         for name, value in asked.items():
             recorded = getattr(self._header, name)
