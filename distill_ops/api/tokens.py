@@ -32,9 +32,8 @@ def token_log_probs(
         (-0.982, 1.4915)
 
     One read of the logits in the forward; one read and one write, of the gradient, in the backward;
-    nothing of the vocabulary's size in between. With ``q = softmax(logits / T)`` the gradients with
-    respect to logit j are ``(1[j = id] - q_j) / T`` and ``-q_j (log q_j + H) / T``; both are made at
-    once.
+    nothing of the vocabulary's size in between. The gradients with respect to logit j are
+    ``(1[j = id] - q_j) / T`` and ``-q_j (log q_j + H) / T``; both are made at once.
 
     A logit of -inf has no part in the entropy; an id whose logit is -inf gives -inf, with that same
     finite gradient. A row of NaN, of +inf, or all -inf gives NaN.

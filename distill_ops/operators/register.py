@@ -149,9 +149,9 @@ class LossOperator:
         return _Direct.apply(self, inputs, options, plan, *students)
 
     def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
-        if made == NO_GRADIENT:
-            return Plan(function, made, (False,) * len(students))
-        wanted = [x is not None and x.requires_grad for x in students]
+        wanted = [False] * len(students)
+        if made != NO_GRADIENT:
+            wanted = [x is not None and x.requires_grad for x in students]
         return Plan(function, made, tuple(wanted))
 
     def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
@@ -166,8 +166,7 @@ class LossOperator:
         return self._refuse(plan, students) or dispatches(saving.flattened(inputs))
 
     def _reference(self, plan: Plan) -> str:
-        serves = self.references.get(plan.function, plan.function)
-        return f"distill_ops.reference.{serves}"
+        return f"distill_ops.reference.{self.references.get(plan.function, plan.function)}"
 
     def packed(self, options: NamedTuple, plan: Plan) -> tuple[list[str], list[float], list[int]]:
         """The last arguments of the operators."""

@@ -19,6 +19,7 @@ import pytest
 
 import distill_ops
 import distill_ops.divergences.base
+from distill_ops.divergences.built_in import BUILT_IN
 
 PUBLIC = (
     "distill_ops",
@@ -90,7 +91,7 @@ def run_program(text: str, folder: Path) -> None:
     """In a file, as Triton reads the functions' text there; what it declares is forgotten again."""
     file = folder / "example.py"
     file.write_text(text)
-    with mock.patch.dict(distill_ops.divergences.base.DIVERGENCES):
+    with mock.patch.dict(distill_ops.divergences.base.DIVERGENCES, BUILT_IN, clear=True):
         runpy.run_path(str(file))
 
 

@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 
-import distill_ops.divergences.base
+from distill_ops.divergences.base import DIVERGENCES
+from distill_ops.divergences.built_in import BUILT_IN
 from tests.support import ROOT
 from tests.support.recipes import READERS_OWN
 
@@ -46,9 +47,7 @@ def test_code_runs(page, tmp_path):
     code, _ = blocks(page.read_text())
     file = tmp_path / "page.py"  # a file, as Triton reads functions there
     file.write_text("\n\n".join(code))
-    with mock.patch.dict(
-        distill_ops.divergences.base.DIVERGENCES
-    ):  # forgets what the page declares
+    with mock.patch.dict(DIVERGENCES, BUILT_IN, clear=True):  # forgets what the page declares
         runpy.run_path(str(file), READERS_OWN.get(in_page(page), dict)())
 
 
