@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.core.memory import peak_above_inputs
 from distill_ops import JensenShannon, distillation_loss
+from distill_ops.operators import register
 from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved
 from tests.support.operators import call_of
@@ -124,22 +125,25 @@ def test_infinite_rows(divergence, backend, device):
 
 
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
-def test_autograd_notices_the_overwriting(gradient, backend, device):
-    student, teacher = make_logits((3, 20), device=device)
-    logits = student.requires_grad_() * 1.0
-    other = (logits * logits).sum()  # needs the logits for its own gradient
-    version = logits._version
-    loss = distillation_loss(logits, teacher, inplace=True, gradient=gradient, backend=backend)
-    if gradient == "forward":
-        assert logits._version > version
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            (loss + other).backward()
-    else:
-        assert logits._version == version
-        loss.backward(retain_graph=True)
-        assert logits._version > version
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            other.backward()
+def test_autograd_notices_the_overwriting(gradient, backend, device, monkeypatch):
+    for dispatched in (False, True):  # called directly, and as where something watches
+        monkeypatch.setattr(register, "dispatches", lambda *_, dispatched=dispatched: dispatched)
+        student, teacher = make_logits((3, 20), device=device)
+        logits = student.requires_grad_() * 1.0
+        other = (logits * logits).sum()  # needs the logits for its own gradient
+        version = logits._version
+        options = {"gradient": gradient, "backend": backend}
+        loss = distillation_loss(logits, teacher, inplace=True, **options)
+        if gradient == "forward":
+            assert logits._version > version
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                (loss + other).backward()
+        else:
+            assert logits._version == version
+            loss.backward(retain_graph=True)
+            assert logits._version > version
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                other.backward()
 
 
 def logits_and_loss(gradient, backend, device):

@@ -115,6 +115,16 @@ INPLACE_GRADIENT = [
         f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
+        "no version bump in the direct forward", sources.OPERATORS_REGISTER,
+        "saving.increment_version(into)", "pass",
+        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
+    ),
+    Mutation(
+        "no version bump in the direct backward", sources.OPERATORS_REGISTER,
+        "into=inputs[0])\n                saving.increment_version(inputs[0])", "into=inputs[0])",
+        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
+    ),
+    Mutation(
         "in place on a view of a parameter", sources.CHECKS_LOGITS,
         "base = student_logits._base", "base = None",
         f"{INPLACE}refusals[torch]",

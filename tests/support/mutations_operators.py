@@ -4,6 +4,7 @@ from tests.support import sources
 from tests.support.mutants import Mutation
 
 REGISTRATION = "tests/interface/test_registration.py::test_"
+CALLS = "tests/interface/test_calls.py::test_"
 OPERATORS = "tests/interface/test_operators.py::test_"
 LAYERS = "tests/interface/test_layers.py::test_"
 
@@ -32,12 +33,12 @@ PACKING = [
     Mutation(
         "options: one that a function goes without is taken", sources.ARGUMENTS,
         "if name in without or name not in DEFAULTS:", "if name not in DEFAULTS:",
-        f"{REGISTRATION}options_that_a_function_goes_without_are_refused[topk_distillation_loss]",
+        f"{CALLS}options_that_a_function_goes_without_are_refused[topk_distillation_loss]",
     ),
     Mutation(
         "options: one that a function goes without is in its signature", sources.ARGUMENTS,
         "if name not in without\n", "",
-        f"{REGISTRATION}signatures",
+        f"{CALLS}signatures",
     ),
 ]  # fmt: skip
 
@@ -60,7 +61,7 @@ DIFFERENTIATION = [
         "nothing goes through the dispatcher", sources.OPERATORS_REGISTER,
         "return transformed or bool(torch._C._len_torch_dispatch_stack())",
         "return False",
-        f"{OPERATORS}opcheck_of_the_loss[torch-backward]",
+        "tests/interface/test_registration.py::test_modes_see_the_operator",
     ),
     Mutation(
         "differentiable outputs are marked as constants", sources.OPERATORS_REGISTER,
