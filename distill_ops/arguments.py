@@ -51,9 +51,9 @@ class Counted(NamedTuple):
         """Which tokens count, in the shape of ``like``."""
         kept = torch.ones_like(like, dtype=torch.bool)
         if self.loss_mask is not None:
-            kept &= self.loss_mask != 0
+            kept = kept & (self.loss_mask != 0)
         if self.labels is not None:
-            kept &= self.labels != self.ignore_index
+            kept = kept & (self.labels != self.ignore_index)
         return kept
 
 

@@ -279,6 +279,15 @@ class MetricsInputs(NamedTuple):
     dtype = DenseInputs.dtype
 
 
+# the users' names of what has a vocabulary's or a head's width, by its field in the inputs
+STREAMED = {
+    "student": "student_logits", "teacher": "teacher_logits", "logits": "logits",
+    "student_hidden": "student_hidden", "student_weight": "student_weight",
+    "teacher_hidden": "teacher_hidden", "teacher_weight": "teacher_weight",
+    "hidden": "hidden", "weight": "weight",
+}  # fmt: skip
+
+
 class Tokens(NamedTuple):
     """What rows of logits come with: for all of them, or one entry a row."""
 

@@ -63,6 +63,14 @@ def check_alone(name: str, logits: torch.Tensor, vocab_size: int | None) -> int:
     return check_vocabulary(vocab_size, logits.shape[-1])
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there are bytes of its own: not of a tensor without entries, on meta or in a transform."""
+    plain = type(tensor) is torch.Tensor and not tensor.is_meta
+    return (
+        plain and tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes that a tensor spans: from, to."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -78,7 +86,7 @@ def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | N
             "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter), or "
             "a view of one: pass the output of the model, or inplace=False"
         )
-    if torch.compiler.is_compiling() or student_logits.numel() == 0:
+    if torch.compiler.is_compiling() or not has_memory(student_logits):
         return
     if any(
         s == 0 and n > 1 for n, s in zip(student_logits.shape, student_logits.stride(), strict=True)
@@ -87,7 +95,7 @@ def check_inplace(student_logits: torch.Tensor, teacher_logits: torch.Tensor | N
             f"inplace=True needs student_logits without repeated memory, got strides "
             f"{student_logits.stride()} (expanded): pass .contiguous(), or inplace=False"
         )
-    if teacher_logits is None or type(student_logits) is not torch.Tensor:
+    if teacher_logits is None or not has_memory(teacher_logits):
         return
     (start, end), (other_start, other_end) = _extent(student_logits), _extent(teacher_logits)
     if start < other_end and other_start < end:

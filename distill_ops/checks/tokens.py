@@ -74,7 +74,7 @@ def check_parameters(divergence: Divergence, rows: TokenRows, counted: Counted) 
         domain = divergence.domain(name)
         outside = _outside(value, domain)
         if value.dim():
-            outside &= counted.kept(outside)
+            outside = outside & counted.kept(outside)
         if outside.any():
             raise ValueError(
                 f"{title}, a tensor, must hold values {domain.text(domain.tensor_ends)}, "
@@ -198,7 +198,7 @@ def check_mixture(
         return
     outside = ~((teacher_weight >= 0) & (teacher_weight <= 1))
     if teacher_weight.dim():
-        outside &= counted.kept(token_ids)
+        outside = outside & counted.kept(token_ids)
     if outside.any():
         raise ValueError(
             f"teacher_weight must lie in [0, 1], got {teacher_weight[outside][0].item()}"

@@ -31,15 +31,27 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
+# modes in which tensors stand for values: torch.compile's parts, FakeTensorMode, make_fx
+TRACING = tuple(
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+)
+
+
 def readable(*tensors: torch.Tensor | None) -> bool:
     """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode;
-    not of a batch under vmap, on which no branch can depend."""
+    not while tracing, nor of a batch under vmap, on which no branch can depend."""
     if torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in given):
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
         return False
-    return _debug or all(tensor.device.type == "cpu" for tensor in given)
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if torch._C._functorch.is_batchedtensor(tensor) or hasattr(tensor, "fake_mode"):
+            return False
+        if tensor.device.type != "cpu" and (tensor.is_meta or not _debug):
+            return False
+    return True
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -62,7 +74,7 @@ def check_share(name: str, value: float, expected: str = "a number in [0, 1]") -
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> int:
     expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int {expected}, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {expected}, got {value}")

@@ -16,12 +16,11 @@ import torch
 
 from ..problem import BACKWARD, FORWARD, NO_GRADIENT
 from . import saving
+from .functions import OPERATORS, Direct, InPlace, as_tuple
 from .packing import code_of, pack, unpack
-from .transforms import map_in_turn, refuse_transforms
+from .transforms import each_of_batch, map_in_turn, refuse_transforms, watched
 
 library = torch.library.Library("distill_ops", "DEF")
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Plan(NamedTuple):
@@ -133,20 +132,27 @@ class LossOperator:
         """
         students = [getattr(inputs, name) for name in self.students]
         plan = self.plan(function, students, made)
+        compiled = torch.compiler.is_compiling()
+        transformed = not compiled and refuse_transforms(
+            students, plan.function, self.reference(plan)
+        )
+        if made == BACKWARD and not compiled:
+            inputs = saving.lasting(function, inputs)
+        through = transformed or watched(saving.flattened(inputs))
         if inplace:
-            if not torch.compiler.is_compiling() and self._refuse(plan, students):
-                raise NotImplementedError("inplace=True cannot be used under torch.func transforms")
-            called = function, self._reference(plan), made, backend_of(options)
-            if torch.compiler.is_compiling() or dispatches(saving.flattened(inputs)):
-                direct, lists = None, self.packed(options, plan)
-            else:
-                direct, lists = (options, plan), ()
-            return _InPlace.apply(self.name, called, direct, *inputs, *lists)
-        if self._watched(plan, inputs, students):
+            if transformed:
+                raise NotImplementedError(
+                    f"{function} with inplace=True cannot be used under torch.func transforms"
+                )
+            called = function, self.reference(plan), made, backend_of(options)
+            direct = None if through else (options, plan)
+            lists = self.packed(options, plan) if through else ()
+            return InPlace.apply(self.name, called, direct, *inputs, *lists)
+        if through:
             return as_tuple(self.op(*inputs, *self.packed(options, plan)))[: self.n_outputs]
         if made == NO_GRADIENT:
             return self.forward(inputs, options, plan)[0]
-        return _Direct.apply(self, inputs, options, plan, *students)
+        return Direct.apply(self, inputs, options, plan, *students)
 
     def plan(self, function: str, students: list[torch.Tensor | None], made: str) -> Plan:
         wanted = [False] * len(students)
@@ -154,18 +160,8 @@ class LossOperator:
             wanted = [x is not None and x.requires_grad for x in students]
         return Plan(function, made, tuple(wanted))
 
-    def _refuse(self, plan: Plan, students: list[torch.Tensor | None]) -> bool:
-        """Whether a transform is active that does not differentiate; the others are refused."""
-        return refuse_transforms(students, plan.function, self._reference(plan))
-
-    def _watched(self, plan: Plan, inputs: NamedTuple, students: list) -> bool:
-        """Whether something watches the dispatcher: tracing, a transform or a mode, a tensor's
-        class."""
-        if torch.compiler.is_compiling():
-            return True
-        return self._refuse(plan, students) or dispatches(saving.flattened(inputs))
-
-    def _reference(self, plan: Plan) -> str:
+    def reference(self, plan: Plan) -> str:
+        """What serves where this operator does not."""
         return f"distill_ops.reference.{self.references.get(plan.function, plan.function)}"
 
     def packed(self, options: NamedTuple, plan: Plan) -> tuple[list[str], list[float], list[int]]:
@@ -182,6 +178,17 @@ class LossOperator:
         options = unpack(self.code[0], sources)
         plan = unpack(self.code[1], sources)
         return self.inputs(*arguments[:n]), options, plan, arguments[n + 3 :]
+
+    def overwrite(self, inputs: NamedTuple, options: NamedTuple, plan: Plan) -> tuple:
+        """The outputs; the gradient, made here, overwrites the first input."""
+        outputs, _ = self.forward(inputs, options, plan, into=inputs[0])
+        saving.increment_version(inputs[0])
+        return outputs
+
+    def overwrite_backward(self, inputs, options, plan: Plan, kept, upstreams) -> None:
+        """The gradient overwrites the first input in the backward."""
+        self.gradient(inputs, options, plan, kept, upstreams, into=inputs[0])
+        saving.increment_version(inputs[0])
 
     def _forward(self, *arguments):
         inputs, options, plan, _ = self.unpacked(arguments)
@@ -209,9 +216,7 @@ class LossOperator:
 
     def _inplace(self, *arguments):
         inputs, options, plan, _ = self.unpacked(arguments)
-        outputs, _ = self.forward(inputs, options, plan, into=inputs[0])
-        saving.increment_version(inputs[0])
-        return filled(inputs[0], outputs)
+        return filled(inputs[0], self.overwrite(inputs, options, plan))
 
     def _inplace_fake(self, *arguments):
         inputs, options, plan, _ = self.unpacked(arguments)
@@ -220,8 +225,7 @@ class LossOperator:
     def _inplace_gradient(self, *arguments) -> None:
         inputs, options, plan, others = self.unpacked(arguments)
         kept, upstreams = others[: self.n_kept], others[self.n_kept :]
-        self.gradient(inputs, options, plan, kept, upstreams, into=inputs[0])
-        saving.increment_version(inputs[0])
+        self.overwrite_backward(inputs, options, plan, kept, upstreams)
 
     def _setup_context(self, ctx, inputs, output) -> None:
         problem, options, plan, _ = self.unpacked(inputs)
@@ -256,49 +260,20 @@ class LossOperator:
         upstreams = upstreams[: self.differentiable]
         if all(upstream is None for upstream in upstreams):
             return (None,) * len(self.students)
-        plan = ctx.plan
-        saving.check_backward(ctx, plan.function, self._reference(plan))
+        plan, options = ctx.plan, ctx.options
+        saving.check_backward(ctx, plan.function, self.reference(plan))
         if plan.made == FORWARD:
-            gradients = saving.scaled(ctx, upstreams[0], ctx.plan.wanted, backend_of(ctx.options))
+            gradients = saving.scaled(ctx, upstreams[0], plan.wanted, backend_of(options))
         else:
             inputs, kept = saving.saved(ctx, self.inputs)
-            tensors = *saving.flattened(inputs), *upstreams
-            if torch.compiler.is_compiling() or dispatches(tensors) or batched(upstreams):
+            if watched((*saving.flattened(inputs), *upstreams)):
                 gradients = as_tuple(
-                    self.gradient_op(*inputs, *self.packed(ctx.options, plan), *kept, *upstreams)
+                    self.gradient_op(*inputs, *self.packed(options, plan), *kept, *upstreams)
                 )
             else:
-                gradients = self.gradient(inputs, ctx.options, plan, kept, upstreams)
+                make = lambda each: self.gradient(inputs, options, plan, kept, each)
+                gradients = each_of_batch(make, upstreams)
         return tuple(x if want else None for x, want in zip(gradients, plan.wanted, strict=True))
-
-
-OPERATORS: dict[str, LossOperator] = {}
-
-
-def filled(like: torch.Tensor, results) -> tuple[torch.Tensor, ...] | torch.Tensor:
-    """Results as an operator returns them: an empty tensor where there is none."""
-    found = tuple(like.new_empty(0) if x is None else x for x in results)
-    return found[0] if len(found) == 1 else found
-
-
-def as_tuple(results) -> tuple[torch.Tensor, ...]:
-    """Results of an operator, which returns one of them alone."""
-    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
-
-
-def dispatches(tensors) -> bool:
-    """Whether a call on these tensors must go through the dispatcher."""
-    for t in tensors:
-        if t is not None and type(t) not in PLAIN:
-            return True
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or bool(torch._C._len_torch_dispatch_stack())
-
-
-def batched(upstreams) -> bool:
-    """Whether autograd maps a backward over a batch of upstreams (``is_grads_batched``, a vectorized
-    jacobian): of old, not as a transform of torch.func."""
-    return any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstreams)
 
 
 def backend_of(options: NamedTuple) -> str:
@@ -306,82 +281,7 @@ def backend_of(options: NamedTuple) -> str:
     return options.backend if hasattr(options, "backend") else backend_of(options[0])
 
 
-def mark_constant(ctx, operator: LossOperator, outputs) -> None:
-    """Those that have no derivative."""
-    constant = [x for x in outputs[operator.differentiable :] if x is not None]
-    ctx.mark_non_differentiable(*constant)
-
-
-class _Direct(torch.autograd.Function):
-    """An operator's forward and backward without the dispatcher between."""
-
-    @staticmethod
-    def forward(ctx, operator, inputs, options, plan, *students):
-        outputs, kept = operator.forward(inputs, options, plan)
-        operator.keep(ctx, inputs, options, plan, outputs, kept)
-        ctx.operator = operator
-        mark_constant(ctx, operator, outputs)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, *upstreams):
-        return None, None, None, None, *ctx.operator.differentiate(ctx, upstreams)
-
-
-class _InPlace(torch.autograd.Function):
-    """The gradient overwrites the first input: in the forward, or in the backward. No operator that
-    mutates its input can have a formula for autograd, so this has one around it."""
-
-    @staticmethod
-    def forward(ctx, name, called, direct, *arguments):
-        operator = OPERATORS[name]
-        n, made = len(operator.inputs._fields), called[2]
-        inputs = operator.inputs(*arguments[:n])
-        ctx.name, ctx.called, ctx.direct, ctx.lists = name, called, direct, arguments[n:]
-        ctx.n_others, ctx.spent = len(arguments) - 1, False
-        ctx.set_materialize_grads(False)
-        if direct is None:
-            op = operator.inplace_op if made == FORWARD else operator.op
-            results = as_tuple(op(*arguments))
-            outputs, kept = results[: operator.n_outputs], results[operator.n_outputs :]
-        else:  # options and plan: nothing watches the dispatcher
-            into = inputs[0] if made == FORWARD else None
-            outputs, kept = operator.forward(inputs, *direct, into=into)
-            if made == FORWARD:
-                saving.increment_version(into)
-        if made == FORWARD:
-            ctx.save_for_backward(inputs[0])
-        else:
-            saving.save(ctx, inputs, kept)
-        mark_constant(ctx, operator, outputs)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        operator, others = OPERATORS[ctx.name], (None,) * ctx.n_others
-        if upstream is None:
-            return None, None, None, None, *others
-        function, reference, made, backend = ctx.called
-        saving.check_backward(ctx, function, reference)
-        traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor
-        if made == BACKWARD:
-            inputs, kept = saving.saved(ctx, operator.inputs)
-            ctx.spent = not traced
-            if ctx.direct is not None and not traced and not dispatches((upstream,)):
-                operator.gradient(inputs, *ctx.direct, kept, (upstream,), into=inputs[0])
-                saving.increment_version(inputs[0])
-            else:
-                lists = ctx.lists or operator.packed(*ctx.direct)
-                arguments = *inputs, *lists, *kept, upstream
-                if traced:  # the compiler plans the memory
-                    return None, None, None, operator.gradient_op(*arguments), *others
-                operator.inplace_gradient_op(*arguments)
-            return None, None, None, inputs[0].detach(), *others
-        (student,) = ctx.saved_tensors
-        if traced:
-            return None, None, None, student * upstream, *others
-        ctx.spent = True
-        gradient = student.detach()
-        saving.scale_(gradient, upstream, backend)
-        saving.increment_version(student)
-        return None, None, None, gradient, *others
+def filled(like: torch.Tensor, results) -> tuple[torch.Tensor, ...] | torch.Tensor:
+    """Results as an operator returns them: an empty tensor where there is none."""
+    found = tuple(like.new_empty(0) if x is None else x for x in results)
+    return found[0] if len(found) == 1 else found

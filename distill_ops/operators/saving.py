@@ -2,6 +2,9 @@
 
 import torch
 
+from ..problem import STREAMED
+from .transforms import is_batched, watched
+
 
 def flattened(inputs) -> list[torch.Tensor | None]:
     """The tensors of an operator's inputs, those of lists among them."""
@@ -16,29 +19,45 @@ def lengths(inputs) -> list[int | None]:
     return [len(x) if isinstance(x, list) else None for x in inputs]
 
 
+def lasting(function: str, inputs):
+    """The inputs as a backward may find them again. A tensor made under inference mode has no version
+    that would tell of a change: one entry a token or slot is copied.
+
+    Raises:
+        ValueError: logits, hidden states or weights of that kind, which are too large for it.
+    """
+    if not any(t is not None and t.is_inference() for t in flattened(inputs)):
+        return inputs
+    kept = {}
+    for field, value in inputs._asdict().items():
+        if isinstance(value, list):
+            value = [x.clone() if x.is_inference() else x for x in value]
+        elif value is not None and value.is_inference():
+            if field in STREAMED:
+                raise ValueError(
+                    f"{STREAMED[field]} were made under torch.inference_mode(), where a change before "
+                    f"the backward of {function}, which reads them again, goes unnoticed: make them "
+                    f"under torch.no_grad(), or pass gradient='forward' where the function takes it"
+                )
+            value = value.clone()
+        kept[field] = value
+    return type(inputs)(**kept)
+
+
 def save(ctx, inputs, kept) -> None:
     """Save an operator's tensors, and what its forward kept of them."""
     ctx.lengths = lengths(inputs)
-    tensors = flattened(inputs)
-    # the tensors made under inference mode cannot be saved, and cannot change either
-    traced = torch.compiler.is_compiling()
-    ctx.unsaved = [
-        t if not traced and t is not None and t.is_inference() else None for t in tensors
-    ]
-    alive = [t if u is None else None for t, u in zip(tensors, ctx.unsaved, strict=True)]
-    ctx.save_for_backward(*alive, *kept)
+    ctx.save_for_backward(*flattened(inputs), *kept)
 
 
 def saved(ctx, kind: type) -> tuple:
     """The operator's tensors again, as ``kind``, and what was kept."""
-    n = len(ctx.unsaved)
-    found = ctx.saved_tensors  # once: each access unpacks them, which a checkpoint allows but once
-    tensors = [s if u is None else u for s, u in zip(found[:n], ctx.unsaved, strict=True)]
-    inputs, i = [], 0
-    for length in ctx.lengths:
-        inputs.append(tensors[i] if length is None else tensors[i : i + length])
-        i += 1 if length is None else length
-    return kind(*inputs), list(found[n:])
+    tensors = iter(ctx.saved_tensors)  # once: each access unpacks them, a checkpoint's only once
+    inputs = [
+        next(tensors) if length is None else [next(tensors) for _ in range(length)]
+        for length in ctx.lengths
+    ]
+    return kind(*inputs), list(tensors)
 
 
 def check_backward(ctx, function: str, reference: str) -> None:
@@ -60,7 +79,7 @@ def check_backward(ctx, function: str, reference: str) -> None:
 def scaled(ctx, upstream: torch.Tensor, wanted, backend: str) -> list[torch.Tensor | None]:
     """The gradients that the forward made and kept, times the incoming one."""
     gradients = list(ctx.saved_tensors)
-    if type(upstream) is not torch.Tensor:  # being traced: leave the saved tensors alone
+    if watched((upstream,)) or is_batched(upstream):  # leave the saved tensors alone
         return [x * upstream if want else None for x, want in zip(gradients, wanted, strict=True)]
     ctx.spent = True
     for gradient, want in zip(gradients, wanted, strict=True):

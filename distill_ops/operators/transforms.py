@@ -1,8 +1,53 @@
-"""Transforms of torch.func around an operator: vmap, and the refusal of those that differentiate."""
+"""What may stand around an operator: modes, tracing, vmap of new and of old, and the transforms that
+differentiate, which are refused."""
 
 import torch
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch.autograd import forward_ad
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def watched(tensors) -> bool:
+    """Whether a call on these tensors must go through the dispatcher."""
+    return torch.compiler.is_compiling() or dispatches(tensors)
+
+
+def dispatches(tensors) -> bool:
+    """Whether a transform, a mode, a tensor's class or one without values needs the dispatcher."""
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or t.is_meta):
+            return True
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_batched(upstream: torch.Tensor) -> bool:
+    """Whether autograd maps a backward over a batch of upstreams (``is_grads_batched``, a vectorized
+    jacobian): of old, not as a transform of torch.func."""
+    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(upstream)
+
+
+def each_of_batch(make, upstreams):
+    """``make(upstreams)``, gradients or None; of a batch of upstreams, one after the other."""
+    batched = [u is not None and is_batched(u) for u in upstreams]
+    if not any(batched):
+        return make(upstreams)
+    level = torch._C._vmapmode_increment_nesting() - 1  # the one that is active
+    torch._C._vmapmode_decrement_nesting()
+    whole = [
+        torch._remove_batch_dim(u, level, 1, 0) if batch else u
+        for u, batch in zip(upstreams, batched, strict=True)
+    ]
+    size = len(whole[batched.index(True)])
+    found = [
+        make([u[i] if batch else u for u, batch in zip(whole, batched, strict=True)])
+        for i in range(size)
+    ]
+    return [
+        None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)
+        for x in zip(*found, strict=True)
+    ]
 
 
 def map_in_turn(operator):

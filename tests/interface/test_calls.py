@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import distill_ops
-from distill_ops.operators import register
+from distill_ops.operators import transforms
 from tests.interface import test_registration as operators
 from tests.support import ROOT
 from tests.support.helpers import make_logits
@@ -47,7 +47,7 @@ def test_hops_to_the_launch(name, monkeypatch):
 
     monkeypatch.setattr(aot._Recorder, "__getitem__", recorded)
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
-    monkeypatch.setattr(register, "dispatches", lambda *_: False)
+    monkeypatch.setattr(transforms, "dispatches", lambda *_: False)
     function, called = getattr(distill_ops, name), operators.FUNCTIONS[name]
     with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
     student = torch.empty(4, 33, device="meta", requires_grad=True)

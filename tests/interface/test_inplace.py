@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.core.memory import peak_above_inputs
 from distill_ops import JensenShannon, distillation_loss
-from distill_ops.operators import register
+from distill_ops.operators import transforms
 from tests.support.cases import DIVERGENCES, FLOAT_MASK, LABELS, TOKENS
 from tests.support.helpers import make_logits, moved
 from tests.support.operators import call_of
@@ -127,7 +127,7 @@ def test_infinite_rows(divergence, backend, device):
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_autograd_notices_the_overwriting(gradient, backend, device, monkeypatch):
     for dispatched in (False, True):  # called directly, and as where something watches
-        monkeypatch.setattr(register, "dispatches", lambda *_, dispatched=dispatched: dispatched)
+        monkeypatch.setattr(transforms, "dispatches", lambda *_, dispatched=dispatched: dispatched)
         student, teacher = make_logits((3, 20), device=device)
         logits = student.requires_grad_() * 1.0
         other = (logits * logits).sum()  # needs the logits for its own gradient

@@ -1,19 +1,16 @@
-"""One description of an operator gives everything PyTorch needs: a toy's, and every function's own."""
+"""One description of an operator gives everything PyTorch needs: a toy's."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
-import distill_ops
-from distill_ops.operators import packing, register
+from distill_ops.operators import packing, register, transforms
 from distill_ops.operators.register import LossOperator
 from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
-from tests.support.helpers import make_logits
 
 
 class Inputs(NamedTuple):
@@ -116,7 +113,7 @@ def test_options_come_back(toy):
 @pytest.mark.parametrize("dispatched", [False, True])
 def test_autograd(toy, dispatched, made):
     x, again = leaf(), leaf()
-    with mock.patch.object(register, "dispatches", return_value=dispatched):
+    with mock.patch.object(transforms, "dispatches", return_value=dispatched):
         loss = call(toy, x, made) * 3
         loss.backward()
     expected = truth(again) * 3
@@ -184,7 +181,7 @@ def test_options_are_read_without_their_annotations(toy):
     """Reading the annotations takes longer than a small call: once, where the operator is made."""
     with (
         mock.patch.object(packing, "get_type_hints", side_effect=AssertionError),
-        mock.patch.object(register, "dispatches", return_value=True),
+        mock.patch.object(transforms, "dispatches", return_value=True),
     ):
         call(toy, leaf(), BACKWARD).backward()
 
@@ -211,7 +208,7 @@ def test_one_output_and_nothing_kept(toy):
         fake=lambda inputs, options, plan: ((inputs.x.new_empty(()),), ()),
     )  # fmt: skip
     x = leaf()
-    with mock.patch.object(register, "dispatches", return_value=True):
+    with mock.patch.object(transforms, "dispatches", return_value=True):
         (loss,) = operator("toy_of_one", Alone(x), Few("torch"), BACKWARD)
         loss.backward()
     del register.OPERATORS["toy_of_one"]
@@ -229,94 +226,3 @@ def test_errors_name_the_function(toy):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"toy_loss was called .*gradient='backward'"):
         loss.backward()
-
-
-# --- every operator there is ---------------------------------------------------------------------
-
-IDS = torch.tensor([1, 5, 32, 0])
-SLOTS = torch.tensor([0, 11, 22]) + torch.arange(4)[:, None]
-FUNCTIONS = {
-    "distillation_loss": lambda s, t: distill_ops.distillation_loss(s, t),
-    "topk_distillation_loss": lambda s, t: distill_ops.topk_distillation_loss(
-        s, t.log_softmax(-1)[..., :3], SLOTS
-    ),
-    "linear_distillation_loss": lambda s, t: distill_ops.linear_distillation_loss(s, s, t, t),
-    "linear_topk_distillation_loss": lambda s, t: distill_ops.linear_topk_distillation_loss(
-        s, s, t.log_softmax(-1)[..., :3], SLOTS % 4
-    ),
-    "token_log_probs": lambda s, t: distill_ops.token_log_probs(s, IDS),
-    "linear_token_log_probs": lambda s, t: distill_ops.linear_token_log_probs(s, s, IDS % 4),
-    "distillation_statistics": lambda s, t: distill_ops.distillation_statistics(s, t, IDS)[0],
-    "mixture_token_log_probs": lambda s, t: distill_ops.mixture_token_log_probs(s, t, IDS, 0.3),
-    "distillation_metrics": lambda s, t: distill_ops.distillation_metrics(s, t)[0],
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_function_under_vmap(name):
-    student, teacher = make_logits((2, 4, 33))
-    mapped = torch.func.vmap(FUNCTIONS[name])(student, teacher)
-    looped = [FUNCTIONS[name](s, t) for s, t in zip(student, teacher, strict=True)]
-    assert torch.equal(mapped, torch.stack(looped))
-
-
-def test_vmap_makes_no_gradient():
-    student, teacher = make_logits((2, 4, 33))
-    with pytest.raises(
-        RuntimeError, match="^distillation_loss makes no gradient under torch.func.vmap"
-    ):
-        torch.func.vmap(FUNCTIONS["distillation_loss"])(student.requires_grad_(), teacher)
-
-
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "distillation_metrics"])
-def test_every_function_is_named_by_its_errors(name):
-    student, teacher = make_logits((4, 33))
-    student.requires_grad_()
-    loss = FUNCTIONS[name](student, teacher).sum()
-    with pytest.raises(RuntimeError, match=f"^{name} has no second derivative") as caught:
-        torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"^{name} cannot be differentiated"):
-        torch.func.grad(lambda s: FUNCTIONS[name](s, teacher).sum())(student.detach())
-    advised = str(caught.value).split("distill_ops.reference.")[1].split(" ")[0]
-    assert hasattr(distill_ops.reference, advised)
-
-
-@pytest.mark.parametrize("name", ["token_log_probs", "linear_token_log_probs"])
-def test_a_batch_of_upstreams(name):
-    """autograd's own vmap, of ``is_grads_batched`` and ``jacobian(vectorize=True)``, is not torch.func's."""
-    student, teacher = make_logits((4, 33))
-    one_by_one, at_once = (
-        torch.autograd.functional.jacobian(
-            lambda s: FUNCTIONS[name](s, teacher), student, vectorize=vectorize
-        )
-        for vectorize in (False, True)
-    )
-    assert torch.equal(one_by_one, at_once)
-
-
-class Watching(torch.Tensor):
-    """A tensor around another, whose class sees the operators that are called on it."""
-
-    seen: ClassVar[list[str]] = []
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
-        cls.seen.append(function.name())
-        inner = lambda x: x.inner if isinstance(x, cls) else x
-        return function(*tree_map(inner, arguments), **(options or {}))
-
-
-def test_a_tensor_class_sees_the_backward_of_a_plain_upstream():
-    student, teacher = make_logits((4, 33))
-    student = Watching(student).requires_grad_()
-    Watching.seen.clear()
-    loss = distill_ops.distillation_loss(student, teacher, gradient="backward")
-    loss.backward(torch.ones(()))
-    assert "distill_ops::dense_loss_gradient" in Watching.seen

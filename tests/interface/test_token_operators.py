@@ -34,17 +34,6 @@ def test_a_second_backward_and_no_second_derivative(function, backend, device):
 
 
 @each_function
-def test_transforms_are_refused(function, backend, device):
-    student, teacher = make_logits((3, 40), device=device)
-    ids = make_ids((3,), 40, device=device)
-    call = lambda s: function(s, teacher, ids, backend=backend).sum()
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(call)(student)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(call, (student,), (student,))
-
-
-@each_function
 def test_compile_without_a_break(function, backend, device):
     student, teacher = make_logits((3, 40), device=device)
     ids = make_ids((3,), 40, device=device)

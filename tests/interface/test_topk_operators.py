@@ -111,21 +111,6 @@ def test_second_backward_and_second_derivative(backend, device):
             torch.autograd.grad(loss, student, create_graph=True)
 
 
-def test_transforms_that_cannot_work_are_refused(backend, device):
-    student, *others = make_topk(device=device)
-    loss_function = lambda s: topk_distillation_loss(s, *others, backend=backend)
-    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
-        with pytest.raises(NotImplementedError, match="reference.topk_distillation_loss"):
-            transform(loss_function)(student)
-
-
-def test_vmap_over_independent_problems():
-    student, log_p, ids = make_topk((3, 4, 33))
-    mapped = torch.func.vmap(topk_distillation_loss)(student, log_p, ids)
-    looped = [topk_distillation_loss(*part) for part in zip(student, log_p, ids, strict=True)]
-    assert torch.equal(mapped, torch.stack(looped))
-
-
 @pytest.mark.covering("divergence tail", "option")
 @pytest.mark.parametrize("option", ["forward", "mask", "hard"])
 @pytest.mark.parametrize("tail", ["bucket", "ignore"])

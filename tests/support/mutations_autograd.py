@@ -8,6 +8,8 @@ DENSE = "tests/losses/test_dense.py::test_"
 GRADIENTS = "tests/losses/test_dense_gradients.py::test_"
 OPERATORS = "tests/interface/test_operators.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
+INFERENCE = "tests/interface/test_inference_mode.py::test_"
+TRANSFORMS = "tests/interface/test_transforms.py::test_"
 INPLACE = "tests/interface/test_inplace.py::test_"
 DECLARED = "tests/losses/test_declared.py::test_"
 
@@ -69,16 +71,30 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         f"{GRADIENTS}second_derivative_is_an_error[torch]",
     ),
     Mutation(
-        "components require grad", sources.OPERATORS_REGISTER,
+        "components require grad", sources.OPERATORS_FUNCTIONS,
         "constant = [x for x in outputs[operator.differentiable :] if x is not None]",
         "constant = []",
         f"{DENSE}components[torch-0.3-mean]",
     ),
     Mutation(
-        "inference tensors are saved", sources.OPERATORS_SAVING,
-        "t if not traced and t is not None and t.is_inference() else None for t in tensors",
-        "None for t in tensors",
-        f"{GRADIENTS}a_teacher_from_inference_mode[torch-options1]",
+        "logits from inference mode are taken", sources.OPERATORS_SAVING,
+        "if field in STREAMED:", "if False:",
+        f"{INFERENCE}a_change_before_the_backward[distillation_loss-teacher_logits-backward]",
+    ),
+    Mutation(
+        "masks from inference mode are not copied", sources.OPERATORS_SAVING,
+        "            value = value.clone()", "            value = value[...]",
+        f"{INFERENCE}a_change_before_the_backward[distillation_loss-loss_mask-backward]",
+    ),
+    Mutation(
+        "a batch of upstreams is its first", sources.OPERATORS_TRANSFORMS,
+        "make([u[i] if batch", "make([u[0] if batch",
+        f"{TRANSFORMS}a_batch_of_upstreams[distillation_loss-{{'reduction': 'none', 'gradient': 'backward'}}]",
+    ),
+    Mutation(
+        "values are read while tracing", sources.CHECKS_VALUES,
+        "any(map(torch._C._get_dispatch_mode, TRACING))", "False",
+        f"{TRANSFORMS}make_fx[token_log_probs-{{}}-real]",
     ),
     Mutation(
         "the fake keeps no gradient", sources.OPERATORS_LOGITS,
@@ -110,18 +126,14 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
 INPLACE_GRADIENT = [
     Mutation(
         "no version bump in the forward", sources.OPERATORS_REGISTER,
-        "plan, into=inputs[0])\n        saving.increment_version(inputs[0])",
-        "plan, into=inputs[0])",
+        "into=inputs[0])\n        saving.increment_version(inputs[0])\n        return outputs",
+        "into=inputs[0])\n        return outputs",
         f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
     ),
     Mutation(
-        "no version bump in the direct forward", sources.OPERATORS_REGISTER,
-        "saving.increment_version(into)", "pass",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-forward]",
-    ),
-    Mutation(
-        "no version bump in the direct backward", sources.OPERATORS_REGISTER,
-        "into=inputs[0])\n                saving.increment_version(inputs[0])", "into=inputs[0])",
+        "no version bump in the backward", sources.OPERATORS_REGISTER,
+        "upstreams, into=inputs[0])\n        saving.increment_version(inputs[0])",
+        "upstreams, into=inputs[0])",
         f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
     ),
     Mutation(
@@ -131,22 +143,16 @@ INPLACE_GRADIENT = [
     ),
     Mutation(
         "saved tensors unpacked twice", sources.OPERATORS_SAVING,
-        "list(found[n:])", "list(ctx.saved_tensors[n:])",
+        "iter(ctx.saved_tensors)", "iter((ctx.saved_tensors, ctx.saved_tensors)[1])",
         f"{OPERATORS}saved_tensors_are_unpacked_once[dense, none]",
     ),
     Mutation(
-        "no version bump in the backward", sources.OPERATORS_REGISTER,
-        "upstreams, into=inputs[0])\n        saving.increment_version(inputs[0])",
-        "upstreams, into=inputs[0])",
-        f"{INPLACE}autograd_notices_the_overwriting[triton-backward]",
-    ),
-    Mutation(
-        "no version bump of the scaling", sources.OPERATORS_REGISTER,
+        "no version bump of the scaling", sources.OPERATORS_FUNCTIONS,
         "upstream, backend)\n        saving.increment_version(student)", "upstream, backend)",
         f"{NO_SYNC}through_autograd[plain-forward-inplace]",
     ),
     Mutation(
-        "the logits are overwritten a second time", sources.OPERATORS_REGISTER,
+        "the logits are overwritten a second time", sources.OPERATORS_FUNCTIONS,
         "ctx.spent = not traced",
         "pass",
         f"{INPLACE}one_backward_only[torch-backward]",
