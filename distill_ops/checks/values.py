@@ -37,21 +37,23 @@ TRACING = tuple(
 )
 
 
+def traced(tensors: list[torch.Tensor]) -> bool:
+    """Whether tensors stand for values, which no branch can depend on: while tracing, or of a batch
+    under vmap."""
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
+        return True
+    batched = torch._C._functorch.is_batchedtensor
+    return any(x.is_meta or batched(x) or hasattr(x, "fake_mode") for x in tensors)
+
+
 def readable(*tensors: torch.Tensor | None) -> bool:
-    """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode;
-    not while tracing, nor of a batch under vmap, on which no branch can depend."""
+    """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if traced(given):
         return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if torch._C._functorch.is_batchedtensor(tensor) or hasattr(tensor, "fake_mode"):
-            return False
-        if tensor.device.type != "cpu" and (tensor.is_meta or not _debug):
-            return False
-    return True
+    return _debug or all(tensor.device.type == "cpu" for tensor in given)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

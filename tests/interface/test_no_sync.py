@@ -28,8 +28,8 @@ from distill_ops import (
     topk_distillation_loss,
 )
 from distill_ops.api import choices
-from distill_ops.operators import saving
-from distill_ops.operators.dense import dense_loss
+from distill_ops.checks import values
+from distill_ops.operators import saving, transforms
 from distill_ops.operators.register import LossOperator, Plan
 from distill_ops.problem import BACKWARD, FORWARD, NO_GRADIENT
 from tests.support.cases import DIVERGENCES, KINDS, OPTIONS, TOKENS
@@ -120,6 +120,7 @@ def arguments_on(device, option, dtype=torch.bfloat16):
 def fake_gpu(monkeypatch):
     """Inside, ``device="cuda"`` makes fake tensors, and operators run as on plain ones."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(values, "traced", lambda _: False)  # they stand for a GPU's here
     run_bodies(monkeypatch, NO_GRADIENT)
     with FakeTensorMode(), WithoutDeviceGuard():
         yield
@@ -137,15 +138,6 @@ def run_bodies(monkeypatch, mode):
 
     monkeypatch.setattr(LossOperator, "__call__", call)
     return calls
-
-
-def run_inplace_bodies(monkeypatch):
-    """Let the operators that overwrite their input run as on tensors with memory."""
-    names = {
-        "op": "_forward", "inplace_op": "_inplace", "inplace_gradient_op": "_inplace_gradient",
-    }  # fmt: skip
-    for name, body in names.items():
-        monkeypatch.setattr(dense_loss, name, getattr(dense_loss, body))
 
 
 def fake_calls(monkeypatch, forward, mode):
@@ -314,8 +306,9 @@ def test_nothing_is_read_through_autograd(option, gradient, inplace, monkeypatch
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
     # which sees shared memory: without any, all tensors lie at address 0
     monkeypatch.setattr("distill_ops.api.dense.check_inplace", lambda *_: None)
-    if inplace:  # through the dispatcher, which takes an operator's fake for tensors without memory
-        run_inplace_bodies(monkeypatch)
+    monkeypatch.setattr(values, "traced", lambda _: False)
+    # the bodies themselves: the dispatcher would take the fakes, for tensors without memory
+    monkeypatch.setattr(transforms, "dispatches", lambda *_: False)
     for divergence in DIVERGENCES[2:4]:  # with a closed moment and without
         leaf, teacher, options = arguments_on("meta", option)
         leaf.requires_grad_()
