@@ -9,6 +9,7 @@ import torch
 
 from .divergences.base import Divergence
 from .divergences.built_in import SoftCrossEntropy
+from .scalars import meant
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -40,6 +41,30 @@ DEFAULTS = LossOptions(
 )  # fmt: skip
 
 
+# what other packages call our options
+OTHER_NAMES = {
+    "alpha": "a divergence takes it: divergence=SkewForwardKL(alpha=...)",
+    "attention_mask": "pass loss_mask=",
+    "batch_num_items": "pass normalizer=",
+    "beta": "a divergence takes it: divergence=JensenShannon(beta=...)",
+    "jsd_beta": "a divergence takes it: divergence=JensenShannon(beta=...)",
+    "kd_ratio": "pass hard_label_weight=1 - kd_ratio",
+    "kl_type": "pass divergence=",
+    "label": "pass labels=",
+    "loss_type": "pass divergence=",
+    "mask": "pass loss_mask=",
+    "num_items_in_batch": "pass normalizer=num_items_in_batch",
+    "shift_labels": "pass labels=, which are shifted",
+    "skew_alpha": "a divergence takes it: divergence=SkewForwardKL(alpha=...)",
+    "T": "pass temperature=",
+    "target": "pass labels=",
+    "targets": "pass labels=",
+    "tau": "pass temperature=",
+    "weight_hard_loss": "pass hard_label_weight=, the share of the hard labels: weights add up to 1",
+    "weight_soft_loss": "pass hard_label_weight=1 - weight_soft_loss",
+}
+
+
 class Counted(NamedTuple):
     """What says which tokens count."""
 
@@ -66,9 +91,9 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Mask, labels and normalizer as operators take them: a number is among the options."""
+        """Mask, labels, normalizer and parameters as operators take them: numbers are among the options."""
         normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
-        return self.loss_mask, self.labels, normalizer
+        return self.loss_mask, self.labels, normalizer, self.divergence.tensors
 
 
 def with_loss_options(*without: str) -> Callable[[Function], Function]:
@@ -96,5 +121,6 @@ def loss_arguments(function: str, options: LossOptions, *without: str) -> LossAr
     """The options that a function was given; a TypeError where it has no such option."""
     for name in options:
         if name in without or name not in DEFAULTS:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+            hint = f": {OTHER_NAMES[name]}" if name in OTHER_NAMES else meant(name, DEFAULTS)
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     return LossArguments(**options)

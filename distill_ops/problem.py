@@ -41,16 +41,15 @@ class Options(NamedTuple):
 
     @classmethod
     def of(
-        cls, divergence: Divergence, n_cols: int, backend: str, arguments: LossArguments,
-        tail: str | None = None,
-    ) -> "Options":  # fmt: skip
-        """Of checked arguments as users give them; the divergence is the routed one."""
-        a, temperature = arguments, float(arguments.temperature)
-        given = a.normalizer is not None and not isinstance(a.normalizer, torch.Tensor)
+        cls, arguments: LossArguments, n_cols: int, backend: str, tail: str | None = None
+    ) -> "Options":
+        """Of checked arguments."""
+        a, temperature = arguments, arguments.temperature
+        given = None if isinstance(a.normalizer, torch.Tensor) else a.normalizer
         return cls(
-            divergence.name, a.reduction, a.infinities, backend, tail, temperature,
-            temperature**2 if a.scale_by_temperature_squared else 1.0, float(a.hard_label_weight),
-            float(a.normalizer) if given else None, divergence.numbers, n_cols, a.ignore_index,
+            a.divergence.name, a.reduction, a.infinities, backend, tail, temperature,
+            temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, given,
+            a.divergence.numbers, n_cols, a.ignore_index,
             a.return_components and a.hard_label_weight > 0,
         )  # fmt: skip
 

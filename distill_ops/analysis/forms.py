@@ -61,8 +61,10 @@ class Form:
 
         weight = self.hard_label_weight
         labels = _meta(self.n_rows, dtype=torch.int64) if weight else None
-        arguments = LossArguments(temperature=self.temperature, hard_label_weight=weight)
-        options = Options.of(divergence, self.vocab_size or self.n_cols, "triton", arguments)
+        arguments = LossArguments(
+            divergence, temperature=self.temperature, hard_label_weight=weight
+        )
+        options = Options.of(arguments, self.vocab_size or self.n_cols, "triton")
         student = _meta(self.n_rows, self.n_cols, dtype=self.student_dtype)
         stride = self.teacher_stride or self.n_cols
         teacher = _meta(self.n_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
@@ -94,7 +96,7 @@ def statistics_launches(
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
     ids = _meta(n_rows, dtype=torch.int64)
     inputs = problem.StatisticsInputs(student, teacher, ids, divergence.tensors)
-    options = Options.of(divergence, n_cols, "triton", LossArguments(reduction="none"))
+    options = Options.of(LossArguments(divergence, reduction="none"), n_cols, "triton")
     return _recorded(distillation_statistics, inputs, options, BACKWARD, target)
 
 
@@ -104,8 +106,10 @@ def topk_launches(
     temperature: float = 1.0, vocab_size: int | None = None, n_rows: int = 4096,
 ) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
-    arguments = LossArguments(temperature=temperature, hard_label_weight=hard_label_weight)
-    options = Options.of(divergence, vocab_size or n_cols, "triton", arguments, tail)
+    arguments = LossArguments(
+        divergence, temperature=temperature, hard_label_weight=hard_label_weight
+    )
+    options = Options.of(arguments, vocab_size or n_cols, "triton", tail)
     labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
     slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
     inputs = problem.TopKInputs(

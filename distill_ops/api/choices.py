@@ -1,13 +1,13 @@
 """What a call decides before it computes: the backend, when the gradient is made, autocast's dtype."""
 
-import inspect
-
 import torch
 
-from ..checks.values import BACKENDS, GRADIENTS, one_of
+from ..checks.options import given_options
+from ..checks.values import BACKENDS
 from ..heads.select import autocasts
 from ..kernels.portable import triton
 from ..problem import BACKWARD, FORWARD, NO_GRADIENT, LossComponents, Options, working_dtype
+from ..scalars import one_of
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
@@ -44,20 +44,13 @@ def gradient_mode(
 ) -> str:  # fmt: skip
     """When the gradient of the student's tensors is made: in the forward, in the backward, or never.
     ``products``: the dtype in which it is computed, where that is not one of theirs."""
-    one_of("gradient", gradient, GRADIENTS)
     given = [x for x in students if x is not None]
     float16 = torch.float16 in (products, *(x.dtype for x in given))
-    if gradient == "forward":
-        if float16:
-            raise ValueError(
-                "gradient='forward' with float16 would underflow (it is made before "
-                "GradScaler's scale): use gradient='backward' or 'auto'"
-            )
-        if reduction == "none":
-            raise ValueError(
-                "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
-                "gradients are not known before backward: use gradient='backward' or 'auto'"
-            )
+    if gradient == "forward" and float16:
+        raise ValueError(
+            "gradient='forward' with float16 would underflow (it is made before "
+            "GradScaler's scale): use gradient='backward' or 'auto'"
+        )
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return NO_GRADIENT
     if gradient == "auto":
@@ -85,19 +78,23 @@ def loss_result(
 
 
 class LossModule(torch.nn.Module):
-    """A loss function as a module that keeps the options which stay the same from step to step."""
+    """A loss function as a module that keeps the options which stay the same from step to step, and
+    checks them when it is made, but for tensors."""
 
-    function: staticmethod
+    own: tuple[str, ...]  # names of the function's options that other losses do not have
+    without: tuple[str, ...] = ()  # names of others' that it does not have
 
-    def __init__(self, **options):
+    def __init__(self, options: dict):
         super().__init__()
-        parameters = inspect.signature(self.function).parameters.values()
-        unknown = set(options) - {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} got unknown options: {', '.join(sorted(unknown))}"
-            )
+        shared = {name: value for name, value in options.items() if name not in self.own}
+        given_options(type(self).__name__, shared, *self.without)
+        self.check(**{name: options[name] for name in options if name in self.own})
         self.options = options
+
+    @staticmethod
+    def check(**own) -> None:
+        """Check the options that are the function's own."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,36 +1,25 @@
 """The dense loss: student and teacher logits ``[..., vocab]``."""
 
 import torch
+from typing_extensions import Unpack
 
-from ..arguments import LossArguments
+from ..arguments import LossOptions, with_loss_options
 from ..checks.logits import check_inplace
+from ..checks.options import given_options
 from ..checks.tokens import check_dense
-from ..divergences.base import Divergence
-from ..divergences.built_in import SoftCrossEntropy
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
+from ..scalars import flag
 from .choices import LossModule, choose_backend, gradient_mode, loss_result
 
 
+@with_loss_options()
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     *,
-    divergence: Divergence | str = SoftCrossEntropy(),
-    loss_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    hard_label_weight: float = 0.0,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    reduction: str = "mean",
-    normalizer: float | torch.Tensor | None = None,
-    infinities: str = "drop",
-    vocab_size: int | None = None,
-    gradient: str = "auto",
     inplace: bool = False,
-    return_components: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> torch.Tensor | LossComponents:
     """Distillation loss of student logits against teacher logits, in nats.
 
@@ -106,21 +95,18 @@ def distillation_loss(
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward or in place.
     """
-    arguments = LossArguments(
-        divergence, loss_mask, labels, ignore_index, hard_label_weight, temperature,
-        scale_by_temperature_squared, reduction, normalizer, infinities, vocab_size, gradient,
-        return_components, backend,
-    )  # fmt: skip
-    divergence, n_cols = check_dense(student_logits, teacher_logits, arguments)
-    made = gradient_mode(gradient, reduction, student_logits)
-    backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
-    options = Options.of(divergence, n_cols, backend, arguments)
+    arguments = given_options("distillation_loss", options)
+    flag("inplace", inplace)
+    arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
+    made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
+    backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_logits)
+    options = Options.of(arguments, n_cols, backend)
     inplace = inplace and made != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)
-    inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors, divergence.tensors)
+    inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors)
     outputs = dense_loss("distillation_loss", inputs, options, made, inplace=inplace)
-    return loss_result(outputs, options, return_components)
+    return loss_result(outputs, options, arguments.return_components)
 
 
 class DistillationLoss(LossModule):
@@ -137,7 +123,14 @@ class DistillationLoss(LossModule):
         0.0
     """
 
-    function = staticmethod(distillation_loss)
+    own = ("inplace",)
+
+    def __init__(self, **options):
+        super().__init__(options)
+
+    @staticmethod
+    def check(inplace: bool = False) -> None:
+        flag("inplace", inplace)
 
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, **arguments

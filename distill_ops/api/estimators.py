@@ -3,7 +3,7 @@
 import torch
 
 from ..checks.tokens import check_sampled_log_probs
-from ..checks.values import one_of
+from ..scalars import one_of
 
 KINDS = ("k1", "k2", "k3")
 NEG_INF = float("-inf")

@@ -3,8 +3,8 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks.heads import check_block_options
-from ..divergences.base import Divergence
+from ..checks.heads import check_kept_tokens
+from ..checks.options import GivenBlocks
 from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
@@ -19,24 +19,19 @@ def linear_problem(
     teacher_options: HeadOptions,
     slots: tuple[torch.Tensor | None, torch.Tensor | None],  # of a top-k teacher
     tail: str | None,
-    divergence: Divergence,
     n_cols: int,
     arguments: LossArguments,
-    logits_dtype: torch.dtype,
-    memory_budget: int | None,
-    kept_tokens: int | None,
+    blocks: GivenBlocks,
 ) -> tuple[LinearInputs, LinearOptions, str]:
-    """The operator's inputs and options, and when it makes the gradients, of arguments that are
-    checked but for those of the blocks."""
-    check_block_options(logits_dtype, memory_budget, kept_tokens, arguments.counted)
+    """The operator's inputs and options, and when it makes the gradients, of checked arguments."""
+    check_kept_tokens(blocks.kept_tokens, arguments.counted)
     hidden, *_ = student
     autocast = autocast_dtype(hidden.device)
     made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
     log_probs, _ = slots
     backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher, log_probs)
     options = LinearOptions(
-        Options.of(divergence, n_cols, backend, arguments, tail), student_options, teacher_options,
-        BlockOptions(logits_dtype, autocast, memory_budget, kept_tokens),
+        Options.of(arguments, n_cols, backend, tail), student_options, teacher_options,
+        BlockOptions(blocks.logits_dtype, autocast, blocks.memory_budget, blocks.kept_tokens),
     )  # fmt: skip
-    inputs = LinearInputs(*student, *teacher, *slots, *arguments.tensors, divergence.tensors)
-    return inputs, options, made
+    return LinearInputs(*student, *teacher, *slots, *arguments.tensors), options, made

@@ -3,12 +3,13 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.heads import check_head, check_heads
+from ..arguments import LossOptions, with_loss_options
+from ..checks.heads import check_head, check_heads, check_no_teacher
+from ..checks.options import given_blocks, given_options, head_options
 from ..checks.tokens import check_options
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import HeadOptions, LossComponents
+from ..problem import LossComponents
 from .choices import LossModule, loss_result
 from .heads import NO_HEAD, linear_problem
 
@@ -91,23 +92,27 @@ def linear_distillation_loss(
 
     Result and errors are those of :func:`distillation_loss`; float64 where a tensor is.
     """
-    arguments = loss_arguments("linear_distillation_loss", options, *WITHOUT)
+    arguments = given_options("linear_distillation_loss", options, *WITHOUT)
+    blocks = given_blocks(logits_dtype, memory_budget, kept_tokens)
+    student_options = head_options("student_", student_logit_scale, student_softcap)
+    teacher_options = head_options("teacher_", teacher_logit_scale, teacher_softcap)
     student = student_hidden, student_weight, student_bias
-    check_head("student_", *student, student_logit_scale, student_softcap)
+    check_head("student_", *student)
     teacher = teacher_hidden, teacher_weight, teacher_bias
     if teacher_hidden is None or teacher_weight is None:
         teacher = NO_HEAD
     else:
-        check_head("teacher_", *teacher, teacher_logit_scale, teacher_softcap, frozen=True)
+        check_head("teacher_", *teacher, frozen=True)
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
-    divergence = check_options(rows, n_cols, arguments)
+    if teacher is NO_HEAD:
+        check_no_teacher(teacher_bias, teacher_options)
+    arguments = check_options(rows, n_cols, arguments)
     inputs, options, made = linear_problem(
-        student, HeadOptions(student_logit_scale, student_softcap),
-        teacher, HeadOptions(teacher_logit_scale, teacher_softcap),
-        (None, None), None, divergence, n_cols, arguments, logits_dtype, memory_budget, kept_tokens,
+        student, student_options, teacher, teacher_options, (None, None), None, n_cols, arguments,
+        blocks,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)
@@ -128,7 +133,23 @@ class LinearDistillationLoss(LossModule):
         0.0
     """
 
-    function = staticmethod(linear_distillation_loss)
+    own = (
+        "student_bias", "student_logit_scale", "student_softcap", "teacher_bias",
+        "teacher_logit_scale", "teacher_softcap", "logits_dtype", "memory_budget", "kept_tokens",
+    )  # fmt: skip
+    without = WITHOUT
+
+    def __init__(self, **options):
+        super().__init__(options)
+
+    @staticmethod
+    def check(
+        *, student_bias=None, student_logit_scale=1.0, student_softcap=None, teacher_bias=None,
+        teacher_logit_scale=1.0, teacher_softcap=None, **blocks,
+    ) -> None:  # fmt: skip
+        head_options("student_", student_logit_scale, student_softcap)
+        head_options("teacher_", teacher_logit_scale, teacher_softcap)
+        given_blocks(**blocks)
 
     def forward(
         self,

@@ -2,17 +2,13 @@
 
 import torch
 
-from ..checks.heads import check_block_options, check_head
+from ..checks.heads import check_head
+from ..checks.options import given_blocks, head_options
 from ..checks.tokens import check_token_ids
-from ..checks.values import TokenRows, check_temperature
+from ..checks.values import TokenRows
 from ..operators.linear_tokens import linear_token_log_probs as operator
-from ..problem import (
-    BlockOptions,
-    HeadOptions,
-    LinearTokenInputs,
-    LinearTokenOptions,
-    TokenOptions,
-)
+from ..problem import BlockOptions, LinearTokenInputs, LinearTokenOptions, TokenOptions
+from ..scalars import flag
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
 
@@ -66,18 +62,21 @@ def linear_token_log_probs(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
     """
+    flag("return_entropy", return_entropy)
+    blocks, head = given_blocks(logits_dtype, memory_budget), head_options("", logit_scale, softcap)
     tensors = hidden, weight, bias
-    check_head("", *tensors, logit_scale, softcap)
-    temperature = check_temperature(temperature)
-    check_token_ids(token_ids, TokenRows("hidden", hidden), weight.shape[0], ignore_index)
-    check_block_options(logits_dtype, memory_budget)
+    check_head("", *tensors)
+    ids, temperature, ignore_index = check_token_ids(
+        TokenRows("hidden", hidden), weight.shape[0], token_ids, temperature, ignore_index
+    )
     backend = choose_backend(backend, "hidden", *tensors)
     options = LinearTokenOptions(
-        TokenOptions(backend, temperature, ignore_index, return_entropy),
-        HeadOptions(logit_scale, softcap),
-        BlockOptions(logits_dtype, autocast_dtype(hidden.device), memory_budget, None),
-    )
+        TokenOptions(backend, temperature, ignore_index, return_entropy), head,
+        BlockOptions(
+            blocks.logits_dtype, autocast_dtype(hidden.device), blocks.memory_budget, None
+        ),
+    )  # fmt: skip
     made = gradient_mode("backward", "none", *tensors)
-    inputs = LinearTokenInputs(*tensors, token_ids)
+    inputs = LinearTokenInputs(*tensors, ids)
     outputs = operator("linear_token_log_probs", inputs, options, made)
     return outputs if return_entropy else outputs[0]

@@ -3,9 +3,10 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..arguments import LossOptions, with_loss_options
 from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
+from ..checks.options import given_blocks, given_options, head_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
@@ -63,18 +64,19 @@ def linear_topk_distillation_loss(
 
     The others, the result and the errors are those of :func:`distill_ops.distillation_loss`.
     """
-    arguments = loss_arguments("linear_topk_distillation_loss", options, *WITHOUT)
+    arguments = given_options("linear_topk_distillation_loss", options, *WITHOUT)
+    blocks = given_blocks(logits_dtype, memory_budget, kept_tokens)
+    student_options = head_options("student_", student_logit_scale, student_softcap)
     student = student_hidden, student_weight, student_bias
-    check_head("student_", *student, student_logit_scale, student_softcap)
+    check_head("student_", *student)
     rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
-    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = teacher_ids = None
     inputs, options, made = linear_problem(
-        student, HeadOptions(student_logit_scale, student_softcap), NO_HEAD, HeadOptions(1.0, None),
-        (teacher_log_probs, teacher_ids), tail, divergence, n_cols, arguments, logits_dtype,
-        memory_budget, kept_tokens,
+        student, student_options, NO_HEAD, HeadOptions(1.0, None), (teacher_log_probs, teacher_ids),
+        tail, n_cols, arguments, blocks,
     )  # fmt: skip
     outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

@@ -60,13 +60,15 @@ def distillation_statistics(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
     """
-    divergence = check_statistics(
+    (ids, temperature, ignore_index), divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
     backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
-    arguments = LossArguments(temperature=temperature, reduction="none", ignore_index=ignore_index)
-    options = Options.of(divergence, student_logits.shape[-1], backend, arguments)
-    inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
+    arguments = LossArguments(
+        divergence, temperature=temperature, reduction="none", ignore_index=ignore_index
+    )
+    options = Options.of(arguments, student_logits.shape[-1], backend)
+    inputs = StatisticsInputs(student_logits, teacher_logits, ids, divergence.tensors)
     made = gradient_mode("backward", "none", student_logits)
     outputs, agreement = operator("distillation_statistics", inputs, options, made)
     found, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy = outputs.unbind(0)

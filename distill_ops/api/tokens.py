@@ -5,6 +5,7 @@ import torch
 from ..checks.tokens import check_mixture, check_token_log_probs
 from ..operators.tokens import token_log_probs as operator
 from ..problem import TokenInputs, TokenOptions
+from ..scalars import flag
 from .choices import choose_backend, gradient_mode
 
 
@@ -55,12 +56,15 @@ def token_log_probs(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
     """
-    check_token_log_probs(logits, token_ids, temperature, ignore_index)
+    flag("return_entropy", return_entropy)
+    ids, temperature, ignore_index = check_token_log_probs(
+        logits, token_ids, temperature, ignore_index
+    )
     options = TokenOptions(
-        choose_backend(backend, "logits", logits), float(temperature), ignore_index, return_entropy
+        choose_backend(backend, "logits", logits), temperature, ignore_index, return_entropy
     )
     made = gradient_mode("backward", "none", logits)
-    outputs = operator("token_log_probs", TokenInputs(logits, token_ids), options, made)
+    outputs = operator("token_log_probs", TokenInputs(logits, ids), options, made)
     return outputs if return_entropy else outputs[0]
 
 
@@ -102,23 +106,23 @@ def mixture_token_log_probs(
         ValueError, TypeError: naming the argument, what came and what was expected.
         RuntimeError: from backward, on a second derivative.
     """
-    check_mixture(
+    (ids, temperature, ignore_index), teacher_weight = check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
     )
     options = TokenOptions(
         choose_backend(backend, "student_logits", student_logits, teacher_logits),
-        float(temperature), ignore_index, False,
+        temperature, ignore_index, False,
     )  # fmt: skip
     log_q, log_p = (
         operator(
-            "mixture_token_log_probs", TokenInputs(x, token_ids), options,
+            "mixture_token_log_probs", TokenInputs(x, ids), options,
             gradient_mode("backward", "none", x),
         )[0]
         for x in (student_logits, teacher_logits.detach())
     )  # fmt: skip
     dtype = torch.promote_types(log_q.dtype, log_p.dtype)
     mixture = _log_mixture(teacher_weight, log_p.to(dtype), log_q.to(dtype))
-    return mixture.masked_fill(token_ids == ignore_index, 0.0)
+    return mixture.masked_fill(ids == ignore_index, 0.0)
 
 
 def _log_mixture(

@@ -3,8 +3,9 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..arguments import LossOptions, with_loss_options
 from ..checks.logits import check_alone
+from ..checks.options import given_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.dense import dense_loss
@@ -73,19 +74,18 @@ def topk_distillation_loss(
 
     Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
-    arguments = loss_arguments("topk_distillation_loss", options, *WITHOUT)
+    arguments = given_options("topk_distillation_loss", options, *WITHOUT)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
-    shared = *arguments.tensors, divergence.tensors
     if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = None
-        operator, inputs = dense_loss, DenseInputs(student_logits, None, *shared)
+        operator, inputs = dense_loss, DenseInputs(student_logits, None, *arguments.tensors)
     else:
         operator = topk_loss
-        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *shared)
+        inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
     backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_log_probs)
-    options = Options.of(divergence, n_cols, backend, arguments, tail)
+    options = Options.of(arguments, n_cols, backend, tail)
     outputs = operator("topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options, arguments.return_components)

@@ -1,25 +1,20 @@
 """Checks of the linear form: hidden states and the heads that make logits of them."""
 
-import math
-
 import torch
 
 from ..arguments import Counted, LossArguments
+from ..problem import HeadOptions
+from ..scalars import shown
 from .logits import check_teacher_given, check_vocabulary
-from .values import (
-    LOGIT_DTYPES,
-    TokenRows,
-    check_integer,
-    check_share,
-    number,
-    of_teacher,
-    readable,
-)
+from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher, readable
 
-
-def _whole(name: str, tensor: torch.Tensor, advice: str) -> None:
-    if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
-        raise TypeError(f"{name} is a DTensor, but must be whole: {advice}")
+WHOLE = {
+    "teacher": "pass {name}.full_tensor()",
+    "hidden": "pass this rank's tokens as a plain tensor",
+    "weight": "under FSDP2, read it inside the forward of the fully_shard module that holds it, or "
+    "after lm_head.unshard(), or pass {name}.full_tensor(grad_placements=[Partial('avg')]); plain "
+    "full_tensor() leaves its gradient unreduced over the ranks (docs/linear.md)",
+}
 
 
 def check_head(
@@ -27,8 +22,6 @@ def check_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
     frozen: bool = False,
 ) -> None:
     """Check hidden states and the head that makes logits of them; ``side`` begins their names.
@@ -41,18 +34,8 @@ def check_head(
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if frozen:
-            _whole(name, tensor, f"pass {name}.full_tensor()")
-        elif tensor is hidden:
-            _whole(name, tensor, "pass this rank's tokens as a plain tensor")
-        else:
-            _whole(
-                name, tensor,
-                f"under FSDP2, read it inside the forward of the fully_shard module that holds it, or "
-                f"after lm_head.unshard(), or pass {name}.full_tensor(grad_placements="
-                f"[Partial('avg')]); plain full_tensor() leaves its gradient unreduced over the ranks "
-                f"(docs/linear.md)",
-            )  # fmt: skip
+        part = "teacher" if frozen else "hidden" if tensor is hidden else "weight"
+        check_plain(name, tensor, WHOLE[part])
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -69,9 +52,6 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{side}bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
-    for name, value in ((f"{side}logit_scale", logit_scale), (f"{side}softcap", softcap)):
-        if value is not None and not 0 < number(name, value, "a positive number") < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_heads(
@@ -83,10 +63,7 @@ def check_heads(
 ) -> int:
     """Check what two heads must share, each having passed :func:`check_head`; ``rows`` are the
     student's hidden states. Returns the number of columns used."""
-    for name, tensor in (("loss_mask", arguments.loss_mask), ("labels", arguments.labels)):
-        if tensor is not None:
-            rows.check_per_token(name, tensor)
-    weight = check_share("hard_label_weight", arguments.hard_label_weight)
+    weight = arguments.hard_label_weight
     vocab_size = arguments.vocab_size
     for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
         check_teacher_given(name, tensor, weight)
@@ -103,24 +80,22 @@ def check_heads(
     return check_vocabulary(vocab_size, *widths)
 
 
-def check_block_options(
-    logits_dtype: torch.dtype,
-    memory_budget: int | None,
-    kept_tokens: int | None = None,
-    counted: Counted | None = None,
-) -> None:
-    """Check the options that only the linear form has."""
-    if logits_dtype not in LOGIT_DTYPES:
-        raise ValueError(
-            f"logits_dtype must be torch.float32, bfloat16, float16 or float64, got {logits_dtype}"
-        )
-    if memory_budget is not None:
-        check_integer("memory_budget", memory_budget, 1)
-    if kept_tokens is None:
-        return
-    check_integer("kept_tokens", kept_tokens, 1)
+def check_no_teacher(bias: torch.Tensor | None, options: HeadOptions) -> None:
+    """Without hidden states or weight of a teacher nothing else of one is used."""
+    scale = None if options.logit_scale == 1 else options.logit_scale
+    given = {"bias": bias, "logit_scale": scale, "softcap": options.softcap}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"teacher_{name} is unused where teacher_hidden or teacher_weight is None, "
+                f"got {shown(value)}: leave it out"
+            )
+
+
+def check_kept_tokens(kept_tokens: int | None, counted: Counted) -> None:
+    """There may be no more tokens of nonzero weight."""
     given = counted.labels if counted.loss_mask is None else counted.loss_mask
-    if given is None or not readable(*counted[:2]):
+    if kept_tokens is None or given is None or not readable(*counted[:2]):
         return
     n_kept = counted.kept(given).sum()
     if n_kept > kept_tokens:

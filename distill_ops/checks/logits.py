@@ -2,12 +2,14 @@
 
 import torch
 
-from .values import LOGIT_DTYPES, TokenRows, of_teacher
+from ..scalars import integer
+from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{name} must be a tensor [..., vocab], got {type(logits).__name__}")
+    check_plain(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64 logits, got {logits.dtype}"
@@ -23,11 +25,7 @@ def check_vocabulary(vocab_size: int | None, *widths: int) -> int:
     widest = min(widths)
     if vocab_size is None:
         return widest
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= widest:
-        raise ValueError(f"vocab_size must lie in [1, {widest}], got {vocab_size}")
-    return vocab_size
+    return integer("vocab_size", vocab_size, 1, widest)
 
 
 def check_teacher_given(name: str, teacher: torch.Tensor | None, hard_label_weight: float) -> None:

@@ -1,14 +1,21 @@
 """Checks of a top-k teacher: the slots that hold its log-probabilities and ids."""
 
+import math
+
 import torch
 
 from ..arguments import LossArguments
-from ..divergences.base import Divergence
+from ..scalars import integer, one_of
 from .logits import check_teacher_given
 from .tokens import check_options
-from .values import LOGIT_DTYPES, TokenRows, check_integer, of_teacher, one_of, readable
+from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher, readable
 
 TAILS = ("bucket", "renormalize", "ignore")
+# logits instead of log-probabilities are far above, the rounding of a subtraction is not
+LARGEST_LOG_PROB = 1e-2
+SUM_TOLERANCE = (
+    1e-3  # of a float32 softmax over a large vocabulary, and of log-probabilities in decimals
+)
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
 
 
@@ -19,9 +26,9 @@ def check_topk(
     teacher_ids: torch.Tensor | None,
     tail: str,
     arguments: LossArguments,
-) -> Divergence:
-    """Check the options of a loss and its top-k teacher; returns the routed divergence."""
-    divergence = check_options(rows, n_cols, arguments)
+) -> LossArguments:
+    """Check the tensors of a loss and its top-k teacher; returns its arguments."""
+    arguments = check_options(rows, n_cols, arguments)
     weight = arguments.hard_label_weight
     one_of("tail", tail, TAILS)
     for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
@@ -30,6 +37,7 @@ def check_topk(
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor [..., K], got {type(tensor).__name__}")
+        check_plain(name, tensor)
         if tensor.dim() == 0 or tensor.shape[-1] == 0:
             raise ValueError(
                 f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
@@ -37,7 +45,7 @@ def check_topk(
         rows.check_leading(name, tensor.shape[:-1])
         rows.check_device(name, tensor)
     if teacher_log_probs is None or teacher_ids is None:
-        return divergence
+        return arguments
     if teacher_log_probs.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
@@ -52,12 +60,12 @@ def check_topk(
         )
     of_teacher("teacher_log_probs", teacher_log_probs)
     if weight < 1:
-        check_integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
+        integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
         counted = arguments.counted
         if readable(teacher_ids, teacher_log_probs, *counted[:2]):
             kept = counted.kept(teacher_ids[..., 0])
             _check_slot_values(teacher_log_probs, teacher_ids, kept[..., None], n_cols)
-    return divergence
+    return arguments
 
 
 def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:
@@ -74,10 +82,30 @@ def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:
         raise ValueError(
             f"teacher_ids must be unique within a token, got {in_order[..., 1:][twice][0].item()} twice"
         )
-    # logits instead of log-probabilities, not the rounding of a subtraction
-    positive = (log_probs > 1e-2) & log_probs.isfinite() & (ids >= 0) & kept
+    held = (ids >= 0) & kept
+    positive = (log_probs > LARGEST_LOG_PROB) & log_probs.isfinite() & held
     if positive.any():
         raise ValueError(
             f"teacher_log_probs must be logarithms of probabilities, at most 0, got "
             f"{log_probs[positive][0].item():g}: take log_softmax before choosing the K"
         )
+    excess = excess_of_sum(log_probs.masked_fill(~held, -math.inf))
+    above = (excess > 0) & (excess < math.inf)  # a row of +inf is NaN, as one of logits
+    if above.any():
+        total = log_probs.masked_fill(~held, -math.inf)[above][0].double().exp().sum().item()
+        raise ValueError(
+            f"teacher_log_probs of a token must be of probabilities that add up to at most 1, got "
+            f"{total:.4g}: take log_softmax over the whole vocabulary, at the loss's temperature"
+        )
+
+
+def excess_of_sum(log_probs: torch.Tensor) -> torch.Tensor:
+    """By how much probabilities ``[..., K]`` add up to more than 1, ``[...]``, beyond the rounding of
+    their logarithms, of which each is half a unit of ``log_probs``' dtype off, and of what made them."""
+    exact = log_probs.double()
+    probs = exact.exp()
+    # p log p, which is 0 at p = 0
+    rounding = torch.finfo(log_probs.dtype).eps * -torch.special.xlogy(probs, probs).sum(-1).clamp(
+        max=0
+    )
+    return probs.sum(-1) - 1 - rounding - SUM_TOLERANCE

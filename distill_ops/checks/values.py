@@ -5,30 +5,51 @@ under ``set_debug(True)``.
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
 
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("auto", "triton", "torch")
-GRADIENTS = ("auto", "forward", "backward")
+from ..scalars import INT64, flag, integer, number
 
-_debug = False
+check_integer = integer
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# floats of 8 bits have no arithmetic, quantized and complex numbers are no weights
+WEIGHT_DTYPES = (
+    *LOGIT_DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+BACKENDS = ("auto", "triton", "torch")
+
+
+def _debug_of_environment() -> bool:
+    given = os.environ.get("DISTILL_OPS_DEBUG", "0")
+    if given not in ("", "0", "1"):
+        raise ValueError(f"the environment's DISTILL_OPS_DEBUG must be 0 or 1, got {given!r}")
+    return given == "1"
+
+
+_debug = _debug_of_environment()
 
 
 def set_debug(enabled: bool) -> None:
     """Switch the checks that wait for the GPU on or off.
 
-    ``True``: calls read ids, labels and parameters on the GPU and refuse those out of range.
+    ``True``: calls read masks, labels, ids, parameters and a teacher's slots there and refuse wrong ones.
     A bool goes in; without it (the default) no call waits for a GPU to look at values.
 
     Example:
         >>> import distill_ops
         >>> distill_ops.set_debug(True)
         >>> distill_ops.set_debug(False)
+
+    ``DISTILL_OPS_DEBUG=1`` in the environment does it from the start. On a CPU these checks are always
+    on: weights and normalizer that are no finite numbers, ids and labels outside the vocabulary, repeated
+    ids, log-probabilities above 0 or whose probabilities add up to more than 1, parameters outside of
+    their domain, and more tokens than ``kept_tokens``.
     """
     global _debug
-    _debug = bool(enabled)
+    _debug = flag("enabled", enabled)
 
 
 # modes in which tensors stand for values: torch.compile's parts, FakeTensorMode, make_fx
@@ -56,31 +77,11 @@ def readable(*tensors: torch.Tensor | None) -> bool:
     return _debug or all(tensor.device.type == "cpu" for tensor in given)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def number(name: str, value: float, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    return float(value)
-
-
 def check_share(name: str, value: float, expected: str = "a number in [0, 1]") -> float:
     share = number(name, value, expected)
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
     return share
-
-
-def check_integer(name: str, value: int, low: int, high: int | None = None) -> int:
-    expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int {expected}, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {expected}, got {value}")
-    return value
 
 
 def check_temperature(temperature: float) -> float:
@@ -90,6 +91,30 @@ def check_temperature(temperature: float) -> float:
     if not 1e-18 <= temperature <= 1e18:  # its square and inverse must be float32 numbers
         raise ValueError(f"temperature must lie in [1e-18, 1e18], got {temperature}")
     return temperature
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    return integer("ignore_index", ignore_index, *INT64)
+
+
+def check_plain(name: str, tensor: torch.Tensor, whole: str | None = None) -> None:
+    """A tensor is one of numbers in memory, at strides; ``whole`` says what serves for a DTensor.
+
+    Raises:
+        TypeError: it is another thing, a DTensor, nested, sparse or a negative view.
+    """
+    if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_nested:
+        # whose memory, which the kernels read, holds the negatives; a graph resolves them itself
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            raise TypeError(f"{name} is a lazily negated view: pass {name}.resolve_neg()")
+        return
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without the import of torch.distributed
+        advice = whole or "pass {name}.full_tensor(), or this rank's tokens as a plain tensor"
+        raise TypeError(f"{name} is a DTensor, but must be whole: {advice.format(name=name)}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is nested (jagged): pass {name}.values(), the tokens of all rows")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}: pass {name}.to_dense()")
 
 
 def constant(name: str, tensor: torch.Tensor, advice: str = "detach it") -> None:
@@ -127,5 +152,6 @@ class TokenRows(NamedTuple):
     def check_per_token(self, name: str, tensor: torch.Tensor) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor [...], got {type(tensor).__name__}")
+        check_plain(name, tensor)
         self.check_leading(name, tensor.shape)
         self.check_device(name, tensor)

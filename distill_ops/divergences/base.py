@@ -16,10 +16,28 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..kernels.portable import on_tensors
+from ..scalars import meant, number, shown
 
 DIVERGENCES: dict[str, type["Divergence"]] = {}
 
 Parameter = float | torch.Tensor
+
+KL = "'forward_kl' (of the teacher from the student) or 'reverse_kl' (of the student from the teacher)"
+JSD = "'jensen_shannon', or JensenShannon(beta=...)"
+# what others, and the literature, call the divergences
+OTHER_NAMES = {
+    "kl": KL, "kld": KL, "kl_div": KL, "kl_divergence": KL,
+    "fkl": "'forward_kl'", "kd": "'forward_kl'", "rkl": "'reverse_kl'",
+    "js": JSD, "jsd": JSD, "gjs": JSD, "generalized_jsd": JSD, "js_divergence": JSD,
+    "tv": "'total_variation'", "tvd": "'total_variation'",
+    "ce": "'soft_cross_entropy', or hard_label_weight=1 for the labels alone",
+    "cross_entropy": "'soft_cross_entropy', or hard_label_weight=1 for the labels alone",
+    "soft_ce": "'soft_cross_entropy'", "sce": "'soft_cross_entropy'",
+    "jeffreys": "'symmetric_kl'", "skl": "'symmetric_kl'", "sym_kl": "'symmetric_kl'",
+    "sfkl": "'skew_forward_kl'", "skew_kl": "'skew_forward_kl'",
+    "srkl": "'skew_reverse_kl'", "skew_rkl": "'skew_reverse_kl'",
+    "ab": "'alpha_beta'", "abkd": "'alpha_beta'", "ab_divergence": "'alpha_beta'",
+}  # fmt: skip
 
 
 class Domain(NamedTuple):
@@ -97,17 +115,20 @@ class Divergence:
         DIVERGENCES[name] = cls
 
     def __post_init__(self) -> None:
+        if type(self) is Divergence:
+            raise TypeError(
+                "Divergence is what the divergences have in common: pass one of them, such as "
+                "JensenShannon(beta=0.5), or make one by declare_divergence"
+            )
         for name, value in zip(self.__match_args__, self.parameters, strict=True):
             domain = self.domain(name)
             if isinstance(value, torch.Tensor):
                 _check_tensor(name, value)
-            elif not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(
-                    f"{name} must be a number {domain}, or a tensor of them (0-d, or one a token), "
-                    f"got {type(value).__name__}"
-                )
-            else:
-                self.check_number(name, value, domain)
+                continue
+            expected = f"a number {domain}, or a tensor of them (0-d, or one a token)"
+            value = number(name, value, expected)
+            self.check_number(name, value, domain)
+            object.__setattr__(self, name, value)  # a NumPy scalar is Python's from here on
 
     def check_number(self, name: str, value: float, domain: Domain) -> None:
         inside = domain.low < value < domain.high
@@ -197,15 +218,32 @@ def _check_tensor(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} requires grad, but gets no gradient here: detach it")
 
 
+def _by_name(name: str) -> Divergence:
+    """A divergence with its defaults.
+
+    Raises:
+        ValueError: a parameter has none."""
+    kind = DIVERGENCES[name]
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(
+            f"divergence={name!r} has parameters without a default ({', '.join(kind.__match_args__)}): "
+            f"pass {kind.__qualname__}(...)"
+        ) from error
+
+
 def as_divergence(divergence: "Divergence | str") -> Divergence:
     """A divergence from itself or its name, routed to the one that it is at an end point."""
     if isinstance(divergence, str):
         if divergence not in DIVERGENCES:
+            other = OTHER_NAMES.get(divergence.lower().replace("-", "_"))
+            hint = f": pass {other}" if other else meant(divergence, DIVERGENCES)
             raise ValueError(
                 f"divergence must be one of {', '.join(sorted(DIVERGENCES))} "
-                f"or a Divergence, got {divergence!r}"
+                f"or a Divergence, got {shown(divergence)}{hint}"
             )
-        divergence = DIVERGENCES[divergence]()
+        divergence = _by_name(divergence)
     if not isinstance(divergence, Divergence):
         raise TypeError(
             f"divergence must be a name or a Divergence such as JensenShannon(beta=0.5), "

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 
 from ..kernels.portable import device_function
+from ..scalars import flag, number, shown
 from .base import Divergence, Domain
 
 COLUMN = ("log_q", "log_p", "q", "p")
@@ -25,6 +26,11 @@ def _numbers(function: Callable) -> list[inspect.Parameter]:
 
 def _require_source(function: Callable) -> None:
     """Triton reads a function's text, and its names from its module."""
+    if function.__name__ == "<lambda>":
+        raise ValueError(
+            "declare_divergence got a lambda, which has no name and no text of its own: define the "
+            "function by def"
+        )
     if function.__closure__:
         names = ", ".join(function.__code__.co_freevars)
         raise ValueError(
@@ -38,6 +44,24 @@ def _require_source(function: Callable) -> None:
             f"{function.__name__} has no source file, which a GPU kernel is compiled from: define "
             f"it in a file and import it"
         ) from None
+
+
+def _intervals(domains: dict[str, tuple[float, float]] | None) -> dict[str, Domain]:
+    if domains is None:
+        return {}
+    if not isinstance(domains, dict):
+        raise TypeError(f"domains must be a dict of intervals, got {type(domains).__name__}")
+    intervals = {}
+    for name, ends in domains.items():
+        if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+            raise ValueError(
+                f"domains[{name!r}] must be an interval (low, high), got {shown(ends)}"
+            )
+        low, high = (number(f"domains[{name!r}]", end, "a pair of numbers") for end in ends)
+        if not low < high:
+            raise ValueError(f"domains[{name!r}] must be (low, high), low below high, got {ends}")
+        intervals[name] = Domain(low, high)
+    return intervals
 
 
 def declare_divergence(
@@ -94,14 +118,21 @@ def declare_divergence(
         ``my_divergence(alpha=0.3)``; its parameters may be numbers or tensors.
 
     Raises:
-        TypeError: the signature is another.
-        ValueError: the function has no source file or uses local variables, or the name is taken.
+        TypeError: the signature is another, or an argument's type.
+        ValueError: the function has no name (a lambda) or no source file, or uses local variables; the
+            name is taken or no word; domains name no parameter, or no interval.
     """
+
+    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"name must be a word such as 'my_divergence', got {shown(name)}")
+    intervals = _intervals(domains)
+    flag("infinite_at_student_zero", infinite_at_student_zero)
+    flag("infinite_at_teacher_zero", infinite_at_teacher_zero)
 
     def declare(function: Callable) -> type[Divergence]:
         numbers = _numbers(function)
         _require_source(function)
-        unknown = set(domains or {}) - {parameter.name for parameter in numbers}
+        unknown = set(intervals) - {parameter.name for parameter in numbers}
         if unknown:
             raise ValueError(f"domains names no parameter: {', '.join(sorted(unknown))}")
         defaults = [dataclasses.MISSING if x.default is x.empty else x.default for x in numbers]
@@ -115,7 +146,7 @@ def declare_divergence(
             "__qualname__": function.__qualname__,
             "name": name or function.__name__,
             "value_and_slope": staticmethod(device_function(function)),
-            "domains": {key: Domain(*ends) for key, ends in (domains or {}).items()},
+            "domains": intervals,
             "infinite_at_student_zero": infinite_at_student_zero,
             "infinite_at_teacher_zero": infinite_at_teacher_zero,
         }

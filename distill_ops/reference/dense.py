@@ -6,13 +6,8 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import Unpack
 
-from ..arguments import (
-    Counted,
-    LossArguments,
-    LossOptions,
-    loss_arguments,
-    with_loss_options,
-)
+from ..arguments import Counted, LossArguments, LossOptions, with_loss_options
+from ..checks.options import given_options
 from ..checks.tokens import check_dense
 from ..divergences.base import Divergence
 from ..problem import LossComponents, working_dtype
@@ -215,8 +210,8 @@ def distillation_loss(
     Same arguments, result and errors; half-precision logits are computed in float32, float64 in
     float64.
     """
-    arguments = loss_arguments("reference.distillation_loss", options, *WITHOUT)
-    divergence, n_cols = check_dense(student_logits, teacher_logits, arguments)
+    arguments = given_options("reference.distillation_loss", options, *WITHOUT)
+    arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
     dtype = working_dtype(student_logits, teacher_logits)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
@@ -225,6 +220,6 @@ def distillation_loss(
     if arguments.hard_label_weight < 1:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
         terms = divergence_terms(
-            student, teacher, divergence, arguments.temperature, arguments.infinities
+            student, teacher, arguments.divergence, arguments.temperature, arguments.infinities
         )
     return weighted_loss(student, terms, weights, arguments)

@@ -3,10 +3,11 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, loss_arguments, with_loss_options
-from ..checks.heads import check_head, check_heads
-from ..checks.tokens import check_token_ids
-from ..checks.values import TokenRows, check_temperature
+from ..arguments import LossOptions, with_loss_options
+from ..checks.heads import check_head, check_heads, check_no_teacher
+from ..checks.options import given_options, head_options
+from ..checks.tokens import check_options, check_token_ids
+from ..checks.values import TokenRows
 from ..problem import LossComponents, working_dtype
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
@@ -71,32 +72,27 @@ def linear_distillation_loss(
     float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden states,
     weight and bias.
     """
-    arguments = loss_arguments("reference.linear_distillation_loss", options, *WITHOUT)
-    check_head(
-        "student_", student_hidden, student_weight, student_bias, student_logit_scale,
-        student_softcap,
-    )  # fmt: skip
+    arguments = given_options("reference.linear_distillation_loss", options, *WITHOUT)
+    student_head = head_options("student_", student_logit_scale, student_softcap)
+    teacher_head = head_options("teacher_", teacher_logit_scale, teacher_softcap)
+    check_head("student_", student_hidden, student_weight, student_bias)
     if teacher_hidden is not None and teacher_weight is not None:
-        check_head(
-            "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale,
-            teacher_softcap, frozen=True,
-        )  # fmt: skip
-    n_cols = check_heads(
-        TokenRows("student_hidden", student_hidden), student_weight, teacher_hidden, teacher_weight,
-        arguments,
-    )  # fmt: skip
+        check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, frozen=True)
+    rows = TokenRows("student_hidden", student_hidden)
+    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    if teacher_hidden is None or teacher_weight is None:
+        check_no_teacher(teacher_bias, teacher_head)
+    arguments = check_options(rows, n_cols, arguments)
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     unread = token_weights(student_hidden, dtype, arguments.counted) == 0
     student = head_logits(
-        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
-        unread, n_cols, dtype,
-    )  # fmt: skip
+        student_hidden, student_weight, student_bias, *student_head, unread, n_cols, dtype
+    )
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = head_logits(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
-            unread, n_cols, dtype,
-        ).detach()  # fmt: skip
+            teacher_hidden, teacher_weight, teacher_bias, *teacher_head, unread, n_cols, dtype
+        ).detach()
     options.pop("vocab_size", None)  # the logits have no other columns
     return distillation_loss(student, teacher, **options)
 
@@ -129,15 +125,14 @@ def linear_token_log_probs(
     Arguments, result and errors are those of :func:`distill_ops.linear_token_log_probs`, without those
     that say how it is computed.
     """
-    check_head("", hidden, weight, bias, logit_scale, softcap)
-    check_temperature(temperature)
-    n_cols = weight.shape[0]
-    check_token_ids(token_ids, TokenRows("hidden", hidden), n_cols, ignore_index)
+    head = head_options("", logit_scale, softcap)
+    check_head("", hidden, weight, bias)
+    rows, n_cols = TokenRows("hidden", hidden), weight.shape[0]
+    checked = check_token_ids(rows, n_cols, token_ids, temperature, ignore_index)
     dtype = working_dtype(hidden, weight)
-    logits = head_logits(
-        hidden, weight, bias, logit_scale, softcap, token_ids == ignore_index, n_cols, dtype
-    )
+    ignored = checked.ids == checked.ignore_index
+    logits = head_logits(hidden, weight, bias, *head, ignored, n_cols, dtype)
     return token_log_probs(
-        logits, token_ids, temperature=temperature, ignore_index=ignore_index,
+        logits, checked.ids, temperature=checked.temperature, ignore_index=checked.ignore_index,
         return_entropy=return_entropy,
     )  # fmt: skip

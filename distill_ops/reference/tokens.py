@@ -7,6 +7,7 @@ from ..checks.tokens import check_mixture, check_statistics, check_token_log_pro
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
 from ..problem import DistillationStatistics, working_dtype
+from ..scalars import flag
 from .dense import divergence_terms, log_mixture, no_maximum, times
 
 
@@ -48,7 +49,10 @@ def token_log_probs(
     Arguments, edges, result and errors are those of :func:`distill_ops.token_log_probs`
     (docs/semantics.md, section 12), without ``backend``.
     """
-    check_token_log_probs(logits, token_ids, temperature, ignore_index)
+    flag("return_entropy", return_entropy)
+    token_ids, temperature, ignore_index = check_token_log_probs(
+        logits, token_ids, temperature, ignore_index
+    )
     ignored = token_ids == ignore_index
     log_q = F.log_softmax(_read(logits, ignored, working_dtype(logits)) / temperature, dim=-1)
     log_probs = _of_tokens(log_q, token_ids, ignored)
@@ -81,7 +85,7 @@ def distillation_statistics(
     Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
     (docs/semantics.md, section 12), without ``backend``.
     """
-    divergence = check_statistics(
+    (token_ids, temperature, ignore_index), divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
     dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
@@ -123,7 +127,7 @@ def mixture_token_log_probs(
     Arguments, edges, result and errors are those of :func:`distill_ops.mixture_token_log_probs`
     (docs/semantics.md, section 12), without ``backend``.
     """
-    check_mixture(
+    (token_ids, temperature, ignore_index), teacher_weight = check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
     )
     dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index

@@ -5,8 +5,9 @@ import math
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, loss_arguments, with_loss_options
+from ..arguments import LossOptions, with_loss_options
 from ..checks.logits import check_alone
+from ..checks.options import given_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
@@ -108,10 +109,10 @@ def topk_distillation_loss(
     (docs/semantics.md, section 11), without ``gradient`` and ``backend``; half-precision logits are
     computed in float32, float64 in float64.
     """
-    arguments = loss_arguments("reference.topk_distillation_loss", options, *WITHOUT)
+    arguments = given_options("reference.topk_distillation_loss", options, *WITHOUT)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    divergence = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
     dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
@@ -120,5 +121,5 @@ def topk_distillation_loss(
     if arguments.hard_label_weight < 1:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
-        terms = topk_terms(student, log_p, ids, tail, divergence, arguments.temperature)
+        terms = topk_terms(student, log_p, ids, tail, arguments.divergence, arguments.temperature)
     return weighted_loss(student, terms, weights, arguments)

@@ -4,16 +4,13 @@ import inspect
 import json
 import sys
 from typing import get_type_hints
-from unittest import mock
 
 import pytest
-import torch
 
 import distill_ops
 from distill_ops.operators import transforms
-from tests.interface import test_registration as operators
 from tests.support import ROOT
-from tests.support.helpers import make_logits
+from tests.support.forms import CALLED, FORMS, tensors_of
 
 MOST_HOPS = {
     "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
@@ -48,17 +45,12 @@ def test_hops_to_the_launch(name, monkeypatch):
     monkeypatch.setattr(aot._Recorder, "__getitem__", recorded)
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
     monkeypatch.setattr(transforms, "dispatches", lambda *_: False)
-    function, called = getattr(distill_ops, name), operators.FUNCTIONS[name]
-    with_triton = lambda *a, **k: function(*a, **{**k, "backend": "triton"})
-    student = torch.empty(4, 33, device="meta", requires_grad=True)
-    with (
-        mock.patch.object(distill_ops, name, with_triton),
-        mock.patch.dict(
-            vars(operators), IDS=operators.IDS.to("meta"), SLOTS=operators.SLOTS.to("meta")
-        ),
-    ):
-        teacher = torch.empty(4, 33, device="meta")
-        aot.record(lambda: called(student, teacher), aot.TARGETS["sm_90"].facts)
+    form = CALLED[name]
+    tensors = {key: x.to("meta") for key, x in tensors_of(name).items() if key in form.positional}
+    for key in set(form.students) & set(tensors):
+        tensors[key].requires_grad_()
+    call = lambda: form(tensors, backend="triton")
+    aot.record(call, aot.TARGETS["sm_90"].facts)
     assert found
     assert all(0 < len(hops) <= MOST_HOPS[name] for hops in found), found
 
@@ -68,13 +60,8 @@ def test_hops_to_the_launch(name, monkeypatch):
     ["topk_distillation_loss", "linear_distillation_loss", "linear_topk_distillation_loss"],
 )
 def test_options_that_a_function_goes_without_are_refused(name):
-    student, teacher = make_logits((4, 33))
-    original = getattr(distill_ops, name)
-    with (
-        mock.patch.object(distill_ops, name, lambda *a: original(*a, infinities="propagate")),
-        pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'infinities'"),
-    ):
-        operators.FUNCTIONS[name](student, teacher)
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'infinities'"):
+        FORMS[name](tensors_of(name), infinities="propagate")
 
 
 def test_signatures():
@@ -96,7 +83,7 @@ def test_signatures():
 
 
 def test_annotations_list_what_signatures_list():
-    for name in operators.FUNCTIONS:
+    for name in CALLED:
         function = getattr(distill_ops, name)
         listed = [*inspect.signature(function).parameters, "return"]
         assert list(get_type_hints(function)) == listed

@@ -220,5 +220,6 @@ def test_a_mode_that_only_looks(form):
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
         ids = next(name for name in ("labels", "token_ids") if name in tensors)
+        hard = {"hard_label_weight": 0.5} if ids == "labels" else {}
         with pytest.raises(ValueError, match=f"^{ids} must lie in"):
-            FORMS[form]({**tensors, ids: tensors[ids] + 11})
+            FORMS[form]({**tensors, ids: tensors[ids] + 11}, **hard)

@@ -17,7 +17,7 @@ from tests.support.helpers import (
 
 pytest.importorskip("triton")
 
-from distill_ops import ReverseKL, SkewForwardKL, reference, topk_distillation_loss
+from distill_ops import ForwardKL, ReverseKL, SkewForwardKL, reference, topk_distillation_loss
 
 INF = math.inf
 
@@ -282,5 +282,5 @@ def test_values_on_a_device_are_checked_in_debug_mode_only():
     from distill_ops.checks.values import TokenRows
 
     rows = TokenRows("student_logits", student)
-    arguments = rows, 12, log_p, ids, "bucket", LossArguments("forward_kl")
+    arguments = rows, 12, log_p, ids, "bucket", LossArguments(ForwardKL())
     assert_values_are_read_in_debug_mode_only(lambda: check_topk(*arguments))

@@ -225,7 +225,7 @@ BAD = [
     ({"teacher_hidden": None}, ValueError, "teacher_hidden is None, which needs hard_label_weight=1"),
     ({"teacher_weight": None}, ValueError, "teacher_weight is None, which needs hard_label_weight=1"),
     ({"teacher_hidden": torch.zeros(2, 4, requires_grad=True)}, ValueError, "teacher_hidden requires grad.*detach"),
-    ({"vocab_size": 6}, ValueError, r"vocab_size must lie in \[1, 5\], got 6"),
+    ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
     ({"vocab_size": 2.0}, TypeError, "vocab_size must be an int"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels must have the leading shape of student_hidden"),
     ({"temperature": -1.0}, ValueError, "temperature must be positive"),

@@ -295,7 +295,7 @@ BAD = [
     (token_log_probs, {"logits": LOGITS.int()}, TypeError, "logits must be float32"),
     (token_log_probs, {"token_ids": IDS + 1}, ValueError, r"token_ids must lie in \[0, 5\).* got 5"),
     (token_log_probs, {"token_ids": IDS[:1]}, ValueError, "token_ids must have the leading shape of logits"),
-    (token_log_probs, {"token_ids": IDS.int()}, TypeError, "token_ids must be int64"),
+    (token_log_probs, {"token_ids": IDS.short()}, TypeError, "token_ids must be int64"),
     (token_log_probs, {"temperature": 0.0}, ValueError, "temperature must be positive"),
     (token_log_probs, {"ignore_index": None}, TypeError, "ignore_index must be an int"),
     (distillation_statistics, {"token_ids": -IDS}, ValueError, r"token_ids must lie in \[0, 5\).* got -1"),

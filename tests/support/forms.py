@@ -75,6 +75,9 @@ FORMS = {
         of_token=True,
     ),
 }  # fmt: skip
+CALLED = FORMS | {
+    "distillation_metrics": Form(distill_ops.distillation_metrics, LOGITS, (), (), outputs=7)
+}
 LOSSES = [name for name in FORMS if name.endswith("distillation_loss")]
 
 
@@ -94,4 +97,4 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     if name == "mixture_token_log_probs":
         tensors["teacher_weight"] = torch.tensor([0.1, 0.5, 0.2, 0.9])
-    return FORMS[name].used(tensors)
+    return CALLED[name].used(tensors)

@@ -6,6 +6,7 @@ from tests.support.mutants import Mutation
 OPTIONS = "tests/losses/test_dense.py::test_options"
 DENSE = "tests/losses/test_dense.py::test_"
 SEMANTICS = "tests/oracle/test_dense.py::test_"
+HOSTILE = "tests/interface/hostile.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 DETERMINISM = "tests/losses/test_determinism.py::test_"
 DISTRIBUTED = "tests/interface/test_distributed.py::test_a_step_of_two_processes_is_the_step_of_one"
@@ -164,9 +165,9 @@ CHECKS = [
         f"{BAD_INPUT}[loss_mask requires grad.*detach]",
     ),
     Mutation(
-        "a vocabulary of no column", sources.CHECKS_LOGITS,
-        "if not 1 <= vocab_size <= widest:", "if not 0 <= vocab_size <= widest:",
-        f"{BAD_INPUT}[vocab_size must lie in]",
+        "a vocabulary of no column", sources.CHECKS_OPTIONS,
+        'integer("vocab_size", vocab_size, 1)', 'integer("vocab_size", vocab_size, 0)',
+        f"{BAD_INPUT}[vocab_size must be at least 1, got 0]",
     ),
     Mutation(
         "the first label beyond the vocabulary", sources.CHECKS_TOKENS,
@@ -175,8 +176,43 @@ CHECKS = [
     ),
     Mutation(
         "labels are checked on the GPU", sources.CHECKS_TOKENS,
-        "if not readable(*counted[:2]):", "if False:",
+        "if n_cols is not None and readable(ids, *counted[:2]):", "if n_cols is not None:",
         f"{NO_SYNC}on_the_host[hard-none]",
+    ),
+    Mutation(
+        "labels that only mask are held to the vocabulary", sources.CHECKS_TOKENS,
+        "n_cols if weight > 0 else None", "n_cols",
+        f"{HOSTILE}right_numbers[labels beyond the vocabulary only mask]",
+    ),
+    Mutation(
+        "a mask of labels is taken", sources.CHECKS_TOKENS,
+        "ids = loss_mask < -1", "ids = loss_mask < -1000",
+        f"{HOSTILE}hostile_calls[distillation_loss: a mask of labels]",
+    ),
+    Mutation(
+        "weights that are not finite are taken", sources.CHECKS_TOKENS,
+        "bad = ~loss_mask.isfinite()", "bad = loss_mask != loss_mask",
+        f"{HOSTILE}hostile_calls[distillation_loss: a mask of inf]",
+    ),
+    Mutation(
+        "a normalizer of 0 is taken", sources.CHECKS_TOKENS,
+        "if 0 < value < math.inf or", "if 0 <= value < math.inf or",
+        f"{HOSTILE}hostile_calls[distillation_loss: a normalizer of 0]",
+    ),
+    Mutation(
+        "log-probabilities of any sum are taken", sources.CHECKS_SLOTS,
+        "above = (excess > 0)", "above = (excess > 9)",
+        f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.2]",
+    ),
+    Mutation(
+        "words are flags", sources.SCALARS,
+        "if not isinstance(value, bool):", "if False:",
+        f"{HOSTILE}hostile_calls[distillation_loss: return_components='false']",
+    ),
+    Mutation(
+        "modules do not check", sources.API_CHOICES,
+        "given_options(type(self).__name__, shared, *self.without)", "pass",
+        f"{HOSTILE}hostile_calls[DistillationLoss: temperature=0]",
     ),
     Mutation(
         "parameters are checked on the GPU", sources.CHECKS_TOKENS,

@@ -72,7 +72,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k: the tail is lost on the way", sources.API_TOPK,
-        "backend, arguments, tail)", 'backend, arguments, "bucket")',
+        "Options.of(arguments, n_cols, backend, tail)", 'Options.of(arguments, n_cols, backend, "bucket")',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip

@@ -117,7 +117,7 @@ LOGITS = torch.zeros(2, 5)
         ({"k": 4, "vocab_size": 3}, ValueError, r"k must be in \[1, 3\], got 4"),
         ({"k": 2.0}, TypeError, r"k must be an int in \[1, 5\], got float"),
         ({"k": True}, TypeError, "k must be an int"),
-        ({"vocab_size": 6}, ValueError, r"vocab_size must lie in \[1, 5\], got 6"),
+        ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0"),
     ],
 )
