@@ -99,9 +99,10 @@ def _check_weights(rows: TokenRows, counted: Counted) -> None:
         if bad.any():
             raise ValueError(f"loss_mask must hold finite weights, got {loss_mask[bad][0].item()}")
         return
-    ids = loss_mask < -1  # policy gradients have integer weights of -1
+    weights = loss_mask.long()
+    ids = weights < -1  # policy gradients have integer weights of -1
     if ignore_index not in (0, 1):
-        ids = ids | (loss_mask == ignore_index)
+        ids = ids | (weights == ignore_index)
     if ids.any():
         raise ValueError(
             f"loss_mask must hold weights, got {loss_mask[ids][0].item()}, as token ids have it: pass "

@@ -22,14 +22,14 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 BACKENDS = ("auto", "triton", "torch")
 
 
-def _debug_of_environment() -> bool:
+def debug_of_environment() -> bool:
     given = os.environ.get("DISTILL_OPS_DEBUG", "0")
     if given not in ("", "0", "1"):
         raise ValueError(f"the environment's DISTILL_OPS_DEBUG must be 0 or 1, got {given!r}")
     return given == "1"
 
 
-_debug = _debug_of_environment()
+_debug = debug_of_environment()
 
 
 def set_debug(enabled: bool) -> None:

@@ -6,7 +6,7 @@ from tests.support.mutants import Mutation
 OPTIONS = "tests/losses/test_dense.py::test_options"
 DENSE = "tests/losses/test_dense.py::test_"
 SEMANTICS = "tests/oracle/test_dense.py::test_"
-HOSTILE = "tests/interface/hostile.py::test_"
+HOSTILE = "tests/interface/test_hostile.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 DETERMINISM = "tests/losses/test_determinism.py::test_"
 DISTRIBUTED = "tests/interface/test_distributed.py::test_a_step_of_two_processes_is_the_step_of_one"
@@ -182,11 +182,11 @@ CHECKS = [
     Mutation(
         "labels that only mask are held to the vocabulary", sources.CHECKS_TOKENS,
         "n_cols if weight > 0 else None", "n_cols",
-        f"{HOSTILE}right_numbers[labels beyond the vocabulary only mask]",
+        f"{HOSTILE}right_numbers[labels beyond the vocabulary only mask-distillation_loss]",
     ),
     Mutation(
         "a mask of labels is taken", sources.CHECKS_TOKENS,
-        "ids = loss_mask < -1", "ids = loss_mask < -1000",
+        "ids = weights < -1 ", "ids = weights < -1000 ",
         f"{HOSTILE}hostile_calls[distillation_loss: a mask of labels]",
     ),
     Mutation(

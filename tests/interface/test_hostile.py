@@ -1,0 +1,177 @@
+"""Wrong calls are refused before anything is computed; right ones of another library's types are taken."""
+
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import distill_ops
+from distill_ops import JensenShannon, reference
+from distill_ops.checks import values
+from distill_ops.operators.register import LossOperator
+from tests.interface.hostile import CASES
+from tests.support.forms import CALLED, FORMS, LOSSES, V, tensors_of
+
+IDS = [case.name for case in CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_hostile_calls(case):
+    computes = mock.Mock(side_effect=AssertionError("something is computed"))
+    with (
+        mock.patch.object(LossOperator, "__call__", computes),
+        pytest.raises(case.error, match=f"(?s){case.words}"),
+    ):
+        case.call()
+
+
+def test_the_table():
+    assert len(CASES) >= 250
+    assert [name for name, n in Counter(IDS).items() if n > 1] == []
+    told = {name.split(":")[0].removeprefix("reference.") for name in IDS}
+    functions = {name for name in distill_ops.__all__ if callable(getattr(distill_ops, name))} - {
+        "reference"
+    }
+    results = {"DistillationMetrics", "DistillationStatistics", "LossComponents", "TeacherTopK"}
+    elsewhere = {"check_divergence", "DivergenceReport"}  # tests/losses/test_declared.py
+    stored = {name for name in functions if "teacher" in name.lower() or name in STORES}
+    parameterless = {
+        "ForwardKL",
+        "ReverseKL",
+        "SoftCrossEntropy",
+        "TotalVariation",
+        "SkewReverseKL",
+    }
+    assert functions - told - results - elsewhere - stored - parameterless == set()
+
+
+STORES = {"rows_written", "BlockSampler"}  # tests/teacher
+
+
+NUMBERS = {
+    "python": (2.0, 0.25, 3, 7, -100),
+    "numpy": (np.float32(2), np.float64(0.25), np.int64(3), np.int32(7), np.int64(-100)),
+    "numpy half": (np.float16(2), np.float16(0.25), np.uint8(3), np.int16(7), np.int8(-100)),
+    "0-d": tuple(torch.tensor(x) for x in (2.0, 0.25, 3, 7, -100)),
+}
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy half", "0-d"])
+@pytest.mark.parametrize("form", LOSSES)
+def test_numbers_of_other_libraries(form, kind):
+    """Temperature, hard-label weight, normalizer, vocabulary size and ignored label, as the same bits."""
+
+    def call(kind):
+        names = ("temperature", "hard_label_weight", "normalizer", "vocab_size", "ignore_index")
+        options = dict(zip(names, NUMBERS[kind], strict=True))
+        tensors = tensors_of(form)
+        tensors["labels"] = tensors["labels"].clamp(max=6)
+        if "teacher_ids" in tensors:
+            tensors["teacher_ids"] = torch.arange(3).expand(4, 3)
+        return FORMS[form](tensors, **options)
+
+    assert torch.equal(call(kind), call("python"))
+
+
+def test_numbers_of_heads_and_divergences():
+    tensors = tensors_of("linear_distillation_loss")
+    call = lambda *numbers: FORMS["linear_distillation_loss"](
+        tensors, student_softcap=numbers[0], teacher_logit_scale=numbers[1], kept_tokens=numbers[2],
+        memory_budget=numbers[3], divergence=JensenShannon(numbers[4]),
+    )  # fmt: skip
+    found = call(np.float32(2), np.int64(3), np.int64(4), np.int64(10**6), np.float32(0.25))
+    assert torch.equal(found, call(2.0, 3, 4, 10**6, 0.25))
+    assert JensenShannon(np.float64(0.25)) == JensenShannon(0.25)
+    assert type(JensenShannon(np.float32(0.25)).beta) is float
+    logits = tensors["teacher_hidden"]
+    for k in (np.int64(2), torch.tensor(2)):
+        assert torch.equal(distill_ops.teacher_topk(logits, k).ids, logits.topk(2).indices)
+
+
+@pytest.mark.parametrize("form", CALLED)
+def test_integers_of_32_bits(form):
+    tensors = tensors_of(form)
+    options = {"hard_label_weight": 0.5} if "labels" in tensors else {}
+    narrow = {name: x.int() if x.dtype == torch.int64 else x for name, x in tensors.items()}
+    assert torch.equal(CALLED[form](narrow, **options), CALLED[form](tensors, **options))
+    if form in FORMS:
+        both = (FORMS[form].gradients(x, **options) for x in (narrow, tensors))
+        for one, other in zip(*both, strict=True):
+            assert torch.equal(one, other)
+
+
+MASKS = {  # masks and labels that are right, and the weights that they are
+    "labels beyond the vocabulary only mask": ({"labels": torch.tensor([V, -100, 10**6, -7])}, [1, 0, 1, 1]),
+    "an integer weight of -1": ({"loss_mask": torch.tensor([1, -1, 2, 5])}, [1, -1, 2, 5]),
+    "bytes": ({"loss_mask": torch.tensor([1, 0, 200, 1], dtype=torch.uint8)}, [1, 0, 200, 1]),
+    "ignore_index 0 and a mask of zeros": (
+        {"loss_mask": torch.tensor([1, 0, 1, 1]), "ignore_index": 0}, [1, 0, 1, 1],
+    ),
+    "ignore_index 1 and a mask of ones": (
+        {"loss_mask": torch.tensor([1, 0, 1, 1]), "ignore_index": 1}, [1, 0, 1, 1],
+    ),
+    "float weights of -100": ({"loss_mask": torch.tensor([1.0, -100, 0, 1])}, [1, -100, 0, 1]),
+    "no token and a normalizer of 0": (
+        {"loss_mask": torch.zeros(4), "normalizer": torch.tensor(0.0)}, [0, 0, 0, 0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LOSSES)
+@pytest.mark.parametrize("name", MASKS)
+def test_right_numbers(name, form):
+    options, weights = MASKS[name]
+    options = {"reduction": "sum", **options}
+    if "normalizer" in options:
+        options["reduction"] = "mean"
+    tensors = {k: x for k, x in tensors_of(form).items() if k not in ("labels", "loss_mask")}
+    each = FORMS[form](tensors, reduction="none")
+    expected = (each * torch.tensor(weights)).sum()
+    torch.testing.assert_close(FORMS[form](tensors, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_log_probabilities_are_taken():
+    """Of every dtype, in order of size; those of a server, in decimals; and of a confident teacher."""
+    tensors = tensors_of("topk_distillation_loss")
+    rows = torch.randn(4, V, generator=torch.Generator().manual_seed(3))
+    for scale in (0.01, 1, 10):
+        log_probs, ids = (scale * rows).log_softmax(-1).topk(V)
+        for rounded in (
+            log_probs.bfloat16(), log_probs.half(), log_probs.double(), log_probs.mul(1e4).round() / 1e4
+        ):  # fmt: skip
+            found = FORMS["topk_distillation_loss"](
+                {**tensors, "teacher_log_probs": rounded, "teacher_ids": ids}
+            )
+            assert found.isfinite()
+
+
+def test_a_temperature_without_a_value():
+    with FakeTensorMode():
+        tensors = {name: x.clone() for name, x in tensors_of("distillation_loss").items()}
+        with pytest.raises(TypeError, match="temperature must be .*pass a Python number"):
+            FORMS["distillation_loss"](tensors, temperature=torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)]
+)
+def test_the_environment_switches_debugging(value, expected, monkeypatch):
+    monkeypatch.delenv("DISTILL_OPS_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DISTILL_OPS_DEBUG", value)
+    assert values.debug_of_environment() is expected
+
+
+@pytest.mark.parametrize("value", ["false", "yes", "2"])
+def test_another_word_in_the_environment(value, monkeypatch):
+    monkeypatch.setenv("DISTILL_OPS_DEBUG", value)
+    with pytest.raises(ValueError, match=f"DISTILL_OPS_DEBUG must be 0 or 1, got '{value}'"):
+        values.debug_of_environment()
+
+
+def test_the_reference_has_the_same_hints():
+    with pytest.raises(ValueError, match="'jsd': pass 'jensen_shannon'"):
+        reference.distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), divergence="jsd")
