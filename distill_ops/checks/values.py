@@ -58,23 +58,26 @@ TRACING = tuple(
 )
 
 
-def traced(tensors: list[torch.Tensor]) -> bool:
-    """Whether tensors stand for values, which no branch can depend on: while tracing, or of a batch
-    under vmap."""
-    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
-        return True
-    batched = torch._C._functorch.is_batchedtensor
-    return any(x.is_meta or batched(x) or hasattr(x, "fake_mode") for x in tensors)
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for values, on which no branch can depend: one of fake values, or of a
+    batch under vmap."""
+    return (
+        tensor.is_meta
+        or torch._C._functorch.is_batchedtensor(tensor)
+        or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode"))
+    )
 
 
 def readable(*tensors: torch.Tensor | None) -> bool:
     """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode."""
     if torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if traced(given):
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
         return False
-    return _debug or all(tensor.device.type == "cpu" for tensor in given)
+    for tensor in tensors:
+        if tensor is not None and (traced(tensor) or not (_debug or tensor.is_cpu)):
+            return False
+    return True
 
 
 def check_share(name: str, value: float, expected: str = "a number in [0, 1]") -> float:

@@ -116,11 +116,17 @@ def arguments_on(device, option, dtype=torch.bfloat16):
     return student, None if options.get("hard_label_weight") == 1 else teacher, options
 
 
+def let_values_be_read(monkeypatch):
+    """Tensors without values stand for a GPU's here: reading them would wait."""
+    monkeypatch.setattr(values, "traced", lambda _: False)
+    monkeypatch.setattr(values, "TRACING", ())
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """Inside, ``device="cuda"`` makes fake tensors, and operators run as on plain ones."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(values, "traced", lambda _: False)  # they stand for a GPU's here
+    let_values_be_read(monkeypatch)
     run_bodies(monkeypatch, NO_GRADIENT)
     with FakeTensorMode(), WithoutDeviceGuard():
         yield
@@ -306,7 +312,7 @@ def test_nothing_is_read_through_autograd(option, gradient, inplace, monkeypatch
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
     # which sees shared memory: without any, all tensors lie at address 0
     monkeypatch.setattr("distill_ops.api.dense.check_inplace", lambda *_: None)
-    monkeypatch.setattr(values, "traced", lambda _: False)
+    let_values_be_read(monkeypatch)
     # the bodies themselves: the dispatcher would take the fakes, for tensors without memory
     monkeypatch.setattr(transforms, "dispatches", lambda *_: False)
     for divergence in DIVERGENCES[2:4]:  # with a closed moment and without

@@ -197,7 +197,7 @@ CHECKS = [
     Mutation(
         "a normalizer of 0 is taken", sources.CHECKS_TOKENS,
         "if 0 < value < math.inf or", "if 0 <= value < math.inf or",
-        f"{HOSTILE}hostile_calls[distillation_loss: a normalizer of 0]",
+        f"{HOSTILE}hostile_calls[distillation_loss: normalizer=0]",
     ),
     Mutation(
         "log-probabilities of any sum are taken", sources.CHECKS_SLOTS,

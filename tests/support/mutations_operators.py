@@ -91,7 +91,7 @@ DIFFERENTIATION = [
     ),
     Mutation(
         "vmap: values of a batch are read", sources.CHECKS_VALUES,
-        "x.is_meta or batched(x) or", "x.is_meta or",
+        "or torch._C._functorch.is_batchedtensor(tensor)", "",
         f"{OPERATORS}vmap_over_some_of_the_arguments[labels]",
     ),
     Mutation(
