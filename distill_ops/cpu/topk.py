@@ -29,7 +29,8 @@ def _teacher(
     log_p = log_probs.to(dtype).masked_fill(~used, NEG_INF)
     # float64: of a confident teacher float32's rounding of the sum would be all that is left
     total = log_p.double().exp().sum(-1, keepdim=True)
-    good = total < math.inf
+    # an id below -1 is nobody's slot: on a GPU, where ids are not looked at, it shows in the result
+    good = (total < math.inf) & (ids >= -1).all(-1, keepdim=True)
     rest = torch.full_like(log_p[:, :1], NEG_INF)
     if tail == "bucket":
         rest = (1 - total).clamp(min=LEAST_REST).log().to(dtype)

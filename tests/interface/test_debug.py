@@ -1,0 +1,163 @@
+"""Checks of values on a GPU: in debug mode they raise on every path; without it nothing is read, and what
+is wrong shows in the result."""
+
+import contextlib
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+import distill_ops
+from distill_ops import JensenShannon
+from distill_ops.checks import heads, slots, tokens
+from distill_ops.operators.register import LossOperator
+from tests.support.forms import FORMS, LOSSES, K, V, tensors_of
+from tests.support.helpers import make_logits
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it lies on a GPU."""
+
+    device = torch.device("cuda")
+    is_cpu = False
+
+
+class Computed(Exception):
+    """No check has raised."""
+
+
+def on_gpu(value):
+    return value.as_subclass(OnGpu) if isinstance(value, torch.Tensor) else value
+
+
+IDS = tensors_of("topk_distillation_loss")["teacher_ids"]
+HALF = {"hard_label_weight": 0.5}
+WRONG = {  # what is wrong, and words of the error
+    "weight nan": ({"loss_mask": torch.tensor([1, 1, 0, math.nan])}, "loss_mask must hold finite"),
+    "weight inf": ({"loss_mask": torch.tensor([1, 1, 0, math.inf])}, "loss_mask must hold finite"),
+    "mask of labels": ({"loss_mask": torch.tensor([3, -100, 0, 1])}, "loss_mask .* as token ids"),
+    "label beyond": ({"labels": torch.tensor([3, V, 0, 1]), **HALF}, "labels must lie in"),
+    "label below": ({"labels": torch.tensor([3, -5, 0, 1]), **HALF}, "labels must lie in"),
+    "normalizer 0": ({"normalizer": torch.tensor(0.0)}, "normalizer must be positive"),
+    "normalizer nan": ({"normalizer": torch.tensor(math.nan)}, "normalizer must be positive"),
+    "parameter": ({"parameter": torch.tensor(1.5)}, "beta of jensen_shannon"),
+    "parameter nan": ({"parameter": torch.tensor([0.5, 0.5, 0.5, math.nan])}, "beta of jensen_shannon"),
+}  # fmt: skip
+WRONG_SLOTS = {
+    "slot beyond": ({"teacher_ids": IDS + V}, "teacher_ids must lie in"),
+    "slot below": ({"teacher_ids": IDS * 0 - 2}, "teacher_ids must lie in"),
+    "slots repeated": ({"teacher_ids": IDS * 0}, "teacher_ids must be unique"),
+    "logits": ({"teacher_log_probs": torch.full((4, K), 5.0)}, "teacher_log_probs must be log"),
+    "sum": ({"teacher_log_probs": torch.full((4, K), math.log(0.4))}, "add up to at most 1"),
+}
+WRONG_IDS = {
+    "id beyond": ({"token_ids": torch.full((4,), V)}, "token_ids must lie in"),
+    "id below": ({"token_ids": torch.full((4,), -5)}, "token_ids must lie in"),
+}
+
+
+def wrong_of(form: str) -> dict:
+    found = WRONG if form in LOSSES else dict(WRONG_IDS)
+    if "topk" in form:
+        found = found | WRONG_SLOTS
+    if form.startswith("linear") and form in LOSSES:
+        found = found | {"too many": ({"kept_tokens": 2}, "kept_tokens=2 must bound")}
+    if form == "mixture_token_log_probs":
+        found["weight"] = {"teacher_weight": torch.full((4,), 1.5)}, "teacher_weight must lie in"
+    if form == "distillation_statistics":
+        found["parameter"] = WRONG["parameter"]
+    return found
+
+
+CASES = [(form, name) for form in FORMS for name in wrong_of(form)]
+
+
+def call(form: str, name: str, of=lambda value: value, **options):
+    """A form with what is wrong; the tensors are ``of`` those here."""
+    changed, words = wrong_of(form)[name]
+    options |= changed
+    parameter = options.pop("parameter", None)
+    tensors = tensors_of(form)
+    tensors |= {key: options.pop(key) for key in list(options) if key in tensors}
+    if parameter is not None:
+        options["divergence"] = JensenShannon(of(parameter))
+    given = {key: of(value) for key, value in options.items()}
+    return FORMS[form]({key: of(x) for key, x in tensors.items()}, **given), words
+
+
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_debug_mode_raises_and_without_it_nothing_is_read(form, name):
+    computes = mock.patch.object(LossOperator, "__call__", side_effect=Computed)
+    unread = mock.patch.object(torch.Tensor, "item", side_effect=AssertionError("it waits"))
+    never = mock.patch.object(torch.Tensor, "__bool__", side_effect=AssertionError("it waits"))
+    with computes, unread, never, pytest.raises(Computed):
+        call(form, name, on_gpu, backend="torch")
+    words = wrong_of(form)[name][1]
+    distill_ops.set_debug(True)
+    try:
+        with computes, pytest.raises(ValueError, match=words):
+            call(form, name, on_gpu, backend="torch")
+    finally:
+        distill_ops.set_debug(False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_debug_mode_lets_right_calls_pass(form):
+    distill_ops.set_debug(True)
+    try:
+        with (
+            mock.patch.object(LossOperator, "__call__", side_effect=Computed),
+            pytest.raises(Computed),
+        ):
+            FORMS[form]({key: on_gpu(x) for key, x in tensors_of(form).items()}, backend="torch")
+    finally:
+        distill_ops.set_debug(False)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Nothing is looked at, as on a GPU without debug mode."""
+    with contextlib.ExitStack() as stack:
+        for module in (tokens, slots, heads):
+            stack.enter_context(mock.patch.object(module, "readable", return_value=False))
+        yield
+
+
+SHOWS = [  # never a finite number that is wrong
+    (form, name) for form, name in CASES
+    if name not in ("mask of labels", "slots repeated", "logits", "sum", "too many")
+]  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("form", "name"), SHOWS)
+def test_without_debug_mode_the_result_is_not_finite(form, name, kernel_device):
+    on_device = lambda x: x.to(kernel_device("triton")) if isinstance(x, torch.Tensor) else x
+    with as_on_a_gpu():
+        found, _ = call(form, name, on_device, backend="triton")
+    assert not found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["slot below"])
+@pytest.mark.parametrize("form", [form for form in LOSSES if "topk" in form])
+def test_the_other_path_shows_it_too(form, name):
+    with as_on_a_gpu():
+        found, _ = call(form, name, backend="torch")
+    assert found.isnan()
+
+
+def test_a_gpu_s_masked_rows_stay_unread():
+    """Debug mode does not look at what a token of weight 0 holds."""
+    student, teacher = make_logits((4, V))
+    student[1] = math.nan
+    mask = torch.tensor([1.0, 0, 1, 1])
+    labels = torch.tensor([1, V, 2, 3])
+    distill_ops.set_debug(True)
+    try:
+        found = distill_ops.distillation_loss(
+            student, teacher, loss_mask=mask, labels=labels, hard_label_weight=0.5
+        )
+    finally:
+        distill_ops.set_debug(False)
+    assert found.isfinite()
