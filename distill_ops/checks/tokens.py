@@ -87,12 +87,12 @@ def check_parameters(divergence: Divergence, rows: TokenRows, counted: Counted) 
 
 
 def _check_weights(rows: TokenRows, counted: Counted) -> None:
-    loss_mask, labels, ignore_index = counted
+    loss_mask, _, ignore_index = counted
     rows.check_per_token("loss_mask", loss_mask)
     constant("loss_mask", loss_mask)
     if loss_mask.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
-    if loss_mask.dtype == torch.bool or not readable(loss_mask, labels):
+    if loss_mask.dtype == torch.bool or not readable(loss_mask):
         return
     if loss_mask.is_floating_point():
         if math.isfinite(loss_mask.sum(dtype=torch.float64).item()):
@@ -145,6 +145,8 @@ def check_options(rows: TokenRows, n_cols: int, arguments: LossArguments) -> Los
     """Check the tensors among the options that every form of the loss takes, and what they need of the
     others, which :func:`given_options` checked; labels are int64 then."""
     labels, weight = arguments.labels, arguments.hard_label_weight
+    if arguments.loss_mask is not None:
+        _check_weights(rows, arguments.counted)
     if labels is not None:
         labels = _check_ids(
             "labels", labels, rows, n_cols if weight > 0 else None, arguments.counted
@@ -152,8 +154,6 @@ def check_options(rows: TokenRows, n_cols: int, arguments: LossArguments) -> Los
         arguments = arguments._replace(labels=labels)
     elif weight > 0:
         raise ValueError(f"hard_label_weight={weight} needs labels, got None")
-    if arguments.loss_mask is not None:
-        _check_weights(rows, arguments.counted)
     if weight < 1:
         check_parameters(arguments.divergence, rows, arguments.counted)
     if arguments.normalizer is not None:

@@ -107,6 +107,16 @@ def kinds_of(form: str):
             )
 
 
+# the mask is looked at before the labels, which are read with it
+MASK_AND_LABELS = [
+    of_form(
+        form, f"loss_mask {kind}, with hard labels", (TypeError, ValueError),
+        f"loss_mask.*({WRONG_KINDS[kind][1]})", hard_label_weight=0.5,
+        loss_mask=WRONG_KINDS[kind][0](torch.ones(4)),
+    )
+    for form in LOSSES
+    for kind in ("sparse", "a list", "an array", "complex")
+]  # fmt: skip
 KINDS = [case for form in CALLED for case in kinds_of(form)]
 
 # --- options of every loss -------------------------------------------------------------------------
@@ -444,4 +454,4 @@ MORE += [
     for options, error, words in OPTIONS
     if "backend" not in options
 ]
-CASES = [*KINDS, *LOSS_OPTIONS, *SINGLE, *(Hostile(*case) for case in MORE)]
+CASES = [*KINDS, *MASK_AND_LABELS, *LOSS_OPTIONS, *SINGLE, *(Hostile(*case) for case in MORE)]

@@ -6,7 +6,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distill_ops
 from distill_ops import JensenShannon, reference
@@ -26,6 +29,26 @@ def test_hostile_calls(case):
         pytest.raises(case.error, match=f"(?s){case.words}"),
     ):
         case.call()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("form", CALLED)
+def test_distributed_tensors(form, mesh):
+    """A split vocabulary is not put together unasked, nor are a rank's tokens."""
+    tensors = tensors_of(form)
+    hard = {"hard_label_weight": 0.5} if "labels" in tensors else {}
+    for name, tensor in tensors.items():
+        for placement in (Replicate(), Shard(tensor.dim() - 1)):
+            changed = tensors | {name: distribute_tensor(tensor, mesh, [placement])}
+            with pytest.raises(TypeError, match=f"{name} is a DTensor, but must be whole: .*"):
+                CALLED[form](changed, **hard)
 
 
 def test_the_table():
