@@ -25,3 +25,8 @@ def assert_same(ours, expected):
     assert torch.equal(ours.ids, expected.ids)
     error = (ours.log_probs - expected.log_probs).abs()
     assert (error <= allowed_error(expected.log_probs)).all()
+
+
+def snapshot(folder):
+    """All that lies in a folder."""
+    return {p.relative_to(folder): p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
