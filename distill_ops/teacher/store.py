@@ -177,12 +177,11 @@ def save_teacher_topk(
         with writing.claimed():
             _write_file(writing, asked, batches)
         return
-    created = not path.exists()
-    with naming(path):
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
-    writing = Writing.into(path)
+    writing, created = Writing.into(path), not path.exists()
     try:
+        with naming(path):
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
         with writing.claimed():
             _write_folder(writing, asked, batches, resume)
     except BaseException:

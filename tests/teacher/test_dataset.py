@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill_ops import TeacherTopK, TeacherTopKDataset, save_teacher_topk
+from distill_ops import BlockSampler, TeacherTopK, TeacherTopKDataset, save_teacher_topk
+from distill_ops.teacher import dataset as reading
 from tests.support.stored_teachers import FACTS, assert_same, make_topk
 
 
@@ -38,7 +39,8 @@ def test_indexing(stored, index):
     if isinstance(index, slice):
         rows = torch.tensor(list(range(20))[index], dtype=torch.int64)
     else:
-        rows = rows[torch.as_tensor(np.array(index, dtype=np.int64))]
+        plain = index.numpy() if isinstance(index, torch.Tensor) else index
+        rows = rows[torch.as_tensor(np.asarray(plain, dtype=np.int64))]
     assert ours.ids.shape == (*rows.shape, 8)
     assert_same(ours, TeacherTopK(topk.log_probs[rows], topk.ids[rows]))
 
@@ -197,3 +199,38 @@ def test_defaults_of_the_program_do_not_matter(index, tmp_path):
     finally:
         torch.set_default_dtype(before)
     assert_same(found, expected)
+
+
+def test_what_is_given_is_the_caller_s(stored):
+    """A copy, whichever way it was read: neither the file nor a later read changes with it."""
+    path, topk = stored
+    dataset = TeacherTopKDataset(path)
+    for index in (3, slice(2, 9), [4, 12], torch.tensor(5)):
+        for x in dataset[index]:
+            x.fill_(7)
+    assert_same(dataset[:], topk)
+    dataset.verify()
+
+
+def test_blocks_from_workers_lie_in_shared_memory(tmp_path, monkeypatch):
+    """Those that are worth a file of their own."""
+    topk = make_topk(64)
+    save_teacher_topk(tmp_path / "store", topk, **FACTS)
+    dataset = TeacherTopKDataset(tmp_path / "store")
+    for bytes_needed, expected in ((1, True), (10**9, False)):
+        monkeypatch.setattr(reading, "SHARED_BYTES", bytes_needed)
+        assert not dataset[0:32].ids.is_shared()
+        loader = torch.utils.data.DataLoader(
+            Shared(dataset), sampler=BlockSampler(dataset, 32), batch_size=None, num_workers=1
+        )
+        assert [*loader] == [expected, expected]
+
+
+class Shared(torch.utils.data.Dataset):
+    """Whether a worker finds what it reads in shared memory."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, block):
+        return all(x.is_shared() for x in self.dataset[block])

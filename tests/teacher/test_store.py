@@ -359,8 +359,3 @@ def test_arguments_are_checked_before_the_teacher_runs(
     with pytest.raises(error, match=message):
         save_teacher_topk(arguments.pop("path"), arguments.pop("batches"), **arguments)
     assert snapshot(tmp_path) == before
-
-
-def test_example_of_the_page():
-    (block,) = (ROOT / "docs/teacher-store.md").read_text().split("```python\n")[1:]
-    subprocess.run([sys.executable, "-c", block.split("```")[0]], check=True)
