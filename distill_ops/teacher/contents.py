@@ -49,11 +49,11 @@ def whole_store(path: Path) -> Contents:
         if shard.settings.rows_per_shard is not None:
             raise not_ours(path, "a whole store: open its folder", f"shard {shard.number} of one")
         return Contents(shard.settings, shard.rows, [path], [shard])
-    names = shard_names(path)
     if not (path / INDEX).is_file():
         n_rows = sum(shard.rows for shard in finished_shards(path))
         found = f"no {INDEX}, and {n_rows} whole rows, which resume=True completes"
         raise not_ours(path, f"a folder with {INDEX}, which is written last", found)
+    names = shard_names(path)  # after the index was seen, which a writer makes last
     index = read_index(path / INDEX, len(names))
     files = [path / shard_name(i) for i in range(len(index.checksums))]
     for file in files:

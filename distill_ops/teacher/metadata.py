@@ -129,7 +129,7 @@ def read_strings(file: Path, found: object, *more: str) -> tuple[Settings, dict]
     if found.get("format") != FORMAT:
         raise not_ours(file, f"format {FORMAT!r} in its metadata", found.get("format"))
     if found.get("version") != VERSION:
-        expected = f"version {VERSION!r} (write a store of another version again)"
+        expected = f"version {VERSION!r} (a store of another must be written again)"
         raise not_ours(file, expected, found.get("version"))
     names = (*SETTINGS, "store", *more)
     if found.keys() != {"format", "version", *names}:

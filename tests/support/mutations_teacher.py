@@ -24,7 +24,7 @@ TEACHER_STORES = [
     Mutation(
         "store: no claim", sources.TEACHER_FILES,
         "flock(descriptor, LOCK_EX | LOCK_NB)", "pass",
-        f"{WRITING}one_writer_at_a_time[folder]",
+        f"{WRITING}one_writer_at_a_time[file]",
     ),
     Mutation(
         "store: children keep a dead writer's claim", sources.TEACHER_FILES,

@@ -187,7 +187,7 @@ FILES = [
         for name in ("format", "version", "teacher", "temperature", "checksum", "largest_id")
     ),
     Case("another format", says(format="gguf"), "expected format .*found 'gguf'"),
-    Case("version 1", says(version="1"), r"expected version '2' \(write .* again\), found '1'"),
+    Case("version 1", says(version="1"), r"expected version '2' \(a store .* written again\), found '1'"),
     Case("version 3", says(version="3"), "expected version '2' .*found '3'"),
     *(
         Case(f"a temperature of {text}", says(temperature=text), "expected a valid temperature")
