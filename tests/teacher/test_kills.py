@@ -62,6 +62,7 @@ def kill_one(form, path, rows, chance, whole_s):
                     break
             except FileNotFoundError:  # renamed just now
                 continue
+            time.sleep(1e-4)
         time.sleep(chance.uniform(0, form.jitter))
     os.kill(child, signal.SIGKILL)
     status = status_of(child)
