@@ -28,13 +28,17 @@ from .divergences.built_in import (
 )
 from .divergences.declared import declare_divergence
 from .problem import DistillationMetrics, DistillationStatistics, LossComponents
+from .teacher.contents import rows_written
 from .teacher.dataset import TeacherTopKDataset
-from .teacher.store import TeacherTopK, save_teacher_topk, teacher_topk
+from .teacher.sampler import BlockSampler
+from .teacher.store import save_teacher_topk
+from .teacher.topk import TeacherTopK, teacher_topk
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlphaBeta",
+    "BlockSampler",
     "DistillationLoss",
     "DistillationMetrics",
     "DistillationStatistics",
@@ -63,6 +67,7 @@ __all__ = [
     "mixture_token_log_probs",
     "reference",
     "reverse_kl_estimate",
+    "rows_written",
     "save_teacher_topk",
     "set_debug",
     "teacher_topk",

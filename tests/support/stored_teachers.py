@@ -1,5 +1,9 @@
 """What the tests of the teacher store share."""
 
+import os
+import traceback
+from collections.abc import Callable
+
 import torch
 
 from distill_ops import teacher_topk
@@ -25,3 +29,28 @@ def assert_same(ours, expected):
     assert torch.equal(ours.ids, expected.ids)
     error = (ours.log_probs - expected.log_probs).abs()
     assert (error <= allowed_error(expected.log_probs)).all()
+
+
+def snapshot(folder):
+    """All that lies in a folder."""
+    return {p.relative_to(folder): p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """A process of its own, forked, that does this and ends; its exit status is 1 after an error."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(child: int) -> int:
+    """Its exit status, once it has ended; less than 0: the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

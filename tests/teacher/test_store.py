@@ -1,26 +1,30 @@
-"""A stored teacher reads back as it was, in the bytes promised, and an error leaves nothing behind."""
+"""A stored teacher reads back as it was, in the bytes promised; what no teacher can have is refused."""
 
+import json
 import math
 import os
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save
 
 from distill_ops import (
     TeacherTopK,
     TeacherTopKDataset,
     reference,
+    rows_written,
     save_teacher_topk,
     teacher_topk,
 )
 from tests.support import ROOT
 from tests.support.helpers import make_logits
-from tests.support.stored_teachers import FACTS, allowed_error, assert_same, make_topk
+from tests.support.stored_teachers import FACTS, allowed_error, assert_same, make_topk, snapshot
 
 INF, NAN = math.inf, math.nan
 
@@ -49,7 +53,11 @@ def test_round_trip(tmp_path, rows_per_shard):
     for file in files:
         n_rows = min(rows_per_shard or 30, 30)
         assert file.stat().st_size <= 6 * 8 * n_rows + 16 * n_rows + 1024
-        assert len(TeacherTopKDataset(file, **FACTS)) <= n_rows  # each is a store of its own
+        if rows_per_shard is not None:
+            with pytest.raises(ValueError, match="expected a whole store: open its folder"):
+                TeacherTopKDataset(file)
+    assert dataset.verify() is None
+    assert rows_written(path) == 30
 
 
 def test_one_batch_pairs_and_empty_stores(tmp_path):
@@ -74,28 +82,28 @@ def test_unused_slots_infinities_and_extreme_differences(tmp_path):
             [-0.5, 7.0, NAN],  # unused slots, whatever they hold
             [-INF, -INF, -INF],
             [-INF, -INF, -INF],  # used, all of them
-            [NAN, NAN, -INF],
-            [NAN, -0.25, -2.25],
             [-0.5, -70000.5, -3e38],  # beyond float16
-            [-0.5, -0.5 - 2**-23, -0.5 - 2**-14],
+            [-1.5, -1.5 - 2**-23, -1.5 - 2**-14],
             [-3.0, -0.5, -1.5],  # in no order
         ]
     )
-    ids = torch.tensor([[3, 1, 2], [4, -1, -1], [-1] * 3, *[[0, 1, 2]] * 6])
+    ids = torch.tensor([[3, 1, 2], [4, -1, -1], [-1] * 3, *[[0, 1, 2]] * 4])
     save_teacher_topk(tmp_path / "a", [(log_probs, ids)], **FACTS)
-    read = TeacherTopKDataset(tmp_path / "a")[:]
+    dataset = TeacherTopKDataset(tmp_path / "a")
+    dataset.verify()
+    read = dataset[:]
     expected = log_probs.clone()
     expected[1, 1:] = -INF
-    expected[6, 1:] = -65504.5
+    expected[4, 1:] = -65504.5
     assert torch.equal(read.ids, ids)
-    torch.testing.assert_close(read.log_probs, expected, rtol=0, atol=2**-24, equal_nan=True)
+    torch.testing.assert_close(read.log_probs, expected, rtol=0, atol=2**-23)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-60000, 0, width=32), min_size=4, max_size=4))
 def test_accuracy(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "accuracy"
-    log_probs = torch.tensor(values)
+    log_probs = torch.log_softmax(torch.tensor(values), -1)
     save_teacher_topk(path, TeacherTopK(log_probs, torch.arange(4)), **FACTS)
     read = TeacherTopKDataset(path)[0].log_probs.double()
     log_probs = log_probs.double()
@@ -144,17 +152,30 @@ def test_loss_within_bfloat16_rounding(tmp_path, divergence, scale):
 def test_metadata_and_tensors_on_disk(tmp_path):
     """The format as documented, read without this package."""
     save_teacher_topk(tmp_path / "a", make_topk(5), **FACTS | {"temperature": 0.1})
+    raw = (tmp_path / "a").read_bytes()
+    rows = raw[8 + int.from_bytes(raw[:8], "little") :]
+    settings = {
+        "k": 8, "rows_per_shard": None, "teacher": "a teacher", "temperature": 0.1, "vocab_size": 50
+    }  # fmt: skip
+    hashed = json.dumps(["distill_ops.teacher_topk", "2", settings], sort_keys=True)
     with safe_open(tmp_path / "a", framework="pt") as file:
-        assert file.metadata() == {
-            "format": "distill_ops.teacher_topk",
-            "version": "1",
-            "vocab_size": "50",
-            "temperature": "0.1",
-            "teacher": "a teacher",
-            "k": "8",
-            "rows": "5",
-        }
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    assert metadata == {
+        "format": "distill_ops.teacher_topk",
+        "version": "2",
+        "vocab_size": "50",
+        "temperature": "0.1",
+        "teacher": "a teacher",
+        "k": "8",
+        "rows_per_shard": "none",
+        "store": sha256(hashed.encode()).hexdigest(),
+        "shard": "0",
+        "first_row": "0",
+        "rows": "5",
+        "largest_id": str(tensors["ids"].max().item()),
+        "checksum": sha256(rows).hexdigest(),
+    }
     assert {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()} == {
         "ids": (torch.int32, (5, 8)),
         "differences": (torch.float16, (5, 8)),
@@ -163,6 +184,29 @@ def test_metadata_and_tensors_on_disk(tmp_path):
     assert TeacherTopKDataset(tmp_path / "a", temperature=0.1).temperature == 0.1
     (tmp_path / "plain").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    again = save(tensors, metadata)  # safetensors' own order of metadata varies
+    assert (len(again), again[-len(rows) :]) == (len(raw), rows)
+    (tmp_path / "again").write_bytes(again)
+    TeacherTopKDataset(tmp_path / "again").verify()
+
+
+def test_equal_writes_give_equal_bytes(tmp_path):
+    """In another process too, whose hashes of strings differ; and whatever the batches are."""
+    program = (
+        "import sys; from distill_ops import save_teacher_topk;"
+        "from tests.support.stored_teachers import FACTS, make_topk;"
+        "save_teacher_topk(sys.argv[1], make_topk(10), rows_per_shard=4, **FACTS);"
+        "save_teacher_topk(sys.argv[1] + '/file', make_topk(10), **FACTS)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "there")], check=True, cwd=ROOT)
+    topk = make_topk(10)
+    here = tmp_path / "here"
+    save_teacher_topk(
+        here, zip(*(x.split(3) for x in topk), strict=True), rows_per_shard=4, **FACTS
+    )
+    save_teacher_topk(here / "file", topk, **FACTS)
+    assert len(snapshot(here)) == 5
+    assert snapshot(here) == snapshot(tmp_path / "there")
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
@@ -174,7 +218,7 @@ def test_shards_are_written_as_the_teacher_runs(tmp_path, ids_dtype):
 
     def run_teacher():
         for start in range(0, 12, 3):
-            written.append(len(list(tmp_path.glob(".store.*.partial/shard-*"))))
+            written.append(len(list(tmp_path.glob("store/shard-*"))))
             for x, source in zip(buffer, topk, strict=True):
                 x.copy_(source[start : start + 3])
             yield buffer
@@ -226,37 +270,44 @@ BAD_BATCHES = [
         ValueError,
         "log-probabilities <= 0, got inf",
     ),
+    (
+        (refill(-2 * torch.ones(2, 3), (1, 1), NAN), torch.arange(6).view(2, 3)),
+        ValueError,
+        "batch 1 must hold log-probabilities <= 0, got nan in row 1",
+    ),
+    (
+        (refill(-2 * torch.ones(2, 3), (1, 1), -0.2), torch.arange(6).view(2, 3)),
+        ValueError,
+        r"batch 1 must hold probabilities that add up to at most 1, got 1.08\d* in row 1",
+    ),
+    (
+        (torch.full((2, 3), -2.0).to(torch.float8_e5m2), torch.arange(6).view(2, 3)),
+        TypeError,
+        "log_probs of batch 1 must be float32, bfloat16, .*got torch.float8_e5m2",
+    ),
 ]
 
 
-def snapshot(folder):
-    return {p.relative_to(folder): p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
+def test_rounding_of_a_dtype_is_no_error(tmp_path, dtype, scale):
+    """Whole rows, whose probabilities add up to 1 before their logarithms are rounded."""
+    logits, _ = make_logits((2000, 50), scale=scale)
+    rows = TeacherTopK(torch.log_softmax(logits, -1).to(dtype), torch.arange(50).expand(2000, 50))
+    save_teacher_topk(tmp_path / "a", rows, **FACTS)
+    TeacherTopKDataset(tmp_path / "a").verify()
+    more = rows._replace(log_probs=rows.log_probs.float() + 0.03)
+    with pytest.raises(ValueError, match="add up to at most 1, got 1.0|log-probabilities <= 0"):
+        save_teacher_topk(tmp_path / "a", more, **FACTS)
 
 
-@pytest.mark.parametrize("rows_per_shard", [None, 2])
 @pytest.mark.parametrize(("batch", "error", "message"), BAD_BATCHES)
-def test_a_bad_batch_leaves_nothing(tmp_path, batch, error, message, rows_per_shard):
-    if rows_per_shard is None:
-        save_teacher_topk(tmp_path / "store", make_topk(3), **FACTS)
+def test_a_bad_batch_leaves_the_older_file(tmp_path, batch, error, message):
+    save_teacher_topk(tmp_path / "store", make_topk(3), **FACTS)
     before = snapshot(tmp_path)
     with pytest.raises(error, match=message):
-        save_teacher_topk(
-            tmp_path / "store", [make_topk(5, k=3), batch], rows_per_shard=rows_per_shard, **FACTS
-        )
+        save_teacher_topk(tmp_path / "store", [make_topk(5, k=3), batch], **FACTS)
     assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("rows_per_shard", [None, 2])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_of_the_teacher_leaves_nothing(tmp_path, rows_per_shard, error):
-    def run_teacher():
-        yield make_topk(5)
-        assert list(tmp_path.glob(".store.*.partial"))
-        raise error("out of memory")
-
-    with pytest.raises(error, match="out of memory"):
-        save_teacher_topk(tmp_path / "store", run_teacher(), rows_per_shard=rows_per_shard, **FACTS)
-    assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -270,13 +321,21 @@ def test_an_error_of_the_teacher_leaves_nothing(tmp_path, rows_per_shard, error)
         ),
         ({"path": "folder"}, ValueError, "path is a folder, which needs rows_per_shard"),
         ({"path": "file", "rows_per_shard": 2}, ValueError, "path must be a new or empty folder"),
+        ({"path": "/dev/null"}, ValueError, "path must be a file, new or to be replaced"),
+        ({"path": "a\0b"}, ValueError, "path must hold no null character"),
+        ({"path": "\udc80"}, ValueError, "path must be text that UTF-8 can hold"),
         ({"path": "folder", "rows_per_shard": 2}, ValueError, "path must be a new or empty folder"),
         ({"vocab_size": 0}, ValueError, "vocab_size must be in .*, got 0"),
         ({"vocab_size": 2**31}, ValueError, "vocab_size must be in .*, got 2147483648"),
         ({"vocab_size": "50"}, TypeError, "vocab_size must be an int"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1"),
         ({"teacher": None}, TypeError, "teacher must be a str, its name, got NoneType"),
-        ({"rows_per_shard": 0}, ValueError, "rows_per_shard must be at least 1, got 0"),
+        ({"teacher": "x" * 4097}, ValueError, "teacher must have at most 4096 char.*, got 4097"),
+        ({"teacher": "\ud800"}, ValueError, "teacher must be text that UTF-8 can hold"),
+        ({"resume": 1}, TypeError, "resume must be a bool, got int"),
+        ({"resume": True}, ValueError, "resume needs rows_per_shard"),
+        ({"rows_per_shard": 10**30}, ValueError, "rows_per_shard must be in"),
+        ({"rows_per_shard": 0}, ValueError, "rows_per_shard must be in .*, got 0"),
         ({"rows_per_shard": 1.5}, TypeError, "rows_per_shard must be an int"),
         ({"batches": 3}, TypeError, "batches must be a TeacherTopK or an iterable.*got int"),
         ({"batches": torch.zeros(2, 3)}, TypeError, "batches must be .*got Tensor"),
@@ -300,8 +359,3 @@ def test_arguments_are_checked_before_the_teacher_runs(
     with pytest.raises(error, match=message):
         save_teacher_topk(arguments.pop("path"), arguments.pop("batches"), **arguments)
     assert snapshot(tmp_path) == before
-
-
-def test_example_of_the_page():
-    (block,) = (ROOT / "docs/teacher-store.md").read_text().split("```python\n")[1:]
-    subprocess.run([sys.executable, "-c", block.split("```")[0]], check=True)

@@ -1,0 +1,421 @@
+"""Writing that is interrupted, resumed, refused or fails: what is whole stays, and nothing else."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import tempfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_ops import TeacherTopK, TeacherTopKDataset, rows_written, save_teacher_topk
+from tests.support.stored_teachers import (
+    FACTS,
+    assert_same,
+    in_child,
+    make_topk,
+    snapshot,
+    status_of,
+)
+
+TOPK = make_topk(23)
+SHARDS = {**FACTS, "rows_per_shard": 4}
+save = partial(save_teacher_topk, **SHARDS)
+
+
+def rows(start, stop=23):
+    return TeacherTopK(*(x[start:stop] for x in TOPK))
+
+
+def breaks_at(row, start=0):
+    """Batches of 3 rows, and an error of the teacher."""
+    while start + 3 <= row:
+        yield rows(start, start + 3)
+        start += 3
+    yield rows(start, row)
+    raise RuntimeError("out of memory")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted") / "store"
+    save(path, TOPK)
+    return snapshot(path)
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [4], [11, 15], [8, 8, 22], [23]], ids=str)
+def test_an_interrupted_write_resumes(tmp_path, uninterrupted, stops):
+    """To the bytes of one that was not; the batches need not be the same."""
+    path = tmp_path / "store"
+    for stop in stops:
+        first = rows_written(path)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            save(path, breaks_at(stop, first), resume=True)
+        assert rows_written(path) == stop // 4 * 4
+        assert sorted(os.listdir(tmp_path)) == (["store"] if stop >= 4 else [])
+        if stop >= 4:
+            assert len(os.listdir(path)) == stop // 4
+            message = rf"store is not .*no index.json, and {stop // 4 * 4} whole rows, which resume"
+            with pytest.raises(ValueError, match=message):
+                TeacherTopKDataset(path)
+    save(path, rows(rows_written(path)), resume=True)
+    assert snapshot(path) == uninterrupted
+    assert rows_written(path) == 23
+    assert_same(TeacherTopKDataset(path)[:], TOPK)
+
+
+def test_a_last_shard_without_an_index_is_written_again(tmp_path, uninterrupted):
+    path = tmp_path / "store"
+    save(path, TOPK)
+    (path / "index.json").unlink()
+    assert rows_written(path) == 20
+    save(path, rows(20), resume=True)
+    assert snapshot(path) == uninterrupted
+    (path / "index.json").unlink()
+    save(path, [], resume=True)  # the teacher has no more
+    assert len(TeacherTopKDataset(path)) == 20
+    assert len(os.listdir(path)) == 6
+
+
+def test_a_whole_store_resumes_with_nothing(tmp_path, uninterrupted):
+    path = tmp_path / "store"
+    save(path, TOPK)
+    for batches in ([], rows(23)):
+        save(path, batches, resume=True)
+    with pytest.raises(ValueError, match="batches must hold no more rows, .*store is whole: 23"):
+        save(path, rows(22), resume=True)
+    with pytest.raises(ValueError, match="teacher must be 'a teacher', which .*store records"):
+        save(path, [], resume=True, teacher="another")
+    with pytest.raises(ValueError, match="path must be a new or empty folder.*store$"):
+        save(path, TOPK)
+    assert snapshot(path) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 51}, "vocab_size must be 50, which .*store records, got 51"),
+        ({"temperature": 1.0}, "temperature must be 2.0, which .*store records, got 1.0"),
+        ({"teacher": "b"}, "teacher must be 'a teacher', which .*store records, got 'b'"),
+        ({"rows_per_shard": 5}, "rows_per_shard must be 4, which .*store records, got 5"),
+        ({"batches": make_topk(4, k=3)}, "batch 0 must have k=8 slots a row as before, got 3"),
+        ({"resume": False}, "path must be a new or empty .*; resume=True completes the store"),
+    ],
+)
+def test_only_the_same_store_resumes(tmp_path, change, message):
+    path = tmp_path / "store"
+    with pytest.raises(RuntimeError):
+        save(path, breaks_at(10))
+    before = snapshot(path)
+    arguments = {"batches": rows(8), "resume": True} | change
+    with pytest.raises(ValueError, match=message):
+        save(path, arguments.pop("batches"), **arguments)
+    assert snapshot(path) == before
+
+
+def test_shards_that_do_not_belong_together_do_not_resume(tmp_path):
+    path, other = tmp_path / "store", tmp_path / "other"
+    for folder, facts in ((path, {}), (other, {"teacher": "b"})):
+        with pytest.raises(RuntimeError):
+            save(folder, breaks_at(12), **facts)
+    name = "shard-00001.safetensors"
+    own = (path / name).read_bytes()
+    for spoil, message in (
+        (lambda: shutil.copy(other / name, path), f"{name} .*teacher 'a teacher' in its place"),
+        (lambda: (path / name).unlink(), f"{name} is not .*no file"),
+        (lambda: (path / name).write_bytes(own[:-1]), f"{name} is not .*complete"),
+    ):
+        spoil()
+        for asked in (rows_written, partial(save, batches=[], resume=True), TeacherTopKDataset):
+            with pytest.raises(ValueError, match=message):
+                asked(path)
+        (path / name).write_bytes(own)
+    (path / "notes.txt").touch()  # whose they are is not the store's to know
+    save(path, rows(12), resume=True)
+    assert len(TeacherTopKDataset(path)) == 23
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").touch()
+    with pytest.raises(ValueError, match="path must be a new or empty folder"):
+        save(tmp_path / "notes", TOPK, resume=True)
+
+
+def test_rows_written_of_what_is_there(tmp_path):
+    assert rows_written(tmp_path / "nothing") == 0
+    assert rows_written(str(tmp_path)) == 0
+    save_teacher_topk(tmp_path / "file", TOPK, **FACTS)
+    assert rows_written(tmp_path / "file") == 23
+    (tmp_path / "text").write_text("something else")
+    with pytest.raises(ValueError, match="text is not a teacher top-k store"):
+        rows_written(tmp_path / "text")
+    with pytest.raises(TypeError, match="path must be a str or a path, got int"):
+        rows_written(3)
+
+
+def hidden(folder):
+    return sorted(p.name for p in folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("facts", [FACTS, SHARDS], ids=["file", "folder"])
+def test_one_writer_at_a_time(tmp_path, facts):
+    """Of one target: nested, in a thread, in another process; the first is not disturbed."""
+    path, found = tmp_path / "store", []
+
+    def second():
+        with pytest.raises(BlockingIOError, match="another writer is at work") as caught:
+            save_teacher_topk(path, TOPK, **facts)
+        found.append(str(caught.value))
+
+    def run_teacher():
+        yield rows(0, 10)
+        second()
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert status_of(in_child(second)) == 0
+        save_teacher_topk(tmp_path / "beside", TOPK, **facts)
+        yield rows(10)
+
+    save_teacher_topk(path, run_teacher(), **facts)
+    assert len(found) == 2
+    for message in found:
+        assert f"process {os.getpid()} on " in message
+        assert str(path) in message
+    assert_same(TeacherTopKDataset(path)[:], TOPK)
+    assert hidden(tmp_path) == []
+
+
+def test_a_dead_writer_loses_its_claim_at_once(tmp_path, uninterrupted):
+    """Even to a child that it left behind, which has no part in the writing."""
+    path, (reading, writing) = tmp_path / "store", os.pipe()
+
+    def run_teacher():
+        yield rows(0, 10)
+        if os.fork() == 0:
+            os.write(writing, str(os.getpid()).encode())
+            signal.pause()
+        signal.pause()
+
+    writer = in_child(lambda: save(path, run_teacher()))
+    orphan = int(os.read(reading, 100))
+    with pytest.raises(BlockingIOError, match=f"process {writer} on"):
+        save(path, rows(8), resume=True)
+    os.kill(writer, signal.SIGKILL)
+    assert status_of(writer) == -signal.SIGKILL
+    assert hidden(path) == [".writer.lock"]
+    try:
+        save(path, rows(8), resume=True)
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+    assert snapshot(path) == uninterrupted
+
+
+def test_leftovers_of_killed_writers_are_nothing(tmp_path, uninterrupted):
+    for name in ("folder", "file"):
+        target = tmp_path / name
+
+        def run_teacher():
+            os.kill(os.getpid(), signal.SIGKILL)
+            yield
+
+        facts = SHARDS if name == "folder" else FACTS
+        child = in_child(lambda: save_teacher_topk(target, run_teacher(), **facts))  # noqa: B023
+        assert status_of(child) == -signal.SIGKILL
+        (lock,) = tmp_path.rglob(".*.lock")
+        lock.with_suffix(".partial").write_text("half of a file")
+        if name == "folder":
+            with pytest.raises(ValueError, match="folder is not .* 0 whole rows"):
+                TeacherTopKDataset(target)
+        assert rows_written(target) == 0
+        save_teacher_topk(target, TOPK, **facts)
+        assert hidden(tmp_path) == []
+    assert snapshot(tmp_path / "folder") == uninterrupted
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling"])
+def test_symbolic_links_are_written_through(tmp_path, kind):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk/target", tmp_path / "link"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "file":
+        target.write_text("older")
+    link.symlink_to("disk/target")
+    save_teacher_topk(link, TOPK, **(FACTS if kind == "file" else SHARDS))
+    assert link.is_symlink()
+    assert os.listdir(tmp_path / "disk") == ["target"]
+    for path in (link, target):
+        assert_same(TeacherTopKDataset(path)[:], TOPK)
+        assert rows_written(path) == 23
+
+
+@pytest.mark.parametrize("facts", [FACTS, SHARDS], ids=["file", "folder"])
+def test_long_names(tmp_path, facts):
+    path = tmp_path / ("n" * 255)
+    save_teacher_topk(path, TOPK, **facts)
+    assert_same(TeacherTopKDataset(path)[:], TOPK)
+    for call in (
+        partial(save_teacher_topk, batches=TOPK, **facts), TeacherTopKDataset, rows_written
+    ):  # fmt: skip
+        with pytest.raises(OSError, match="too long: .*nnn"):
+            call(tmp_path / ("n" * 256))
+
+
+@pytest.mark.parametrize(("facts", "kept"), [(FACTS, 0), (SHARDS, 40)], ids=["file", "folder"])
+def test_a_full_disk(tmp_path, facts, kept):
+    """Here a limit on the size of files; what was whole stays."""
+    path, facts = tmp_path / "store", facts | ({"rows_per_shard": 20} if kept else {})
+    many = make_topk(40)
+
+    def run_teacher():
+        if kept:
+            yield many
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        yield many
+
+    def write():
+        with pytest.raises(OSError, match=f"File too large: '{path}"):
+            save_teacher_topk(path, run_teacher(), **facts)
+
+    assert status_of(in_child(write)) == 0
+    assert rows_written(path) == kept
+    assert len(os.listdir(tmp_path)) == bool(kept)
+    assert hidden(tmp_path) == []
+
+
+def test_what_may_not_be_read_or_written_is_named():
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    file, shards, new = folder / "file", folder / "shards", folder / "new"
+    save_teacher_topk(file, TOPK, **FACTS)
+    save(shards, TOPK)
+    (shards / "index.json").unlink()
+    shard = shards / "shard-00001.safetensors"
+    for path in (file, shard):
+        path.chmod(0)
+    for path in (folder, shards):
+        path.chmod(0o755)
+
+    def as_another():
+        if os.getuid() == 0:
+            os.setuid(65534)
+        for path, call in (
+            (file, TeacherTopKDataset),
+            (file, rows_written),
+            (shard, partial(rows_written, shards)),
+            (shard, partial(TeacherTopKDataset, shards)),
+            (new, partial(save_teacher_topk, new, TOPK, **FACTS)),
+            (new, partial(save, new, TOPK)),
+            (shards, partial(save, shards, [], resume=True)),
+        ):
+            with pytest.raises(PermissionError, match=f"Permission denied: '{path}'"):
+                call(path) if call in (TeacherTopKDataset, rows_written) else call()
+
+    if os.getuid() != 0:
+        folder.chmod(0o555)
+        shards.chmod(0o555)
+    try:
+        assert status_of(in_child(as_another)) == 0
+    finally:
+        for path in (folder, shards):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_an_error_between_files_leaves_the_older_file(tmp_path, monkeypatch):
+    """Of the disk, when the bytes are there but not safe."""
+    save_teacher_topk(tmp_path / "store", TOPK, **FACTS)
+    before = snapshot(tmp_path)
+
+    def fails(descriptor):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output error: '.*store'"):
+            save_teacher_topk(tmp_path / "store", rows(0, 5), **FACTS)
+        with pytest.raises(OSError, match="Input/output error: '.*folder'"):
+            save(tmp_path / "folder", TOPK)
+    assert snapshot(tmp_path) == before
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Bytes, then the name, then the folder's entry, file by file; the index last."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        done.append(("name", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path / "store", rows(0, 6))
+    expected = [("sync", tmp_path.name)]
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors", "index.json"):
+        expected += [("sync", ".writer.partial"), ("name", name), ("sync", "store")]
+    assert done == expected
+
+
+def test_the_lock_says_who(tmp_path):
+    def run_teacher():
+        found = json.loads((tmp_path / "store/.writer.lock").read_text())
+        assert found["process"] == os.getpid()
+        assert found["since"].startswith("2")
+        yield TOPK
+
+    save(tmp_path / "store", run_teacher())
+
+
+def test_a_child_of_a_writer_that_unwinds_takes_nothing(tmp_path, uninterrupted):
+    """A process forked in the teacher ends with an error: the writer goes on."""
+    path = tmp_path / "store"
+
+    def run_teacher():
+        yield rows(0, 10)
+        if os.fork() == 0:
+            raise RuntimeError("in the child")
+        os.wait()
+        assert hidden(path) == [".writer.lock"]
+        yield rows(10)
+
+    def write():
+        try:
+            save(path, run_teacher())
+        except RuntimeError:
+            os._exit(0)
+
+    assert status_of(in_child(write)) == 0
+    assert snapshot(path) == uninterrupted
+
+
+def test_rows_written_while_a_writer_is_at_work(tmp_path):
+    path, seen = tmp_path / "store", []
+
+    def run_teacher():
+        for row in range(23):
+            seen.append(rows_written(path))
+            yield rows(row, row + 1)
+
+    save(path, run_teacher())
+    assert seen == [row // 4 * 4 for row in range(23)]
+
+
+def test_nothing_is_read_as_a_tensor_s_default(tmp_path):
+    """Nor written: a program's default dtype and device are its own."""
+    save(tmp_path / "a", TOPK)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            save(tmp_path / "b", TOPK)
+    finally:
+        torch.set_default_dtype(before)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
