@@ -89,23 +89,23 @@ def _check_slot_values(log_probs, ids, kept, n_cols: int) -> None:
             f"teacher_log_probs must be logarithms of probabilities, at most 0, got "
             f"{log_probs[positive][0].item():g}: take log_softmax before choosing the K"
         )
-    excess = excess_of_sum(log_probs.masked_fill(~held, -math.inf))
-    above = (excess > 0) & (excess < math.inf)  # a row of +inf is NaN, as one of logits
+    finite = log_probs.masked_fill(~(held & log_probs.isfinite()), -math.inf)
+    sums, largest = sums_of(finite.double(), torch.finfo(log_probs.dtype).eps)
+    above = sums > largest
     if above.any():
-        total = log_probs.masked_fill(~held, -math.inf)[above][0].double().exp().sum().item()
         raise ValueError(
             f"teacher_log_probs of a token must be of probabilities that add up to at most 1, got "
-            f"{total:.4g}: take log_softmax over the whole vocabulary, at the loss's temperature"
+            f"{sums[above][0].item():.4g}: take log_softmax over the whole vocabulary, at the loss's "
+            f"temperature"
         )
 
 
-def excess_of_sum(log_probs: torch.Tensor) -> torch.Tensor:
-    """By how much probabilities ``[..., K]`` add up to more than 1, ``[...]``, beyond the rounding of
-    their logarithms, of which each is half a unit of ``log_probs``' dtype off, and of what made them."""
-    exact = log_probs.double()
-    probs = exact.exp()
-    # p log p, which is 0 at p = 0
-    rounding = torch.finfo(log_probs.dtype).eps * -torch.special.xlogy(probs, probs).sum(-1).clamp(
-        max=0
-    )
-    return probs.sum(-1) - 1 - rounding - SUM_TOLERANCE
+def sums_of(log_probs: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows ``[..., K]``, without NaN: the sums of their probabilities, and the largest that rounding
+    in a dtype of this eps leaves of a sum of 1.
+
+    A log-probability l is off by eps |l|, so its probability p by p eps |l|, and the whole row by eps
+    where the normaliser was rounded too."""
+    probs = log_probs.exp()
+    weighted = -torch.special.xlogy(probs, probs).sum(-1)  # sum(p |log p|), 0 where p is
+    return probs.sum(-1), 1 + eps * (1 + weighted.clamp(min=0)) + SUM_TOLERANCE

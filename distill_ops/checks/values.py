@@ -12,7 +12,6 @@ import torch
 
 from ..scalars import INT64, flag, integer, number
 
-check_integer = integer
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # floats of 8 bits have no arithmetic, quantized and complex numbers are no weights
 WEIGHT_DTYPES = (

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from ..checks.values import check_integer, check_temperature
+from ..checks.values import check_temperature
+from ..scalars import integer
 from .contents import check_path, whole_store
 from .format import Rows, Shard, map_rows, read_shard
 from .metadata import check_teacher, not_ours
@@ -95,7 +96,7 @@ class TeacherTopKDataset(Dataset):
         if temperature is not None:
             temperature = check_temperature(temperature)
         if vocab_size is not None:
-            check_integer("vocab_size", vocab_size, 1)
+            vocab_size = integer("vocab_size", vocab_size, 1)
         if teacher is not None:
             check_teacher(teacher)
         if not path.exists():

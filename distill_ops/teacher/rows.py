@@ -2,20 +2,12 @@
 
 import torch
 
+from ..checks.slots import LARGEST_LOG_PROB, sums_of
 from ..checks.values import LOGIT_DTYPES
 from .format import Rows
 from .topk import NEG_INF
 
 LOWEST_DIFFERENCE = torch.finfo(torch.float16).min
-
-
-def rounding_of_sums(log_probs: torch.Tensor, eps: float) -> torch.Tensor:
-    """How far above 1 rounding may take the sums of rows' probabilities, in a dtype of this eps.
-
-    A log-probability l is off by eps |l|, so its probability p by p eps |l|, and the whole row by eps
-    where the normaliser was rounded too. 1e-4 is what float32 leaves of a sum over a vocabulary."""
-    weighted = log_probs.exp() * log_probs.abs()
-    return eps * (1 + weighted.nan_to_num(nan=0.0).sum(-1)) + 1e-4  # 0 times inf is 0 here
 
 
 def check_rows(
@@ -42,9 +34,9 @@ def check_rows(
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != -1)
     refuse(twice, in_order[:, 1:], "ids unique within a row, but for -1")
     values = log_probs.double().masked_fill(~used, NEG_INF)
-    refuse(~(values <= eps + 1e-4), values, "log-probabilities <= 0")  # which NaN is not either
-    sums = values.exp().sum(-1)
-    refuse(sums > 1 + rounding_of_sums(values, eps), sums, "probabilities that add up to at most 1")
+    refuse(~(values <= LARGEST_LOG_PROB), values, "log-probabilities <= 0")  # nor is NaN that
+    sums, largest = sums_of(values, eps)
+    refuse(sums > largest, sums, "probabilities that add up to at most 1")
 
 
 def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:

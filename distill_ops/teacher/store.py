@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..checks.values import check_integer, check_temperature
+from ..checks.values import check_temperature
+from ..scalars import flag, integer
 from .contents import check_path, finished_shards, shard_names, whole_store
 from .files import Writing, naming, sync_folder
 from .format import INDEX, Index, Rows, Shard, shard_name
@@ -142,14 +143,13 @@ def save_teacher_topk(
         OSError: a file cannot be written (no space, no permission): named.
     """
     path = Path(os.path.realpath(check_path(path)))
-    check_integer("vocab_size", vocab_size, 1, LARGEST_ID)
+    vocab_size = integer("vocab_size", vocab_size, 1, LARGEST_ID)
     temperature = check_temperature(temperature)
     check_teacher(teacher)
     folder = rows_per_shard is not None
-    if not isinstance(resume, bool):
-        raise TypeError(f"resume must be a bool, got {type(resume).__name__}")
+    flag("resume", resume)
     if folder:
-        check_integer("rows_per_shard", rows_per_shard, 1, LARGEST_COUNT)
+        rows_per_shard = integer("rows_per_shard", rows_per_shard, 1, LARGEST_COUNT)
         if path.exists() and not path.is_dir():
             raise ValueError(f"path must be a new or empty folder for rows_per_shard, got {path}")
     elif path.is_dir():

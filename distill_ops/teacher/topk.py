@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 
 from ..checks.logits import check_alone
-from ..checks.values import check_integer, check_temperature, of_teacher
+from ..checks.values import check_temperature, of_teacher
 from ..cpu.rows import row_blocks
 from ..problem import working_dtype
+from ..scalars import integer
 
 NEG_INF = float("-inf")
 # of the float32 copy of some rows, whatever the vocabulary: 8 MiB stay near a CPU's caches, and 64
@@ -67,7 +68,7 @@ def teacher_topk(
     """
     n_cols = check_alone("logits", logits, vocab_size)
     of_teacher("logits", logits)
-    check_integer("k", k, 1, n_cols)
+    k = integer("k", k, 1, n_cols)
     temperature = check_temperature(temperature)
     leading = logits.shape[:-1]
     log_probs = logits.new_empty((math.prod(leading), k), dtype=torch.float32)

@@ -17,6 +17,7 @@ from distill_ops.analysis import aot
 from distill_ops.analysis.forms import count
 from distill_ops.api import choices
 from distill_ops.heads.products import rows_buffer
+from distill_ops.operators import transforms
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -86,6 +87,7 @@ def test_dense_kernel_on_blocks(divergence, logits_dtype, monkeypatch):
     logits or in their place."""
     target = aot.TARGETS["sm_90"]
     monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(transforms, "dispatches", lambda *_: False)  # whose fakes launch nothing
     empty = lambda *shape: torch.empty(*shape, dtype=HALF, device="meta")
     hidden, weight = empty(4096, 64).requires_grad_(), empty(50257, 64).requires_grad_()
     launches = aot.record(

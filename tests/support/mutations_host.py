@@ -201,7 +201,7 @@ CHECKS = [
     ),
     Mutation(
         "log-probabilities of any sum are taken", sources.CHECKS_SLOTS,
-        "above = (excess > 0)", "above = (excess > 9)",
+        "above = sums > largest", "above = sums > largest + 9",
         f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.2]",
     ),
     Mutation(

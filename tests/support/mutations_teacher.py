@@ -73,8 +73,8 @@ TEACHER_STORES = [
         f"{MALFORMED}[probabilities of 4]",
     ),
     Mutation(
-        "store: rounding of bfloat16 is an error", sources.TEACHER_ROWS,
-        "return eps * (1 + weighted.nan_to_num(nan=0.0).sum(-1)) + 1e-4", "return 1e-4",
+        "store: rounding of bfloat16 is an error", sources.CHECKS_SLOTS,
+        "1 + eps * (1 + weighted.clamp(min=0)) + SUM_TOLERANCE", "1 + SUM_TOLERANCE",
         f"{STORE}rounding_of_a_dtype_is_no_error[4.0-torch.bfloat16]",
     ),
     Mutation(

@@ -332,7 +332,7 @@ def test_a_bad_batch_leaves_the_older_file(tmp_path, batch, error, message):
         ({"teacher": None}, TypeError, "teacher must be a str, its name, got NoneType"),
         ({"teacher": "x" * 4097}, ValueError, "teacher must have at most 4096 char.*, got 4097"),
         ({"teacher": "\ud800"}, ValueError, "teacher must be text that UTF-8 can hold"),
-        ({"resume": 1}, TypeError, "resume must be a bool, got int"),
+        ({"resume": 1}, TypeError, "resume must be True or False, got 1"),
         ({"resume": True}, ValueError, "resume needs rows_per_shard"),
         ({"rows_per_shard": 10**30}, ValueError, "rows_per_shard must be in"),
         ({"rows_per_shard": 0}, ValueError, "rows_per_shard must be in .*, got 0"),
