@@ -56,10 +56,11 @@ def distillation_loss(
         divergence: a :class:`Divergence` or its name.
         loss_mask: ``[...]``, bool, int or float: the tokens' weights, aligned with the logits. A
             token of weight 0 is not read: whatever it holds, its gradient is 0.
-        labels: ``[...]``, int64, aligned with the logits: the token that each of them predicts. No
+        labels: ``[...]``, int64 or int32, aligned with the logits: the token that each predicts. No
             shift happens inside; with Hugging Face labels pass ``logits[:, :-1]`` of both models and
             ``labels[:, 1:]`` (a ``loss_mask`` of the same tokens: ``[:, 1:]``). Tokens whose label is
-            ``ignore_index`` have weight 0.
+            ``ignore_index`` have weight 0. Where ``hard_label_weight`` is 0 they do no more than that,
+            and may lie outside the vocabulary.
         hard_label_weight: w above, in [0, 1]; above 0 it needs ``labels``.
         temperature: T above, positive. The hard-label term is always at 1.
         scale_by_temperature_squared: multiply the divergence by T**2 (arXiv:1503.02531), so that

@@ -46,7 +46,7 @@ def linear_token_log_probs(
     Args:
         hidden: ``[..., d]``, float32, bfloat16, float16, or float64 (not in Triton).
         weight: ``[V, d]``.
-        token_ids: ``[...]``, int64, aligned with the hidden states: of a model's own input pass
+        token_ids: ``[...]``, int64 or int32, aligned with the hidden states: of a model's own input pass
             ``hidden[:, :-1]`` and ``input_ids[:, 1:]``. Where it is ``ignore_index`` the hidden
             state is not read: results and gradient are 0.
         bias: ``[V]``.

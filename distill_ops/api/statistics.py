@@ -44,7 +44,7 @@ def distillation_statistics(
     Args:
         student_logits, teacher_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in
             Triton); dtypes may differ; no gradient flows to the teacher's.
-        token_ids: ``[...]``, int64, aligned with the logits, as in :func:`token_log_probs`. Where it
+        token_ids: ``[...]``, int64 or int32, aligned with the logits, as in :func:`token_log_probs`. Where it
             is ``ignore_index`` the rows are not read: results and gradient are 0, and there is no
             agreement.
         divergence: a :class:`Divergence` or its name; infinite terms are dropped, as

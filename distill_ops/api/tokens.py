@@ -42,7 +42,7 @@ def token_log_probs(
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows may be
             strided: a view such as ``logits[:, :-1]`` is not copied.
-        token_ids: ``[...]``, int64, aligned with the logits: no shift happens inside. Of a model's
+        token_ids: ``[...]``, int64 or int32, aligned with the logits: no shift happens inside. Of a model's
             own input pass ``logits[:, :-1]`` and ``input_ids[:, 1:]``. Where it is ``ignore_index``
             the row is not read: results and gradient are 0.
         temperature: T above, positive.
