@@ -190,6 +190,7 @@ NOT_OF_THE_REFERENCE = [
 ]
 MASKS = {
     "labels": (torch.tensor([3, -100, 0, 10]), "token ids have it: pass labels="),
+    "labels padded with -5": (torch.tensor([3, -5, 0, 10]), "-5, as token ids have it"),
     "labels of int32": (torch.tensor([3, -100, 0, 10], dtype=torch.int32), "-100, as token ids"),
     "nan": (torch.tensor([1, math.nan, 0, 1]), "finite weights, got nan"),
     "inf": (torch.tensor([1, math.inf, 0, 1]), "finite weights, got inf"),

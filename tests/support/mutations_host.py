@@ -187,7 +187,7 @@ CHECKS = [
     Mutation(
         "a mask of labels is taken", sources.CHECKS_TOKENS,
         "ids = weights < -1 ", "ids = weights < -1000 ",
-        f"{HOSTILE}hostile_calls[distillation_loss: a mask of labels]",
+        f"{HOSTILE}hostile_calls[distillation_loss: a mask of labels padded with -5]",
     ),
     Mutation(
         "weights that are not finite are taken", sources.CHECKS_TOKENS,
