@@ -5,6 +5,7 @@ import torch
 from ..arguments import LossArguments
 from ..checks.heads import check_kept_tokens
 from ..checks.options import GivenBlocks
+from ..checks.values import TokenRows
 from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
@@ -24,8 +25,9 @@ def linear_problem(
     blocks: GivenBlocks,
 ) -> tuple[LinearInputs, LinearOptions, str]:
     """The operator's inputs and options, and when it makes the gradients, of checked arguments."""
-    check_kept_tokens(blocks.kept_tokens, arguments.counted)
     hidden, *_ = student
+    rows = TokenRows("student_hidden", hidden)
+    check_kept_tokens(blocks.kept_tokens, rows, arguments.counted)
     autocast = autocast_dtype(hidden.device)
     made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
     log_probs, _ = slots

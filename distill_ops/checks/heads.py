@@ -1,5 +1,7 @@
 """Checks of the linear form: hidden states and the heads that make logits of them."""
 
+import math
+
 import torch
 
 from ..arguments import Counted, LossArguments
@@ -92,14 +94,17 @@ def check_no_teacher(bias: torch.Tensor | None, options: HeadOptions) -> None:
             )
 
 
-def check_kept_tokens(kept_tokens: int | None, counted: Counted) -> None:
-    """There may be no more tokens of nonzero weight."""
-    given = counted.labels if counted.loss_mask is None else counted.loss_mask
-    if kept_tokens is None or given is None or not readable(*counted[:2]):
+def check_kept_tokens(kept_tokens: int | None, rows: TokenRows, counted: Counted) -> None:
+    """There may be no more tokens of nonzero weight; without mask and labels all of them are."""
+    if kept_tokens is None:
         return
-    n_kept = counted.kept(given).sum()
+    n_kept = math.prod(rows.tensor.shape[:-1])
+    if counted.loss_mask is not None or counted.labels is not None:
+        if not readable(rows.tensor, *counted[:2]):
+            return
+        n_kept = counted.kept(rows.tensor[..., 0]).sum().item()
     if n_kept > kept_tokens:
         raise ValueError(
             f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "
-            f"got {n_kept.item()} of them"
+            f"got {n_kept} of them"
         )

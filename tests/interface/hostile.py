@@ -296,6 +296,13 @@ for form in LINEAR:
     SINGLE += [
         of_form(form, "kept_tokens=0", ValueError, "kept_tokens must be at least 1", kept_tokens=0),
         of_form(form, "kept_tokens=2", ValueError, "kept_tokens=2 must bound .*got 3", kept_tokens=2),
+        Hostile(
+            f"{form}: kept_tokens=3 of four tokens, all of which count",
+            lambda form=form: FORMS[form](
+                {k: x for k, x in tensors_of(form).items() if k not in ("labels", "loss_mask")},
+                kept_tokens=3,
+            ), ValueError, "kept_tokens=3 must bound .*got 4",
+        ),
         of_form(form, "kept_tokens=True", TypeError, "kept_tokens must be an int", kept_tokens=True),
         of_form(form, "inplace", TypeError, "unexpected keyword argument 'inplace'", inplace=True),
     ]  # fmt: skip
