@@ -21,6 +21,34 @@ def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor
     torch.addcmul(slope, q, mean, value=-1, out=out)
 
 
+def _softmax(logits: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``q`` and, but for the constant of each row that is returned, their logarithms.
+
+    PyTorch adds a row up in order and so loses the many small terms of a peaked one: its
+    probabilities do not sum to 1. Divided by their sum they do, and the constant is the largest one's."""
+    torch.softmax(logits, -1, out=q)
+    q.div_(row_sums(q)[:, None])
+    torch.sub(logits, logits.amax(-1, True), out=log_q)
+    return q.amax(-1, True).log_()
+
+
+def _log_ratio(chunk: Chunk, student: torch.Tensor) -> torch.Tensor:
+    """``log(p / q)``, in the third buffer, and q and p in the last two."""
+    _, log_q, log_p, q, p = chunk.buffers
+    of_student = _softmax(student, q, log_q)
+    of_teacher = _softmax(chunk.teacher_logits(), p, log_p)
+    return chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).add_(of_teacher.sub_(of_student))
+
+
+def _softmax_backward(
+    h: torch.Tensor, mean: torch.Tensor, scale, q: torch.Tensor, out: torch.Tensor
+) -> None:
+    """``q (h - sum(q h)) * scale``, over h. Where q is peaked the two nearly cancel, and what rounded
+    their sum would be all that is left: ``mean``, about that sum, goes first."""
+    h.sub_(mean[:, None]).mul_(scale)
+    softmax_backward(h, q, -1, q.dtype, grad_input=out)
+
+
 def soft_cross_entropy(chunk: Chunk):
     work, log_q, p, *_ = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
@@ -59,20 +87,14 @@ def reverse_kl(chunk: Chunk):
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     loss = row_sums(torch.mul(q, log_ratio, out=work))
-    return loss, lambda out: softmax_backward(
-        log_ratio.mul_(chunk.scale), q, -1, q.dtype, grad_input=out
-    )
+    return loss, lambda out: _softmax_backward(log_ratio, loss, chunk.scale, q, out)
 
 
 def symmetric_kl(chunk: Chunk):
-    work, log_q, log_p, q, p = chunk.buffers
+    work, _, _, q, p = chunk.buffers
     (weight,) = chunk.parameters
-    torch.log_softmax(_restricted_student(chunk, p), -1, out=log_q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    torch.exp(log_q, out=q)
-    torch.exp(log_p, out=p)
+    log_ratio = _log_ratio(chunk, _restricted_student(chunk, p)).neg_()
     chunk.without_student_zeros(p)
-    log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     mixed = p.mul_(weight - 1).add_(torch.mul(q, weight, out=work))
     loss = row_sums(torch.mul(mixed, log_ratio, out=work))
@@ -85,64 +107,60 @@ def symmetric_kl(chunk: Chunk):
 
 
 def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
-    """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the mixture
-    ``(of_teacher p + of_student q) / max(p, q)``, q and p: the mixture from the ratio of p and q, as
-    ``kernels/divergences.py`` has it."""
-    m, log_q, log_p, q, p = chunk.buffers
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    torch.exp(log_q, out=q)
-    torch.exp(log_p, out=p)
-    log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
+    """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the logarithm of the mixture
+    ``(of_teacher p + of_student q) / max(p, q)``, q and p."""
+    log_m, free, _, q, p = chunk.buffers
+    log_ratio = _log_ratio(chunk, chunk.student_logits())
+    # 1 - weight (1 - ratio), where the weight is the smaller one's: near 1 only what it is less than
+    # 1 by has any digits. (torch.where, which would choose, takes twenty times as long as a product)
+    torch.abs(log_ratio, out=log_m).neg_().expm1_()
     if is_number(of_teacher, 0.5):
-        above, below = torch.clamp(log_ratio, min=0, out=log_q), log_ratio.clamp_(max=0)
-        torch.sub(below, above, out=m).exp_().add_(1).mul_(0.5)
-        return above, below, m, q, p
-    # 1 - weight (1 - ratio), where the weight is the smaller one's: of two terms, one is exactly 0
-    # (torch.where, which would choose, takes twenty times as long as a product)
-    teacher = torch.clamp(log_ratio, max=0, out=log_q).exp_().sub_(1).mul_(of_teacher)
-    student = torch.clamp(log_ratio, min=0, out=m).neg_().exp_().sub_(1).mul_(of_student)
-    student.add_(teacher).add_(1)
-    return torch.clamp(log_ratio, min=0, out=teacher), log_ratio.clamp_(max=0), m, q, p
+        log_m.mul_(0.5)
+    else:
+        student_smaller = torch.gt(log_ratio, 0, out=free)
+        log_m.mul_(student_smaller.mul_(of_student - of_teacher).add_(of_teacher))
+    log_m.log1p_()
+    return torch.clamp(log_ratio, min=0, out=free), log_ratio.clamp_(max=0), log_m, q, p
 
 
 def jensen_shannon(chunk: Chunk):
     (beta,) = chunk.parameters
-    above, below, m, q, p = _paired(chunk, beta, 1 - beta)
-    log_m = m.log_()
+    above, below, log_m, q, p = _paired(chunk, beta, 1 - beta)
     of_student = above.add_(log_m)  # log(m / q)
     chunk.without_student_zeros(of_student)
     of_teacher = torch.sub(log_m, below, out=below)  # log(m / p)
-    values = torch.lerp(of_teacher.mul_(p), torch.mul(q, of_student, out=m), 1 - beta, out=m)
-    loss = row_sums(values).neg_()
-    return loss, lambda out: softmax_backward(
-        of_student.mul_((beta - 1) * chunk.scale), q, -1, q.dtype, grad_input=out
+    slope = torch.mul(q, of_student, out=log_m)
+    loss = row_sums(torch.lerp(of_teacher.mul_(p), slope, 1 - beta, out=p)).neg_()
+    return loss, lambda out: _softmax_backward(
+        of_student, row_sums(slope), (beta - 1) * chunk.scale, q, out
     )
 
 
 def skew_forward_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    free, below, m, q, p = _paired(chunk, alpha, 1 - alpha)
-    log_p_over_m = below.sub_(torch.log(m.clamp_(min=1e-35), out=free))
-    loss = row_sums(torch.mul(p, log_p_over_m, out=m))
+    free, below, log_m, q, p = _paired(chunk, alpha, 1 - alpha)
+    log_p_over_m = below.sub_(chunk.finite_log(log_m))
+    loss = row_sums(torch.mul(p, log_p_over_m, out=log_m))
 
     def write(out):
-        slope = log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)
-        _subtract_mean_slope(slope, q, out)
+        p_over_m = log_p_over_m.exp_()
+        mean = row_sums(torch.mul(q, p_over_m, out=free))
+        _softmax_backward(p_over_m, mean, (alpha - 1) * chunk.scale, q, out)
 
     return loss, write
 
 
 def skew_reverse_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    above, free, m, q, _ = _paired(chunk, 1 - alpha, alpha)
-    log_q_over_m = above.add_(m.clamp_(min=1e-35).log_()).neg_()
+    above, free, log_m, q, _ = _paired(chunk, 1 - alpha, alpha)
+    log_q_over_m = above.add_(chunk.finite_log(log_m)).neg_()
     chunk.without_student_zeros(log_q_over_m)
-    loss = row_sums(torch.mul(q, log_q_over_m, out=m))
+    loss = row_sums(torch.mul(q, log_q_over_m, out=log_m))
 
     def write(out):
         share = torch.exp(log_q_over_m, out=free).mul_(alpha)
-        softmax_backward(log_q_over_m.sub_(share).mul_(chunk.scale), q, -1, q.dtype, grad_input=out)
+        h = log_q_over_m.sub_(share)
+        _softmax_backward(h, row_sums(torch.mul(q, h, out=free)), chunk.scale, q, out)
 
     return loss, write
 
