@@ -15,6 +15,9 @@ from ..divergences.base import is_number
 from .chunk import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
 
 
+ONE = torch.ones(())
+
+
 def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
     """``slope - q D``, of which no rounding of q's sum is left: the row sums to 0."""
     mean = row_sums(slope).div_(row_sums(q))[:, None]
@@ -45,7 +48,10 @@ def _softmax_backward(
 ) -> None:
     """``q (h - sum(q h)) * scale``, over h. Where q is peaked the two nearly cancel, and what rounded
     their sum would be all that is left: ``mean``, about that sum, goes first."""
-    h.sub_(mean[:, None]).mul_(scale)
+    if isinstance(scale, torch.Tensor):
+        h.sub_(mean[:, None]).mul_(scale)
+    else:
+        torch.add(mean[:, None] * -scale, h, alpha=scale, out=h)
     softmax_backward(h, q, -1, q.dtype, grad_input=out)
 
 
@@ -111,15 +117,12 @@ def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
     ``(of_teacher p + of_student q) / max(p, q)``, q and p."""
     log_m, free, _, q, p = chunk.buffers
     log_ratio = _log_ratio(chunk, chunk.student_logits())
-    # 1 - weight (1 - ratio), where the weight is the smaller one's: near 1 only what it is less than
-    # 1 by has any digits. (torch.where, which would choose, takes twenty times as long as a product)
-    torch.abs(log_ratio, out=log_m).neg_().expm1_()
     if is_number(of_teacher, 0.5):
-        log_m.mul_(0.5)
+        torch.abs(log_ratio, out=log_m).neg_().expm1_().mul_(0.5).log1p_()
     else:
-        student_smaller = torch.gt(log_ratio, 0, out=free)
-        log_m.mul_(student_smaller.mul_(of_student - of_teacher).add_(of_teacher))
-    log_m.log1p_()
+        larger = torch.gt(log_ratio, 0, out=free).mul_(of_teacher)
+        larger.add_(torch.le(log_ratio, 0, out=log_m).mul_(of_student))
+        torch.abs(log_ratio, out=log_m).neg_().exp_().lerp_(ONE, larger).log_()
     return torch.clamp(log_ratio, min=0, out=free), log_ratio.clamp_(max=0), log_m, q, p
 
 
@@ -129,10 +132,12 @@ def jensen_shannon(chunk: Chunk):
     of_student = above.add_(log_m)  # log(m / q)
     chunk.without_student_zeros(of_student)
     of_teacher = torch.sub(log_m, below, out=below)  # log(m / p)
-    slope = torch.mul(q, of_student, out=log_m)
-    loss = row_sums(torch.lerp(of_teacher.mul_(p), slope, 1 - beta, out=p)).neg_()
+    student = row_sums(torch.mul(q, of_student, out=log_m))
+    teacher = row_sums(of_teacher.mul_(p))
+    b = beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
+    loss = (teacher * -b).add_(student * (b - 1))
     return loss, lambda out: _softmax_backward(
-        of_student, row_sums(slope), (beta - 1) * chunk.scale, q, out
+        of_student, student, (beta - 1) * chunk.scale, q, out
     )
 
 
@@ -171,28 +176,30 @@ def total_variation(chunk: Chunk):
     torch.softmax(chunk.teacher_logits(), -1, out=p)
     difference = torch.sub(q, p, out=p)
     loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
-    return loss, lambda out: softmax_backward(
-        difference.sign_().mul_(0.5 * chunk.scale), q, -1, q.dtype, grad_input=out
-    )
+    return loss, lambda out: _softmax_backward(difference.sign_(), loss, 0.5 * chunk.scale, q, out)
 
 
 def alpha_beta(chunk: Chunk):
-    cross, log_q, log_p, student, _ = chunk.buffers
+    cross, log_q, log_p, student, q = chunk.buffers
     alpha, beta = chunk.parameters
     total = alpha + beta
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    logits = chunk.student_logits()
+    torch.log_softmax(logits, -1, out=log_q)
+    torch.softmax(logits, -1, out=q)
     torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    torch.mul(log_q, beta, out=student)
-    torch.mul(log_p, alpha, out=cross).add_(student).exp_()
     torch.mul(log_q, total, out=student).exp_()
+    torch.mul(log_p, alpha, out=cross).add_(log_q.mul_(beta)).exp_()
     teacher = log_p.mul_(total).exp_()
-    values = torch.lerp(student, teacher, alpha / total, out=teacher).sub_(cross)
-    scale = alpha * beta
-    loss = row_sums(values).div_(scale.squeeze(-1) if isinstance(scale, torch.Tensor) else scale)
+    of_teacher = row_sums(teacher.sub_(cross))
     slope = student.sub_(cross)
-    return loss, lambda out: log_softmax_backward(
-        slope.mul_(chunk.scale / alpha), log_q, -1, slope.dtype, out=out
-    )
+    of_student = row_sums(slope)
+    a, b = (x.squeeze(-1) if isinstance(x, torch.Tensor) else x for x in (alpha, beta))
+    loss = of_teacher.div_(b * (a + b)).add_(of_student / (a * (a + b)))
+
+    def write(out):
+        _subtract_mean_slope(slope.mul_(chunk.scale / alpha), q, out)
+
+    return loss, write
 
 
 CLOSED_FORMS = {
