@@ -15,31 +15,15 @@ from ..divergences.base import is_number
 from .chunk import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
 
 
-
-def _softmax(logits: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Probabilities ``q`` and, but for the constant of each row that is returned, their logarithms.
-
-    PyTorch adds a row up in order and so loses the many small terms of a peaked one: its
-    probabilities do not sum to 1. Divided by their sum they do, and the constant is the largest one's."""
-    torch.softmax(logits, -1, out=q)
-    q.div_(row_sums(q)[:, None])
-    torch.sub(logits, logits.amax(-1, True), out=log_q)
-    return q.amax(-1, True).log_()
+def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
+    """``slope - q D``, of which no rounding of q's sum is left: the row sums to 0."""
+    mean = row_sums(slope).div_(row_sums(q))[:, None]
+    torch.addcmul(slope, q, mean, value=-1, out=out)
 
 
-def _log_ratio(chunk: Chunk, student: torch.Tensor) -> torch.Tensor:
-    """``log(p / q)``, in the third buffer, and q and p in the last two."""
-    _, log_q, log_p, q, p = chunk.buffers
-    of_student = _softmax(student, q, log_q)
-    of_teacher = _softmax(chunk.teacher_logits(), p, log_p)
-    return chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).add_(of_teacher.sub_(of_student))
-
-
-def _softmax_backward(
-    h: torch.Tensor, mean: torch.Tensor, scale, q: torch.Tensor, out: torch.Tensor
-) -> None:
-    """``q (h - sum(q h)) * scale``, over h. Where q is peaked the two nearly cancel, and what rounded
-    their sum would be all that is left: ``mean``, about that sum, goes first."""
+def _subtract_mean(h: torch.Tensor, mean: torch.Tensor, scale, q: torch.Tensor, out: torch.Tensor):
+    """``scale q (h - sum(q h))``, over h. In a peaked row the two nearly cancel, and what rounded q and
+    the sum would be all that is left: ``mean``, about that sum, goes first."""
     if isinstance(scale, torch.Tensor):
         h.sub_(mean[:, None]).mul_(scale)
     else:
@@ -85,41 +69,58 @@ def reverse_kl(chunk: Chunk):
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     loss = row_sums(torch.mul(q, log_ratio, out=work))
-    return loss, lambda out: _softmax_backward(log_ratio, loss, chunk.scale, q, out)
+    return loss, lambda out: _subtract_mean(log_ratio, loss, chunk.scale, q, out)
 
 
 def symmetric_kl(chunk: Chunk):
-    work, _, _, q, p = chunk.buffers
+    work, log_q, log_p, q, p = chunk.buffers
     (weight,) = chunk.parameters
-    log_ratio = _log_ratio(chunk, _restricted_student(chunk, p)).neg_()
+    torch.log_softmax(_restricted_student(chunk, p), -1, out=log_q)
+    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    torch.exp(log_q, out=q)
+    torch.exp(log_p, out=p)
     chunk.without_student_zeros(p)
+    log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     mixed = p.mul_(weight - 1).add_(torch.mul(q, weight, out=work))
     loss = row_sums(torch.mul(mixed, log_ratio, out=work))
 
     def write(out):
         slope = mixed.add_(log_ratio.mul_(q).mul_(weight)).mul_(chunk.scale)
-        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+        _subtract_mean_slope(slope, q, out)
 
     return loss, write
 
 
+def _softmax(logits: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``q`` and their logarithms but for a constant of each row, which is returned.
+
+    PyTorch adds up the exponentials one by one and so loses the many small ones of a peaked row.
+    Here q is over its own sum, and the constant the logarithm of the largest."""
+    torch.softmax(logits, -1, out=q)
+    q.div_(row_sums(q)[:, None])
+    torch.sub(logits, logits.amax(-1, True), out=log_q)
+    return q.amax(-1, True).log_()
+
+
 def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
     """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the logarithm of the mixture
-    ``(of_teacher p + of_student q) / max(p, q)``, q and p.
-
-    (torch.where, which would choose, takes twenty times as long as a product.)"""
-    log_m, free, _, q, p = chunk.buffers
-    log_ratio = _log_ratio(chunk, chunk.student_logits())
+    ``(of_teacher p + of_student q) / max(p, q)``, q and p: the mixture from the ratio of p and q, as
+    ``kernels/divergences.py`` has it."""
+    log_m, log_q, log_p, q, p = chunk.buffers
+    top_q = _softmax(chunk.student_logits(), q, log_q)
+    top_p = _softmax(chunk.teacher_logits(), p, log_p)
+    log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).add_(top_p.sub_(top_q))
     if is_number(of_teacher, 0.5):
-        # what m is less than 1 by: where p and q are nearly equal, m itself rounds to it
+        # by what the mixture is below 1: where p and q are nearly equal, it rounds to 1
         torch.abs(log_ratio, out=log_m).neg_().expm1_().mul_(0.5).log1p_()
     else:
-        # the larger one's share itself: what is left of 1 without the other's has fewer digits
-        share = torch.gt(log_ratio, 0, out=free).mul_(of_teacher)
+        # the larger one's share as given: 1 less the other has fewer digits, and they are the mixture's
+        # (torch.where, which would choose, takes twenty times as long as a product)
+        share = torch.gt(log_ratio, 0, out=log_q).mul_(of_teacher)
         share.add_(torch.le(log_ratio, 0, out=log_m).mul_(of_student))
-        torch.abs(log_ratio, out=log_m).neg_().exp_().lerp_(free.new_ones(()), share).log_()
-    return torch.clamp(log_ratio, min=0, out=free), log_ratio.clamp_(max=0), log_m, q, p
+        torch.abs(log_ratio, out=log_m).neg_().exp_().lerp_(share.new_ones(()), share).log_()
+    return torch.clamp(log_ratio, min=0, out=log_q), log_ratio.clamp_(max=0), log_m, q, p
 
 
 def jensen_shannon(chunk: Chunk):
@@ -132,9 +133,7 @@ def jensen_shannon(chunk: Chunk):
     teacher = row_sums(of_teacher.mul_(p))
     b = beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
     loss = (teacher * -b).add_(student * (b - 1))
-    return loss, lambda out: _softmax_backward(
-        of_student, student, (beta - 1) * chunk.scale, q, out
-    )
+    return loss, lambda out: _subtract_mean(of_student, student, (beta - 1) * chunk.scale, q, out)
 
 
 def _rest(share):
@@ -152,7 +151,7 @@ def skew_forward_kl(chunk: Chunk):
     def write(out):
         p_over_m = log_p_over_m.exp_()
         mean = row_sums(torch.mul(q, p_over_m, out=free))
-        _softmax_backward(p_over_m, mean, (alpha - 1) * chunk.scale, q, out)
+        _subtract_mean(p_over_m, mean, (alpha - 1) * chunk.scale, q, out)
 
     return loss, write
 
@@ -167,7 +166,7 @@ def skew_reverse_kl(chunk: Chunk):
     def write(out):
         share = torch.exp(log_q_over_m, out=free).mul_(alpha)
         h = log_q_over_m.sub_(share)
-        _softmax_backward(h, row_sums(torch.mul(q, h, out=free)), chunk.scale, q, out)
+        _subtract_mean(h, row_sums(torch.mul(q, h, out=free)), chunk.scale, q, out)
 
     return loss, write
 
@@ -178,7 +177,7 @@ def total_variation(chunk: Chunk):
     torch.softmax(chunk.teacher_logits(), -1, out=p)
     difference = torch.sub(q, p, out=p)
     loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
-    return loss, lambda out: _softmax_backward(difference.sign_(), loss, 0.5 * chunk.scale, q, out)
+    return loss, lambda out: _subtract_mean(difference.sign_(), loss, 0.5 * chunk.scale, q, out)
 
 
 def alpha_beta(chunk: Chunk):
