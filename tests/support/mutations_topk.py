@@ -58,7 +58,7 @@ TOPK_MUTATIONS = [
     Mutation(
         "top-k, CPU: terms are rounded", sources.CPU_TOPK,
         "x = self.logits.double()", "x = self.logits.clone()",
-        f"{TOPK}terms_of_peaked_rows_are_not_rounded[JensenShannon(beta=0.3)]",
+        f"{TOPK}terms_of_peaked_rows_are_not_rounded[ReverseKL()-ignore]",
     ),
     Mutation(
         "top-k, CPU: an unused slot takes column 0 from the rest", sources.CPU_TOPK,
