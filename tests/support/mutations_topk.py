@@ -57,7 +57,7 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k, CPU: terms are rounded", sources.CPU_TOPK,
-        "x = self.logits.double()", "x = self.logits.clone()",
+        "torch.log_softmax(y, -1)", "torch.log_softmax(y.float(), -1)",
         f"{TOPK}terms_of_peaked_rows_are_not_rounded[ReverseKL()-ignore]",
     ),
     Mutation(
