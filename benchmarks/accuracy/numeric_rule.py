@@ -21,6 +21,9 @@ rounding, and the ratio of two roundings has no bound, however good the kernel. 
 of the first FIRST tokens. Where their ratio is above DOUBTFUL, twice as many are drawn, and twice as
 many again up to MOST, until it is not: what is left above WORST then is not chance.
 
+Peaked rows (:func:`peaked`) have summaries of their own: of a path that rounds as eager PyTorch does
+they show first where it loses more.
+
 Student and teacher always differ by at least a unit of the logits' dtype: equal rows, for which
 many losses are exactly 0 in eager PyTorch, are the business of the tests of properties.
 """

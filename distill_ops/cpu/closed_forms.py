@@ -179,9 +179,7 @@ def total_variation(chunk: Chunk):
     loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
 
     def write(out):
-        least = (2 * loss - 1).clamp_(
-            min=0
-        )  # of sum(q sign(q - p)), which is 1 where all q are larger
+        least = (2 * loss - 1).clamp_(min=0)  # of sum(q sign(q - p))
         _subtract_mean(difference.sign_(), least, 0.5 * chunk.scale, q, out)
 
     return loss, write

@@ -307,20 +307,21 @@ def missed(records):
 def committed(name):
     found = json.loads((accuracy.RESULT.parent / name).read_text())
     assert (found["rule"]["median"], found["rule"]["worst"]) == (MEDIAN, WORST)
-    return {(r["divergence"], r["dtype"], r["path"]): r for r in found["records"]}
+    return {(r["divergence"], r["dtype"], r["path"], r["rows"]): r for r in found["records"]}
 
 
 def test_the_committed_sweep_is_whole_and_passes():
-    """The CPU path: every divergence and dtype over at least 200 configurations."""
+    """The CPU path: every divergence and dtype over at least 200 configurations, 100 of peaked rows."""
     records = committed("accuracy.json")
-    assert set(records) == {(d, t, "torch") for d in DIVERGENCES for t in DTYPES}
-    assert min(record["configurations"] for record in records.values()) >= 200
+    assert set(records) == {(d, t, "torch", r) for d in DIVERGENCES for t in DTYPES for r in ROWS}
+    for key, record in records.items():
+        assert record["configurations"] >= {"ordinary": 200, "peaked": 100}[key[-1]]
     assert not missed(records)
 
 
 def test_the_kernels_sweep_is_whole_and_passes():
-    """In the interpreter: every divergence and dtype."""
+    """In the interpreter: every divergence and dtype, of ordinary rows."""
     records = committed("accuracy-interpreter.json")
-    assert set(records) == {(d, t, "triton") for d in DIVERGENCES for t in DTYPES}
+    assert set(records) == {(d, t, "triton", "ordinary") for d in DIVERGENCES for t in DTYPES}
     assert min(record["configurations"] for record in records.values()) >= 200
     assert not missed(records)
