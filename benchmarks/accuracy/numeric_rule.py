@@ -21,6 +21,9 @@ rounding, and the ratio of two roundings has no bound, however good the kernel. 
 of the first FIRST tokens. Where their ratio is above DOUBTFUL, twice as many are drawn, and twice as
 many again up to MOST, until it is not: what is left above WORST then is not chance.
 
+Peaked rows (:func:`peaked`) have summaries of their own: of a path that rounds as eager PyTorch does
+they show first where it loses more.
+
 Student and teacher always differ by at least a unit of the logits' dtype: equal rows, for which
 many losses are exactly 0 in eager PyTorch, are the business of the tests of properties.
 """
@@ -76,6 +79,8 @@ class Configuration(NamedTuple):
     distance: float
     offsets: tuple[float, float]  # of the student's and the teacher's logits
     temperature: float
+    heights: tuple[float, float] = (0.0, 0.0)  # of a column of each row above the others
+    together: bool = True  # whether the student's and the teacher's such column is one
 
 
 def configuration(seed: int) -> Configuration:
@@ -102,6 +107,34 @@ def configuration(seed: int) -> Configuration:
     )
 
 
+def peaked(seed: int) -> Configuration:
+    """Peaked rows: student and teacher independent, of a large standard deviation; and, one in three,
+    nearly one-hot. A gradient is small there against the terms that it is the sum of."""
+    rng = random.Random(seed)
+    n_cols = rng.choice((rng.randint(65, 512), rng.randint(513, 1500), rng.randint(2000, 5000)))
+    offset = rng.choice((-1, 1)) * rng.uniform(8, 12)
+    case = Configuration(
+        seed=seed,
+        n_cols=n_cols,
+        scale=rng.choice((4.0, 8.0)),
+        distance=math.inf,
+        offsets=(offset, rng.choice((-1, 1)) * offset),
+        temperature=rng.choice((1.0, 1.0, 2.0)),
+    )
+    if seed % 3:
+        return case
+    # above the sum of the other columns
+    heights = [math.log(n_cols) + rng.choice((3, 6, 10, 20)) for _ in case.offsets]
+    return case._replace(
+        scale=1.0,
+        heights=tuple(case.temperature * height for height in heights),
+        together=rng.random() < 0.5,
+    )
+
+
+ROWS = {"ordinary": configuration, "peaked": peaked}
+
+
 def spacing(value: float, dtype: torch.dtype) -> float:
     """Distance between neighbouring numbers of the dtype around ``value``."""
     return torch.finfo(dtype).eps * 2.0 ** (math.frexp(value)[1] - 1)
@@ -123,6 +156,11 @@ def make_logits(
     common, *own = torch.randn(3, MOST, case.n_cols, generator=generator, dtype=torch.float64)
     if math.isfinite(distance):
         own = [(common + distance * noise) / math.hypot(1.0, distance) for noise in own]
+    high = torch.randint(case.n_cols, (2, MOST, 1), generator=generator)
+    for noise, height, columns in zip(
+        own, case.heights, high[[0, int(not case.together)]], strict=True
+    ):
+        noise.scatter_add_(-1, columns, torch.full_like(columns, height / scale, dtype=noise.dtype))
     student, teacher = (
         (scale * noise + offset).to(dtype).to(device)
         for noise, offset in zip(own, offsets, strict=True)

@@ -34,22 +34,22 @@ from .numeric_rule import (
     FIRST,
     MEDIAN,
     MOST,
+    ROWS,
     WORST,
     Measurement,
     Quantities,
-    configuration,
     loss_on,
     measure,
     summarise,
 )
 
 PATHS = ("torch", "triton")
-CONFIGURATIONS = 200
+CONFIGURATIONS = {"ordinary": 200, "peaked": 100}
 GPU_WORKERS = 4
 GROUP = 25  # configurations a task
 RESULT = RESULTS / "accuracy.json"
 
-Key = tuple[str, str, str]  # divergence, dtype, path
+Key = tuple[str, str, str, str]  # divergence, dtype, path, rows
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--paths", nargs="+", choices=PATHS, default=list(PATHS))
-    add("--configs", type=int, default=CONFIGURATIONS, help="configurations of each (200)")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    numbers = ", ".join(f"{number} of {rows} rows" for rows, number in CONFIGURATIONS.items())
+    add("--configs", type=int, help=f"configurations of each ({numbers})")
     add("--seed", type=int, default=0, help="seed of the first configuration; the next follow")
     add("--only", type=int, metavar="SEED", help="the configuration of this seed alone, in detail")
     add(
@@ -125,11 +127,11 @@ def workers(path: str, n_workers: int) -> Iterator[Executor]:
 
 def measure_group(key: Key, seeds: list[int]) -> tuple[Key, list[Measurement]]:
     """What a worker does: some configurations of a divergence, dtype and path."""
-    divergence, dtype, path = key
+    divergence, dtype, path, rows = key
     return key, [
         measure(
             loss_on(path),
-            configuration(seed),
+            ROWS[rows](seed),
             DIVERGENCES[divergence],
             DTYPES[dtype],
             device_of(path),
@@ -141,7 +143,7 @@ def measure_group(key: Key, seeds: list[int]) -> tuple[Key, list[Measurement]]:
 def sweep(
     path: str,
     keys: Sequence[Key],
-    seeds: Sequence[int],
+    seeds: Callable[[Key], Sequence[int]],
     n_workers: int,
     step: Callable[[str], None],
     finished: Callable[[Key, list[Measurement]], None],
@@ -153,15 +155,15 @@ def sweep(
     found = {key: [] for key in keys}
     with workers(path, n_workers) as pool:
         tasks = [
-            pool.submit(measure_group, key, list(seeds[i : i + GROUP]))
+            pool.submit(measure_group, key, list(seeds(key)[i : i + GROUP]))
             for key in keys
-            for i in range(0, len(seeds), GROUP)
+            for i in range(0, len(seeds(key)), GROUP)
         ]
         for task in as_completed(tasks):
             key, measurements = task.result()
             found[key] += measurements
             step(" ".join(key))
-            if len(found[key]) == len(seeds):
+            if len(found[key]) == len(seeds(key)):
                 found[key].sort(key=lambda m: m.seed)
                 finished(key, found[key])
     return found
@@ -203,14 +205,14 @@ def result_line(key: Key, measurements: list[Measurement]) -> str:
 
 def result_table(path: str, measurements: dict[Key, list[Measurement]]) -> Table:
     """Of one path: median and worst ratio of each quantity, the seed of the worst, the verdict."""
-    header = ["divergence", "dtype"]
+    header = ["divergence", "dtype", "rows"]
     for name in ("loss", "alone", "gradient"):
         header += [name, "worst"]
     header += ["at seed", "rule"]
     rows = []
-    for (divergence, dtype, _), found in measurements.items():
+    for (divergence, dtype, _, kind), found in measurements.items():
         quantities = summarise(found)
-        row = [divergence.replace(", ", ","), dtype]  # a name stays on one line
+        row = [divergence.replace(", ", ","), dtype, kind]  # a name stays on one line
         for summary in quantities.values():
             row += [ratio(summary.median, MEDIAN), ratio(summary.worst, WORST)]
         row.append(str(max(quantities.values(), key=lambda s: s.worst).worst_seed))
@@ -235,6 +237,7 @@ def records(measurements: dict[Key, list[Measurement]]) -> list[dict[str, object
             "divergence": divergence,
             "dtype": dtype,
             "path": path,
+            "rows": rows,
             "device": device_of(path).type,
             "configurations": len(found),
             "tokens": sum(m.tokens for m in found),
@@ -245,7 +248,7 @@ def records(measurements: dict[Key, list[Measurement]]) -> list[dict[str, object
                 for name, summary in summarise(found).items()
             },
         }
-        for (divergence, dtype, path), found in measurements.items()
+        for (divergence, dtype, path, rows), found in measurements.items()
     ]
 
 
@@ -272,7 +275,7 @@ def only_table(measurements: dict[Key, list[Measurement]]) -> Table:
         for key, (m,) in measurements.items()
         for name, s in zip(Quantities._fields, m.squares, strict=True)
     ]  # fmt: skip
-    header = ["divergence", "dtype", "path", "tokens", "", "ours", "eager", "unit", "ratio"]
+    header = ["divergence", "dtype", "path", "rows", "tokens", "", "ours", "eager", "unit", "ratio"]
     return make_table("Errors by norm over all tokens", header, rows)
 
 
@@ -280,27 +283,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     keys = [
-        (divergence, dtype, path)
+        (divergence, dtype, path, rows)
         for path in dict.fromkeys(options.paths)
         for divergence in dict.fromkeys(options.divergences)
         for dtype in dict.fromkeys(options.dtypes)
+        for rows in dict.fromkeys(options.rows)
     ]
     facts = describe(device_of("triton"), arguments, "benchmarks.accuracy")
     facts["numpy"] = version("numpy")  # the interpreter's arithmetic
     console = make_console()
     console.print(machine_line(facts))
-    seeds = range(options.seed, options.seed + options.configs)
     if options.only is not None:
-        seeds = range(options.only, options.only + 1)
-        for name, value in configuration(options.only)._asdict().items():
-            console.print(f"{name}: {value}")
+        for rows in options.rows:
+            for name, value in ROWS[rows](options.only)._asdict().items():
+                console.print(f"{name}: {value}")
     measurements: dict[Key, list[Measurement]] = {}
+
+    def seeds(key: Key) -> range:
+        if options.only is not None:
+            return range(options.only, options.only + 1)
+        return range(options.seed, options.seed + (options.configs or CONFIGURATIONS[key[-1]]))
 
     def finished(key: Key, found: list[Measurement]) -> None:
         if not console.is_terminal:
             console.print(result_line(key, found), markup=False, soft_wrap=True)
 
-    with progress_bar(console, len(keys) * math.ceil(len(seeds) / GROUP)) as step:
+    n_tasks = sum(math.ceil(len(seeds(key)) / GROUP) for key in keys)
+    with progress_bar(console, n_tasks) as step:
         for path in dict.fromkeys(options.paths):
             n_workers = options.workers or default_workers(path)
             of_path = sweep(path, keys, seeds, n_workers, step, finished)
@@ -312,11 +321,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only is not None:
         return 0
     rows = records(measurements)
-    full = len(keys) == len(DIVERGENCES) * len(DTYPES) * len(PATHS)
-    output = options.json or (RESULT if full and len(seeds) >= CONFIGURATIONS else None)
+    full = len(keys) == len(DIVERGENCES) * len(DTYPES) * len(PATHS) * len(ROWS)
+    full &= all(len(found) >= CONFIGURATIONS[key[-1]] for key, found in measurements.items())
+    output = options.json or (RESULT if full else None)
     if output:
         save(output, rows, facts)
         console.print(f"records: {output}")
     n_passed = sum(row["passed"] for row in rows)
-    console.print(f"{n_passed} of {len(rows)} pass, {len(seeds)} configurations each")
+    console.print(f"{n_passed} of {len(rows)} pass")
     return int(n_passed < len(rows))

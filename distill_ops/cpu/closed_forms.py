@@ -21,6 +21,16 @@ def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor
     torch.addcmul(slope, q, mean, value=-1, out=out)
 
 
+def _subtract_mean(h: torch.Tensor, mean: torch.Tensor, scale, q: torch.Tensor, out: torch.Tensor):
+    """``scale q (h - sum(q h))``, over h. In a peaked row the two nearly cancel, and what rounded q and
+    the sum would be all that is left: ``mean``, about that sum, goes first."""
+    if isinstance(scale, torch.Tensor):
+        h.sub_(mean[:, None]).mul_(scale)
+    else:
+        torch.add(mean[:, None] * -scale, h, alpha=scale, out=h)
+    softmax_backward(h, q, -1, q.dtype, grad_input=out)
+
+
 def soft_cross_entropy(chunk: Chunk):
     work, log_q, p, *_ = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
@@ -59,9 +69,7 @@ def reverse_kl(chunk: Chunk):
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     loss = row_sums(torch.mul(q, log_ratio, out=work))
-    return loss, lambda out: softmax_backward(
-        log_ratio.mul_(chunk.scale), q, -1, q.dtype, grad_input=out
-    )
+    return loss, lambda out: _subtract_mean(log_ratio, loss, chunk.scale, q, out)
 
 
 def symmetric_kl(chunk: Chunk):
@@ -84,65 +92,81 @@ def symmetric_kl(chunk: Chunk):
     return loss, write
 
 
+def _softmax(logits: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``q`` and their logarithms but for a constant of each row, which is returned.
+
+    PyTorch adds up the exponentials one by one and so loses the many small ones of a peaked row.
+    Here q is over its own sum, and the constant the logarithm of the largest."""
+    torch.softmax(logits, -1, out=q)
+    q.div_(row_sums(q)[:, None])
+    torch.sub(logits, logits.amax(-1, True), out=log_q)
+    return q.amax(-1, True).log_()
+
+
 def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
-    """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the mixture
+    """``max(log(p / q), 0)`` and ``min(log(p / q), 0)``, the logarithm of the mixture
     ``(of_teacher p + of_student q) / max(p, q)``, q and p: the mixture from the ratio of p and q, as
     ``kernels/divergences.py`` has it."""
-    m, log_q, log_p, q, p = chunk.buffers
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    torch.exp(log_q, out=q)
-    torch.exp(log_p, out=p)
-    log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q))
+    log_m, log_q, log_p, q, p = chunk.buffers
+    top_q = _softmax(chunk.student_logits(), q, log_q)
+    top_p = _softmax(chunk.teacher_logits(), p, log_p)
+    log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).add_(top_p.sub_(top_q))
     if is_number(of_teacher, 0.5):
-        above, below = torch.clamp(log_ratio, min=0, out=log_q), log_ratio.clamp_(max=0)
-        torch.sub(below, above, out=m).exp_().add_(1).mul_(0.5)
-        return above, below, m, q, p
-    # 1 - weight (1 - ratio), where the weight is the smaller one's: of two terms, one is exactly 0
-    # (torch.where, which would choose, takes twenty times as long as a product)
-    teacher = torch.clamp(log_ratio, max=0, out=log_q).exp_().sub_(1).mul_(of_teacher)
-    student = torch.clamp(log_ratio, min=0, out=m).neg_().exp_().sub_(1).mul_(of_student)
-    student.add_(teacher).add_(1)
-    return torch.clamp(log_ratio, min=0, out=teacher), log_ratio.clamp_(max=0), m, q, p
+        # by what the mixture is below 1: where p and q are nearly equal, it rounds to 1
+        torch.abs(log_ratio, out=log_m).neg_().expm1_().mul_(0.5).log1p_()
+    else:
+        # the larger one's share as given: 1 less the other has fewer digits, and they are the mixture's
+        # (torch.where, which would choose, takes twenty times as long as a product)
+        share = torch.gt(log_ratio, 0, out=log_q).mul_(of_teacher)
+        share.add_(torch.le(log_ratio, 0, out=log_m).mul_(of_student))
+        torch.abs(log_ratio, out=log_m).neg_().exp_().lerp_(share.new_ones(()), share).log_()
+    return torch.clamp(log_ratio, min=0, out=log_q), log_ratio.clamp_(max=0), log_m, q, p
 
 
 def jensen_shannon(chunk: Chunk):
     (beta,) = chunk.parameters
-    above, below, m, q, p = _paired(chunk, beta, 1 - beta)
-    log_m = m.log_()
+    above, below, log_m, q, p = _paired(chunk, beta, 1 - beta)
     of_student = above.add_(log_m)  # log(m / q)
     chunk.without_student_zeros(of_student)
     of_teacher = torch.sub(log_m, below, out=below)  # log(m / p)
-    values = torch.lerp(of_teacher.mul_(p), torch.mul(q, of_student, out=m), 1 - beta, out=m)
-    loss = row_sums(values).neg_()
-    return loss, lambda out: softmax_backward(
-        of_student.mul_((beta - 1) * chunk.scale), q, -1, q.dtype, grad_input=out
-    )
+    student = row_sums(torch.mul(q, of_student, out=log_m))
+    teacher = row_sums(of_teacher.mul_(p))
+    b = beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
+    loss = (teacher * -b).add_(student * (b - 1))
+    return loss, lambda out: _subtract_mean(of_student, student, (beta - 1) * chunk.scale, q, out)
+
+
+def _rest(share):
+    """``1 - share``, but not 0: a mixture of 0 has no logarithm."""
+    rest = 1 - share
+    return rest.clamp(min=1e-35) if isinstance(rest, torch.Tensor) else max(rest, 1e-35)
 
 
 def skew_forward_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    free, below, m, q, p = _paired(chunk, alpha, 1 - alpha)
-    log_p_over_m = below.sub_(torch.log(m.clamp_(min=1e-35), out=free))
-    loss = row_sums(torch.mul(p, log_p_over_m, out=m))
+    free, below, log_m, q, p = _paired(chunk, alpha, _rest(alpha))
+    log_p_over_m = below.sub_(log_m)
+    loss = row_sums(torch.mul(p, log_p_over_m, out=log_m))
 
     def write(out):
-        slope = log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)
-        _subtract_mean_slope(slope, q, out)
+        p_over_m = log_p_over_m.exp_()
+        mean = row_sums(torch.mul(q, p_over_m, out=free))
+        _subtract_mean(p_over_m, mean, (alpha - 1) * chunk.scale, q, out)
 
     return loss, write
 
 
 def skew_reverse_kl(chunk: Chunk):
     (alpha,) = chunk.parameters
-    above, free, m, q, _ = _paired(chunk, 1 - alpha, alpha)
-    log_q_over_m = above.add_(m.clamp_(min=1e-35).log_()).neg_()
+    above, free, log_m, q, _ = _paired(chunk, _rest(alpha), alpha)
+    log_q_over_m = above.add_(log_m).neg_()
     chunk.without_student_zeros(log_q_over_m)
-    loss = row_sums(torch.mul(q, log_q_over_m, out=m))
+    loss = row_sums(torch.mul(q, log_q_over_m, out=log_m))
 
     def write(out):
         share = torch.exp(log_q_over_m, out=free).mul_(alpha)
-        softmax_backward(log_q_over_m.sub_(share).mul_(chunk.scale), q, -1, q.dtype, grad_input=out)
+        h = log_q_over_m.sub_(share)
+        _subtract_mean(h, row_sums(torch.mul(q, h, out=free)), chunk.scale, q, out)
 
     return loss, write
 
@@ -153,9 +177,12 @@ def total_variation(chunk: Chunk):
     torch.softmax(chunk.teacher_logits(), -1, out=p)
     difference = torch.sub(q, p, out=p)
     loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
-    return loss, lambda out: softmax_backward(
-        difference.sign_().mul_(0.5 * chunk.scale), q, -1, q.dtype, grad_input=out
-    )
+
+    def write(out):
+        least = (2 * loss - 1).clamp_(min=0)  # of sum(q sign(q - p))
+        _subtract_mean(difference.sign_(), least, 0.5 * chunk.scale, q, out)
+
+    return loss, write
 
 
 def alpha_beta(chunk: Chunk):

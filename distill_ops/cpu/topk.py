@@ -102,12 +102,14 @@ class TopKChunk:
         return loss, self._cross_entropy() if self.terms.hard else None
 
     def _divergence(self) -> torch.Tensor:
-        temperature, log_p = self.terms.temperature, self.log_p
-        x = self.logits
+        """In float64, for the K and the rest are few: of a peaked row the gradient is a small difference
+        of their terms."""
+        temperature, log_p = self.terms.temperature, self.log_p.double()
+        x = self.logits.double()
         if self.restrict:
             x = x.masked_fill(log_p[:, :-1] == NEG_INF, NEG_INF)
         has_rest = (self.rest_sum != 0) if self.rest else torch.zeros_like(self.good)
-        rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
+        rest_max = self.rest_max.double().masked_fill(~has_rest, NEG_INF)
         maximum = torch.maximum(x.amax(-1, keepdim=True), rest_max)
         self.maximum = maximum
         shift = _finite_or_zero(maximum)
@@ -116,7 +118,7 @@ class TopKChunk:
         y = torch.cat([x, rest_max], -1)
         zero = y == NEG_INF
         y = ((y - shift) / temperature).clamp_(min=lowest)
-        y[:, -1:] += self.rest_sum.masked_fill(~has_rest, 1.0).log()
+        y[:, -1:] += self.rest_sum.double().masked_fill(~has_rest, 1.0).log()
         y.masked_fill_(zero, NEG_INF)
         log_q = torch.log_softmax(y, -1)
         self.q = log_q.exp()
@@ -126,14 +128,14 @@ class TopKChunk:
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
         good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
-        self.poison = torch.where(good, 0.0, math.nan).to(x.dtype)
+        self.poison = torch.where(good, 0.0, math.nan).to(self.terms.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
         self.slope = slope
         if self.each:
             value, slope = self._terms_outside()
             loss = loss + row_sums(value)
             self.total_slope = self.total_slope + row_sums(slope)[:, None]
-        return loss + self.poison[:, 0]
+        return loss.to(self.terms.dtype) + self.poison[:, 0]
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope by the rules for infinities (semantics.md, section 3)."""
@@ -152,8 +154,8 @@ class TopKChunk:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
         x = _copy_outside(self.student, self.ids, self.buffers[0])
         zero = x == NEG_INF
-        x.sub_(_finite_or_zero(self.maximum)).div_(self.terms.temperature)
-        log_q = x.sub_(self.log_sum)
+        x.sub_(_finite_or_zero(self.maximum).to(x.dtype)).div_(self.terms.temperature)
+        log_q = x.sub_(self.log_sum.to(x.dtype))
         value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
         self.outside_slope = slope
         self.outside_q = log_q.masked_fill_(zero, NEG_INF).exp_()
@@ -176,10 +178,12 @@ class TopKChunk:
     def write(self, gradient: torch.Tensor) -> None:
         """Fill ``gradient [n, V]``, after :meth:`losses`."""
         scale, hard_scale = self.per_row.scale, self.per_row.hard_scale
-        slots = (self.slope - self.q * self.total_slope) * scale + self.poison
+        slots = (self.slope - self.q * self.total_slope) * scale
+        slots = slots.to(self.terms.dtype) + self.poison
         out = gradient if gradient.dtype == self.terms.dtype else self.buffers[0]
         if self.each:
-            terms = self.outside_slope.addcmul_(self.outside_q, self.total_slope, value=-1)
+            total_slope = self.total_slope.to(self.terms.dtype)
+            terms = self.outside_slope.addcmul_(self.outside_q, total_slope, value=-1)
             terms.mul_(scale)
             if self.terms.hard and not self.own_hard:
                 terms.add_(self.outside_q.mul_(hard_scale))

@@ -9,6 +9,7 @@ SEMANTICS = "tests/oracle/test_dense.py::test_"
 HOSTILE = "tests/interface/test_hostile.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 DETERMINISM = "tests/losses/test_determinism.py::test_"
+PEAKED = "tests/tools/test_accuracy.py::test_a_peaked_row_"
 DISTRIBUTED = "tests/interface/test_distributed.py::test_a_step_of_two_processes_is_the_step_of_one"
 
 CPU_PATH = [
@@ -111,18 +112,17 @@ CPU_PATH = [
     ),
     Mutation(
         "host: skew KL's slope without 1 - alpha", sources.CPU_CLOSED_FORMS,
-        "log_p_over_m.exp_().mul_(q).mul_((alpha - 1) * chunk.scale)",
-        "log_p_over_m.exp_().mul_(q).mul_(-chunk.scale)",
+        "p_over_m, mean, (alpha - 1) * chunk.scale", "p_over_m, mean, -chunk.scale",
         f"{OPTIONS}[torch-SkewForwardKL(alpha=0.1)-plain]",
     ),
     Mutation(
         "host: the mixture's weights swapped", sources.CPU_CLOSED_FORMS,
-        "exp_().sub_(1).mul_(of_student)", "exp_().sub_(1).mul_(of_teacher)",
+        "torch.le(log_ratio, 0, out=log_m)", "torch.ge(log_ratio, 0, out=log_m)",
         f"{OPTIONS}[torch-SkewReverseKL(alpha=0.2)-plain]",
     ),
     Mutation(
         "host: total variation twice", sources.CPU_CLOSED_FORMS,
-        "difference.sign_().mul_(0.5 * chunk.scale)", "difference.sign_().mul_(chunk.scale)",
+        "least, 0.5 * chunk.scale", "least, chunk.scale",
         f"{OPTIONS}[torch-TotalVariation()-plain]",
     ),
     Mutation(
@@ -133,9 +133,30 @@ CPU_PATH = [
     ),
     Mutation(
         "host: beta for 1 - beta", sources.CPU_CLOSED_FORMS,
-        "of_student.mul_((beta - 1) * chunk.scale)",
-        "of_student.mul_(-beta * chunk.scale)",
+        "of_student, student, (beta - 1) * chunk.scale", "of_student, student, -beta * chunk.scale",
         f"{OPTIONS}[torch-JensenShannon(beta=0.1)-plain]",
+    ),
+    Mutation(
+        "host: probabilities that do not sum to 1", sources.CPU_CLOSED_FORMS,
+        "q.div_(row_sums(q)[:, None])", "pass",
+        f"{PEAKED}keeps_its_small_probabilities[skew_forward_kl]",
+    ),
+    Mutation(
+        "host: total variation's mean does not go first", sources.CPU_CLOSED_FORMS,
+        "(2 * loss - 1).clamp_(min=0)", "0 * loss",
+        f"{PEAKED}keeps_its_small_probabilities[total_variation]",
+    ),
+    Mutation(
+        "host: a mixture near 1 is rounded", sources.CPU_CLOSED_FORMS,
+        "expm1_().mul_(0.5).log1p_()", "exp_().add_(1).mul_(0.5).log_()",
+        "tests/tools/test_accuracy.py::test_a_mixture_of_nearly_equal_probabilities_is_not_rounded_to_1",
+    ),
+    Mutation(
+        "host: the larger one's share is what the other leaves", sources.CPU_CLOSED_FORMS,
+        "share = torch.gt(log_ratio, 0, out=log_q).mul_(of_teacher)\n"
+        "        share.add_(torch.le(log_ratio, 0, out=log_m).mul_(of_student))",
+        "share = torch.gt(log_ratio, 0, out=log_q).mul_(of_teacher - of_student).add_(of_student)",
+        f"{PEAKED}keeps_its_small_probabilities[jensen_shannon(0.1)]",
     ),
     Mutation(
         "host: dropped terms keep their slope", sources.CPU_CLOSED_FORMS,

@@ -56,6 +56,11 @@ TOPK_MUTATIONS = [
         "-renormalize]",
     ),
     Mutation(
+        "top-k, CPU: terms are rounded", sources.CPU_TOPK,
+        "torch.log_softmax(y, -1)", "torch.log_softmax(y.float(), -1)",
+        f"{TOPK}terms_of_peaked_rows_are_not_rounded[ReverseKL()-ignore]",
+    ),
+    Mutation(
         "top-k, CPU: an unused slot takes column 0 from the rest", sources.CPU_TOPK,
         "torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)", "ids.clamp(min=0)",
         f"{EDGES}unused_slots_are_as_if_absent[torch-JensenShannon(beta=0.3)-bucket]",
