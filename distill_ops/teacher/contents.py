@@ -45,7 +45,7 @@ def whole_store(path: Path) -> Contents:
         ValueError: a file is missing, foreign, in a wrong place or too many; or there is no index.
     """
     if not path.is_dir():
-        shard, _ = read_shard(path)
+        shard = read_shard(path)
         if shard.settings.rows_per_shard is not None:
             raise not_ours(path, "a whole store: open its folder", f"shard {shard.number} of one")
         return Contents(shard.settings, shard.rows, [path], [shard])
@@ -63,7 +63,7 @@ def whole_store(path: Path) -> Contents:
         raise not_ours(path / name, f"no file but the {len(files)} of {INDEX}", "one more")
     shards = []
     for i, file in enumerate(files):
-        shard, _ = read_shard(file)
+        shard = read_shard(file)
         shard.check_place(file, index.shard(i))
         shards.append(shard)
     return Contents(index.settings, index.rows, files, shards)
@@ -80,7 +80,7 @@ def finished_shards(folder: Path) -> list[Shard]:
     n_files = len(shard_names(folder))
     for i in range(n_files):
         file = folder / shard_name(i)
-        shard, _ = read_shard(file)
+        shard = read_shard(file)
         settings = found[0].settings if found else shard.settings
         size = settings.rows_per_shard
         if size is None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ..checks.values import check_temperature
 from ..scalars import integer
 from .contents import check_path, whole_store
-from .format import Rows, Shard, map_rows, read_shard
+from .format import Rows, Shard, map_rows
 from .metadata import check_teacher, not_ours
 from .rows import check_stored
 from .topk import TeacherTopK
@@ -206,17 +206,10 @@ class TeacherTopKDataset(Dataset):
         return self.__dict__ | {"_mapped": {}}
 
     def _shard(self, i: int) -> Rows:
-        """A file's rows.
-
-        Raises:
-            ValueError: it is no longer the file that this store had in this place.
-        """
         rows = self._mapped.get(i)
         if rows is None:
-            file = self._contents.files[i]
-            found, begin = read_shard(file)
-            found.check_place(file, self._contents.shards[i])
-            rows = self._mapped[i] = map_rows(file, found, begin)
+            contents = self._contents
+            rows = self._mapped[i] = map_rows(contents.files[i], contents.shards[i])
         return rows
 
     def _places(self, index: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -105,13 +105,12 @@ class Writing(NamedTuple):
         except FileNotFoundError:
             return False
 
-    def write(self, file: Path, parts: Iterable[bytes]) -> None:
+    def write(self, file: Path, content: bytes) -> None:
         """The file takes its name, over an older one, when its bytes are on the disk."""
         with naming(file):
             try:
                 with self.temporary.open("wb") as written:
-                    for part in parts:
-                        written.write(part)
+                    written.write(content)
                     written.flush()
                     os.fsync(written.fileno())
                 os.replace(self.temporary, file)

@@ -1,20 +1,21 @@
-"""The files of a store: rows behind a header, and the index; ``docs/teacher-store.md`` describes them."""
+"""The files of a store: rows in safetensors, and the index; ``docs/teacher-store.md`` describes them."""
 
 import json
-import math
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from .files import naming
 from .metadata import (
+    FORMAT,
     LARGEST_COUNT,
-    LARGEST_HEADER,
     Settings,
     not_ours,
     read_json,
@@ -23,6 +24,7 @@ from .metadata import (
 )
 
 INDEX = "index.json"
+LARGEST_SETTINGS = 1 << 20  # bytes; the longest name and all the rest stay below
 
 
 def shard_name(i: int) -> str:
@@ -30,41 +32,17 @@ def shard_name(i: int) -> str:
 
 
 class Rows(NamedTuple):
-    """Rows as they lie in a file, in this order, which is safetensors' own."""
+    """Rows as a file holds them; their checksum takes them in this order."""
 
     top: torch.Tensor  # [rows] float32
     ids: torch.Tensor  # [rows, k] int32
     differences: torch.Tensor  # [rows, k] float16
 
-    def parts(self) -> Iterator[bytes]:
-        """Their bytes, without a copy."""
-        return (x.reshape(-1).view(torch.uint8).numpy() for x in self)
-
     def checksum(self) -> str:
         digest = sha256()
-        for part in self.parts():
-            digest.update(part)
+        for x in self:
+            digest.update(x.reshape(-1).view(torch.uint8).numpy())  # no copy
         return digest.hexdigest()
-
-
-class Part(NamedTuple):
-    name: str
-    dtype: str  # as safetensors says it
-    kind: torch.dtype
-    shape: tuple[int, ...]
-    offsets: tuple[int, int]
-
-
-def _parts(rows: int, k: int) -> list[Part]:
-    found, end = [], 0
-    for name, dtype, kind, shape in (
-        ("top", "F32", torch.float32, (rows,)),
-        ("ids", "I32", torch.int32, (rows, k)),
-        ("differences", "F16", torch.float16, (rows, k)),
-    ):
-        start, end = end, end + kind.itemsize * math.prod(shape)
-        found.append(Part(name, dtype, kind, shape, (start, end)))
-    return found
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ class Shard:
     number: int
     rows: int
     largest_id: int  # -1 where no slot is used
-    checksum: str  # of the bytes behind the header
+    checksum: str  # of the rows
 
     @classmethod
     def of(cls, settings: Settings, number: int, rows: Rows) -> "Shard":
@@ -91,22 +69,23 @@ class Shard:
             "checksum": self.checksum,
         }
 
-    def header(self) -> bytes:
-        """As safetensors has it. Written here, since its order of the metadata varies from process
-        to process."""
-        content: dict = {"__metadata__": self.place() | {"largest_id": str(self.largest_id)}}
-        content |= self.layout()
-        text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # rows begin where 8 divides
-        return len(text).to_bytes(8, "little") + text
+    def text(self) -> str:
+        content = self.place() | {"largest_id": str(self.largest_id)}
+        return json.dumps(content, sort_keys=True)
 
-    def layout(self) -> dict[str, dict]:
+    def with_rows(self, rows: Rows) -> bytes:
+        """The file. Its metadata has one name: safetensors' order of several varies from process to
+        process."""
+        return save(rows._asdict(), metadata={FORMAT: self.text()})
+
+    def layout(self) -> dict[str, tuple[str, list[int]]]:
+        """Dtype and shape of each tensor, as safetensors has them."""
+        rows, k = self.rows, self.settings.k
         return {
-            part.name: {
-                "dtype": part.dtype, "shape": [*part.shape], "data_offsets": [*part.offsets]
-            }
-            for part in _parts(self.rows, self.settings.k)
-        }  # fmt: skip
+            "top": ("F32", [rows]),
+            "ids": ("I32", [rows, k]),
+            "differences": ("F16", [rows, k]),
+        }
 
     def check_place(self, file: Path, expected: "Shard") -> None:
         found = self.place()
@@ -115,30 +94,31 @@ class Shard:
                 raise not_ours(file, f"{name} {value!r} in its place", found[name])
 
 
-def _canonical(content: object) -> str:
-    return json.dumps(content, sort_keys=True)  # 1, 1.0 and true differ
-
-
-def read_shard(file: Path) -> tuple[Shard, int]:
-    """What a file says of itself, and where its rows begin.
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Shard, safe_open]]:
+    """What a file says of itself, and the file.
 
     Raises:
         ValueError: the file is missing, truncated or something else.
     """
     if not file.is_file():
         raise not_ours(file, "a safetensors file", "no file")
-    complete = "a complete safetensors file"
-    with naming(file), file.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        length = int.from_bytes(opened.read(8), "little")
-        if not 8 + length <= size or length > LARGEST_HEADER:
-            raise not_ours(file, complete, f"{size} bytes, and a header that claims {length}")
-        text = opened.read(length)
-    content = read_json(file, text, complete)
-    content = content if isinstance(content, dict) else {}
+    try:
+        with naming(file):
+            file.open("rb").close()  # whose errors say more than the library's
+            with safe_open(file, framework="pt") as opened:
+                yield _described(file, opened), opened
+    except SafetensorError as error:
+        raise not_ours(file, "a complete safetensors file", str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise OSError(f"{file} cannot be mapped into memory: {error}") from error
+
+
+def _described(file: Path, opened: safe_open) -> Shard:
+    text = (opened.metadata() or {}).get(FORMAT, "null")
     settings, values = read_strings(
-        file, content.pop("__metadata__", None), "shard", "first_row", "rows", "largest_id",
-        "checksum",
+        file, read_json(file, text.encode(), "JSON in its metadata"),
+        "shard", "first_row", "rows", "largest_id", "checksum",
     )  # fmt: skip
     shard = Shard(
         settings, values["shard"], values["rows"], values["largest_id"], values["checksum"]
@@ -152,29 +132,27 @@ def read_shard(file: Path) -> tuple[Shard, int]:
         )
     if shard.largest_id >= settings.vocab_size:
         raise not_ours(file, f"largest_id below {settings.vocab_size}", shard.largest_id)
-    if _canonical(content) != _canonical(shard.layout()):
-        raise not_ours(file, f"tensors {shard.layout()}", content)
-    begin, n_bytes = 8 + length, _parts(shard.rows, settings.k)[-1].offsets[1]
-    if size != begin + n_bytes or begin % 8:
-        raise not_ours(file, f"{complete}, of {begin + n_bytes} bytes", size)
-    return shard, begin
+    tensors = {name: opened.get_slice(name) for name in opened.keys()}
+    layout = {name: (x.get_dtype(), x.get_shape()) for name, x in tensors.items()}
+    if layout != shard.layout():
+        raise not_ours(file, f"tensors {shard.layout()}", layout)
+    return shard
 
 
-def map_rows(file: Path, shard: Shard, begin: int) -> Rows:
-    """The rows of a file, which stay on the disk until they are read."""
-    parts = _parts(shard.rows, shard.settings.k)
-    n_bytes = begin + parts[-1].offsets[1]
-    try:
-        mapped = torch.from_file(
-            str(file), shared=False, size=n_bytes, dtype=torch.uint8, device="cpu"
-        )
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be mapped into memory: {error}") from error
-    found = (
-        mapped[begin + part.offsets[0] : begin + part.offsets[1]].view(part.kind).view(part.shape)
-        for part in parts
-    )
-    return Rows(*found)
+def read_shard(file: Path) -> Shard:
+    with _opened(file) as (shard, _):
+        return shard
+
+
+def map_rows(file: Path, expected: Shard) -> Rows:
+    """The rows of a file, which stay on the disk until they are read.
+
+    Raises:
+        ValueError: it is not the file that was expected in this place.
+    """
+    with _opened(file) as (shard, opened):
+        shard.check_place(file, expected)
+        return Rows(*map(opened.get_tensor, Rows._fields))
 
 
 @dataclass(frozen=True)
@@ -198,7 +176,7 @@ class Index:
 
 def read_index(file: Path, n_files: int) -> Index:
     """A folder's index, of about so many files."""
-    largest = LARGEST_HEADER + 128 * n_files
+    largest = LARGEST_SETTINGS + 128 * n_files
     with naming(file), file.open("rb") as opened:
         text = opened.read(largest + 1)
     if len(text) > largest:

@@ -14,7 +14,6 @@ FORMAT, VERSION = "distill_ops.teacher_topk", "2"
 LARGEST_ID = 2**31 - 1
 LARGEST_COUNT = 2**48 - 1  # of rows: sizes in bytes stay within 64 bits
 LONGEST_NAME = 4096  # of a teacher, in characters
-LARGEST_HEADER = 1 << 20  # bytes; the longest name and all the rest stay below
 SHOWN = 600  # characters of what was found, in a message
 
 

@@ -49,7 +49,7 @@ def _write_file(writing: Writing, asked: dict, batches: Iterable) -> None:
     (rows,) = _pieces(batches, asked["vocab_size"], math.inf, None)
     settings = Settings(k=rows.ids.shape[-1], **asked)
     shard = Shard.of(settings, 0, rows)
-    writing.write(writing.target, (shard.header(), *rows.parts()))
+    writing.write(writing.target, shard.with_rows(rows))
 
 
 def _write_folder(writing: Writing, asked: dict, batches: Iterable, resume: bool) -> None:
@@ -76,13 +76,13 @@ def _write_folder(writing: Writing, asked: dict, batches: Iterable, resume: bool
         if settings is None:
             settings = Settings(k=rows.ids.shape[-1], **asked)
         shard = Shard.of(settings, len(shards), rows)
-        writing.write(path / shard_name(shard.number), (shard.header(), *rows.parts()))
+        writing.write(path / shard_name(shard.number), shard.with_rows(rows))
         shards.append(shard)
     with naming(path):  # a shorter last one of a writer that had other rows
         (path / shard_name(len(shards))).unlink(missing_ok=True)
     n_rows = sum(shard.rows for shard in shards)
     index = Index(settings, n_rows, tuple(shard.checksum for shard in shards))
-    writing.write(path / INDEX, [index.text().encode()])
+    writing.write(path / INDEX, index.text().encode())
 
 
 def save_teacher_topk(
@@ -132,7 +132,8 @@ def save_teacher_topk(
         temperature: at which the log-probabilities were computed.
         teacher: its name.
         rows_per_shard: write a folder of files of so many rows, and hold no more than one of them
-            (and a batch) in memory; None: one file, all of whose rows are held.
+            (and a batch) in memory, and two copies while it is written; None: one file, of which the
+            same holds.
         resume: complete the store in the folder, whose settings must be these: ``batches`` begin at
             row ``rows_written(path)``, 0 where nothing is yet.
 

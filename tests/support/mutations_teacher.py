@@ -68,6 +68,16 @@ TEACHER_STORES = [
         f"{MALFORMED}[a vocabulary below an id]",
     ),
     Mutation(
+        "store: tensors of another shape open", sources.TEACHER_FORMAT,
+        "if layout != shard.layout():", "if layout.keys() != shard.layout().keys():",
+        f"{MALFORMED}[another shape]",
+    ),
+    Mutation(
+        "store: a file replaced meanwhile is read", sources.TEACHER_FORMAT,
+        "shard.check_place(file, expected)", "pass",
+        "tests/teacher/test_dataset.py::test_a_file_replaced_meanwhile_is_noticed[file]",
+    ),
+    Mutation(
         "store: verify() looks at no value", sources.TEACHER_DATASET,
         "check_stored(str(file), some, settings.vocab_size, i * self._size + start)", "pass",
         f"{MALFORMED}[probabilities of 4]",

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from distill_ops import save_teacher_topk
 from tests.support.stored_teachers import FACTS, make_topk
 
 FIRST, SECOND, LAST = (f"shard-0000{i}.safetensors" for i in range(3))
 INDEX = "index.json"
+METADATA, FORMAT = "__metadata__", "distill_ops.teacher_topk"
 ROWS, SIZE = 25, 10
 SETTINGS = ("vocab_size", "temperature", "teacher", "k", "rows_per_shard")
 
@@ -50,7 +53,7 @@ def named(strings: dict) -> dict:
     """Metadata whose store id is that of its settings."""
     kinds = {"temperature": float, "teacher": str}
     settings = {name: kinds.get(name, int)(strings[name]) for name in SETTINGS}
-    text = json.dumps(["distill_ops.teacher_topk", "2", settings], sort_keys=True)
+    text = json.dumps([FORMAT, "2", settings], sort_keys=True)
     return strings | {"store": sha256(text.encode()).hexdigest()}
 
 
@@ -72,19 +75,32 @@ def header(change: Callable[[dict], object], name: str = SECOND) -> Callable[[Pa
     return spoil
 
 
+def metadata(change: Callable[[str], str], name: str = SECOND) -> Callable[[Path], object]:
+    """Another text for what a file says of itself."""
+    return header(lambda x: x | {METADATA: {FORMAT: change(x[METADATA][FORMAT])}}, name)
+
+
 def says(renamed: bool = False, name: str = SECOND, **change: object) -> Callable[[Path], object]:
-    """A file's metadata, with another store id to go with them or not."""
-    key = "__metadata__"
-    return header(lambda found: found | {key: changed(found[key], change, renamed)}, name)
+    """Other strings in it, with another store id to go with them or not."""
+    return metadata(lambda text: json.dumps(changed(json.loads(text), change, renamed)), name)
 
 
-def tensors(**change: dict | None) -> Callable[[Path], object]:
-    def spoil(found: dict) -> dict:
-        kept = {name: x | (change.get(name) or {}) for name, x in found.items()}
-        more = {name: x for name, x in change.items() if name not in kept}
-        return {k: v for k, v in (kept | more).items() if change.get(k, {}) is not None}
+def described(**change: dict) -> Callable[[Path], object]:
+    """The same bytes as other tensors."""
+    return header(lambda x: x | {name: x[name] | change[name] for name in change})
 
-    return header(spoil)
+
+def tensors(**change: torch.Tensor | None) -> Callable[[Path], object]:
+    """Others, of which the file is whole; None takes one away."""
+
+    def spoil(path: Path) -> None:
+        with safe_open(path / SECOND, framework="pt") as opened:
+            strings = opened.metadata()
+            found = {name: opened.get_tensor(name).clone() for name in opened.keys()} | change
+        found = {name: x for name, x in found.items() if x is not None}
+        (path / SECOND).write_bytes(save(found, strings))
+
+    return spoil
 
 
 def index(renamed: bool = False, **change: object) -> Callable[[Path], object]:
@@ -122,10 +138,11 @@ def values(largest_id: str | None = None, **at: tuple) -> Callable[[Path], objec
             start, end = content[name]["data_offsets"]
             tensor = torch.frombuffer(memoryview(rows)[start:end], dtype=layout[name])
             tensor.view(content[name]["shape"])[place] = value
-        content["__metadata__"]["checksum"] = sha256(rows).hexdigest()
-        if largest_id is not None:
-            content["__metadata__"]["largest_id"] = largest_id
         join(path / SECOND, content, rows)
+        says(
+            checksum=sha256(rows).hexdigest(),
+            **({} if largest_id is None else {"largest_id": largest_id}),
+        )(path)
         listed(lambda sums: [sums[0], sha256(rows).hexdigest(), sums[2]])(path)
 
     return spoil
@@ -156,7 +173,7 @@ def folder_instead(path: Path) -> None:
     (path / SECOND).mkdir()
 
 
-COMPLETE, METADATA = "expected a complete safetensors file", "__metadata__"
+COMPLETE = "expected a complete safetensors file"
 NOT_ITS = "in its place, found"
 
 FILES = [
@@ -169,18 +186,23 @@ FILES = [
     Case("zeros alone", raw(lambda x: bytes(len(x))), COMPLETE),
     Case("a header of 2**63 bytes", raw(lambda x: b"\0" * 7 + b"\x80" + x[8:]), COMPLETE),
     Case("a header of 2**64 - 1 bytes", raw(lambda x: b"\xff" * 8 + x[8:]), COMPLETE),
-    Case("a header of 2 MiB", header(lambda x: json.dumps(x).encode() + b" " * 2**21), COMPLETE),
+    Case("a header of 200 MB", raw(lambda x: (2 * 10**8).to_bytes(8, "little") + x[8:]), COMPLETE),
     Case("a header that is no JSON", header(lambda x: b"{" * 64), COMPLETE),
     Case("a header that is no text", header(lambda x: b"\xff" * 64), COMPLETE),
     Case("a header as deep as long", header(lambda x: b"[" * 200_000), COMPLETE),
-    Case("a list for a header", header(lambda x: [x]), "expected format"),
-    Case("no metadata", header(lambda x: {"top": x["top"]}), "expected format .*found None"),
-    Case("a list for metadata", header(lambda x: x | {METADATA: []}), "expected format"),
-    Case(
-        "metadata twice",
-        header(lambda x: (json.dumps(x)[:-1] + ', "top": {}}').encode()),
-        "a name that stands there twice",
-    ),
+    Case("a list for a header", header(lambda x: [x]), COMPLETE),
+    Case("no metadata", header(lambda x: x | {METADATA: {}}), "expected format .*found None"),
+    Case("another's metadata", header(lambda x: x | {METADATA: {"format": "pt"}}), "found None"),
+    Case("a list for metadata", header(lambda x: x | {METADATA: []}), COMPLETE),
+    Case("metadata of numbers", header(lambda x: x | {METADATA: {FORMAT: 2}}), COMPLETE),
+    Case("metadata twice", header(lambda x: (json.dumps(x)[:-1] + f', "{METADATA}": {{}}}}').encode()),
+         COMPLETE),
+    Case("metadata of half a character", header(lambda x: x | {METADATA: {FORMAT: "\ud800"}}), COMPLETE),
+    Case("metadata that are no JSON", metadata(lambda x: x[:-1]), "expected JSON in its metadata"),
+    Case("metadata as deep as long", metadata(lambda x: "[" * 200_000), "expected JSON in its meta"),
+    Case("metadata that are a list", metadata(lambda x: f"[{x}]"), "expected format .*found None"),
+    Case("a number of 5000 digits", metadata(lambda x: "5" * 5000), "expected JSON in its metadata"),
+    Case("a name twice", metadata(lambda x: '{"k": "8",' + x[1:]), "a name that stands there twice"),
     Case("a name more", says(colour="blue"), "expected format, version, .* in its metadata"),
     *(
         Case(f"no {name}", says(**{name: None}), f"expected .*{name}")
@@ -219,13 +241,19 @@ FILES = [
     Case("an id beyond the vocabulary", says(largest_id="50"), "expected largest_id below 50"),
     Case("another checksum", says(checksum="0" * 64), f"expected checksum .* {NOT_ITS} '0000"),
     Case("a tensor missing", tensors(top=None), "expected tensors"),
-    Case("a tensor more", tensors(more={"dtype": "U8", "shape": [0], "data_offsets": [360, 360]}),
-         "expected tensors"),
-    Case("another dtype", tensors(ids={"dtype": "F32"}), "expected tensors .*found .*F32"),
-    Case("another shape", tensors(ids={"shape": [8, 10]}), "expected tensors"),
-    Case("a shape of floats", tensors(top={"shape": [10.0]}), r"expected tensors .*found .*10\.0"),
-    Case("tensors that overlap", tensors(ids={"data_offsets": [0, 320]}), "expected tensors"),
-    Case("offsets beyond the file", tensors(top={"data_offsets": [2**62, 2**63]}), "expected tensors"),
+    Case("a tensor more", tensors(more=torch.zeros(3)), "expected tensors"),
+    Case("an empty tensor more", tensors(more=torch.zeros(0)), "expected tensors"),
+    Case("a tensor that is not described", header(lambda x: x | {"top": {}}), COMPLETE),
+    Case("bytes of no tensor", header(lambda x: {n: x[n] for n in x if n != "top"}), COMPLETE),
+    Case("another dtype", described(ids={"dtype": "F32"}), "expected tensors .*found .*F32"),
+    Case("another shape", described(ids={"shape": [8, 10]}), "expected tensors"),
+    Case("a wider dtype", tensors(differences=torch.zeros(10, 8)), "expected tensors .*found .*F32"),
+    Case("fewer rows than it says", tensors(top=torch.zeros(9)), "expected tensors"),
+    Case("a shape of floats", described(top={"shape": [10.0]}), COMPLETE),
+    Case("a shape of 2**64 - 1", described(top={"shape": [2**64 - 1]}), COMPLETE),
+    Case("a shape beyond 64 bits", described(ids={"shape": [2**40, 2**40]}), COMPLETE),
+    Case("tensors that overlap", described(ids={"data_offsets": [0, 320]}), COMPLETE),
+    Case("offsets beyond the file", described(top={"data_offsets": [2**62, 2**63]}), COMPLETE),
 ]  # fmt: skip
 
 FOLDERS = [
