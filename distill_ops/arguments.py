@@ -117,10 +117,14 @@ def with_loss_options(*without: str) -> Callable[[Function], Function]:
     return sign
 
 
-def loss_arguments(function: str, options: LossOptions, *without: str) -> LossArguments:
-    """The options that a function was given; a TypeError where it has no such option."""
+def loss_arguments(
+    function: str, options: LossOptions, *without: str, own: tuple[str, ...] = ()
+) -> LossArguments:
+    """The options that a function was given; a TypeError where it has no such option. Those that are its
+    ``own``, and not here, are for the message."""
     for name in options:
         if name in without or name not in DEFAULTS:
-            hint = f": {OTHER_NAMES[name]}" if name in OTHER_NAMES else meant(name, DEFAULTS)
+            others = [x for x in (*DEFAULTS, *own) if x not in without]
+            hint = f": {OTHER_NAMES[name]}" if name in OTHER_NAMES else meant(name, others)
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     return LossArguments(**options)

@@ -15,15 +15,21 @@ def _python(name: str, value, expected: str):
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         if value.requires_grad:
             raise ValueError(f"{name} requires grad, but gets no gradient here: detach it")
-        if torch.compiler.is_compiling() or type(value) is not torch.Tensor or not value.is_cpu:
-            raise TypeError(
-                f"{name} must be {expected}, got a 0-d tensor on {value.device}, whose value cannot be "
-                f"read without waiting for it (or while tracing): pass a Python number"
-            )
-        return value.item()
+        try:
+            if not torch.compiler.is_compiling() and value.is_cpu:
+                return value.item()
+        except RuntimeError:  # of a tensor that stands for values, in its own words
+            pass
+        raise TypeError(
+            f"{name} must be {expected}, got a 0-d tensor on {value.device} or one that is traced or "
+            f"mapped, whose value cannot be read: pass a Python number"
+        )
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
+    try:
+        return float(value) if isinstance(value, numbers.Real) else value
+    except OverflowError:
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}") from None
 
 
 def number(name: str, value: float, expected: str) -> float:
@@ -41,13 +47,13 @@ def number(name: str, value: float, expected: str) -> float:
 
 
 def integer(name: str, value: int, low: int, high: int | None = None) -> int:
-    """``value`` where it lies in ``[low, high]``."""
+    """``value`` where it lies in ``[low, high]``; without ``high`` 64 bits hold it."""
     expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
     if not isinstance(value, (int, torch.SymInt)):
         value = _python(name, value, f"an int {expected}")
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int {expected}, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    if not low <= value <= (INT64[1] if high is None else high):
         raise ValueError(f"{name} must be {expected}, got {shown(value)}")
     return value
 
@@ -62,7 +68,8 @@ def flag(name: str, value: bool) -> bool:
 def one_of(name: str, value: str, allowed: tuple[str, ...], hints: dict[str, str] | None = None):
     """``value``, one of the words allowed; ``hints`` say what is meant by others."""
     if not isinstance(value, str) or value not in allowed:
-        hint = hints.get(value, "") if hints and isinstance(value, str) else ""
+        word = value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else ""
+        hint = hints.get(word, "") if hints else ""
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}"
             + (f": {hint}" if hint else meant(value, allowed))
@@ -72,7 +79,9 @@ def one_of(name: str, value: str, allowed: tuple[str, ...], hints: dict[str, str
 
 def meant(value: object, allowed) -> str:
     """The end of an error: the word that was meant, if one is near."""
-    near = difflib.get_close_matches(value.lower(), allowed, 1) if isinstance(value, str) else []
+    if not isinstance(value, str) or torch.compiler.is_compiling():  # which cannot trace difflib
+        return ""
+    near = difflib.get_close_matches(value.lower(), allowed, 1)
     return f": did you mean {near[0]!r}?" if near else ""
 
 

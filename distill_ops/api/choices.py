@@ -87,13 +87,14 @@ class LossModule(torch.nn.Module):
     def __init__(self, options: dict):
         super().__init__()
         shared = {name: value for name, value in options.items() if name not in self.own}
-        given_options(type(self).__name__, shared, *self.without)
-        self.check(**{name: options[name] for name in options if name in self.own})
-        self.options = options
+        given = given_options(type(self).__name__, shared, *self.without, own=self.own)
+        checked = self.check(**{name: options[name] for name in options if name in self.own})
+        checked |= given._asdict() | {"divergence": options.get("divergence")}  # as users name it
+        self.options = {name: checked.get(name, value) for name, value in options.items()}
 
     @staticmethod
-    def check(**own) -> None:
-        """Check the options that are the function's own."""
+    def check(**own) -> dict:
+        """The options that are the function's own, checked."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -12,6 +12,8 @@ from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
 from ..scalars import flag
 from .choices import LossModule, choose_backend, gradient_mode, loss_result
 
+OWN = ("inplace",)
+
 
 @with_loss_options()
 def distillation_loss(
@@ -96,7 +98,7 @@ def distillation_loss(
         RuntimeError: from backward, on a second derivative, or a second backward of a gradient
             made in the forward or in place.
     """
-    arguments = given_options("distillation_loss", options)
+    arguments = given_options("distillation_loss", options, own=OWN)
     flag("inplace", inplace)
     arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
@@ -124,14 +126,14 @@ class DistillationLoss(LossModule):
         0.0
     """
 
-    own = ("inplace",)
+    own = OWN
 
     def __init__(self, **options):
         super().__init__(options)
 
     @staticmethod
-    def check(inplace: bool = False) -> None:
-        flag("inplace", inplace)
+    def check(inplace: bool = False) -> dict:
+        return {"inplace": flag("inplace", inplace)}
 
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, **arguments

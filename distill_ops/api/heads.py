@@ -3,9 +3,6 @@
 import torch
 
 from ..arguments import LossArguments
-from ..checks.heads import check_kept_tokens
-from ..checks.options import GivenBlocks
-from ..checks.values import TokenRows
 from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
@@ -22,18 +19,16 @@ def linear_problem(
     tail: str | None,
     n_cols: int,
     arguments: LossArguments,
-    blocks: GivenBlocks,
+    blocks: BlockOptions,
 ) -> tuple[LinearInputs, LinearOptions, str]:
     """The operator's inputs and options, and when it makes the gradients, of checked arguments."""
     hidden, *_ = student
-    rows = TokenRows("student_hidden", hidden)
-    check_kept_tokens(blocks.kept_tokens, rows, arguments.counted)
     autocast = autocast_dtype(hidden.device)
     made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
     log_probs, _ = slots
     backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher, log_probs)
     options = LinearOptions(
         Options.of(arguments, n_cols, backend, tail), student_options, teacher_options,
-        BlockOptions(blocks.logits_dtype, autocast, blocks.memory_budget, blocks.kept_tokens),
+        blocks._replace(autocast=autocast),
     )  # fmt: skip
     return LinearInputs(*student, *teacher, *slots, *arguments.tensors), options, made

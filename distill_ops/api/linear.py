@@ -5,7 +5,7 @@ from typing_extensions import Unpack
 
 from ..arguments import LossOptions, with_loss_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
-from ..checks.options import given_blocks, given_options, head_options
+from ..checks.options import block_options, given_options, head_options
 from ..checks.tokens import check_options
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
@@ -14,6 +14,10 @@ from .choices import LossModule, loss_result
 from .heads import NO_HEAD, linear_problem
 
 WITHOUT = ("infinities",)
+OWN = (
+    "student_bias", "student_logit_scale", "student_softcap", "teacher_bias", "teacher_logit_scale",
+    "teacher_softcap", "logits_dtype", "memory_budget", "kept_tokens",
+)  # fmt: skip
 
 
 @with_loss_options(*WITHOUT)
@@ -92,8 +96,8 @@ def linear_distillation_loss(
 
     Result and errors are those of :func:`distillation_loss`; float64 where a tensor is.
     """
-    arguments = given_options("linear_distillation_loss", options, *WITHOUT)
-    blocks = given_blocks(logits_dtype, memory_budget, kept_tokens)
+    arguments = given_options("linear_distillation_loss", options, *WITHOUT, own=OWN)
+    blocks = block_options(logits_dtype, memory_budget, kept_tokens)
     student_options = head_options("student_", student_logit_scale, student_softcap)
     teacher_options = head_options("teacher_", teacher_logit_scale, teacher_softcap)
     student = student_hidden, student_weight, student_bias
@@ -109,7 +113,7 @@ def linear_distillation_loss(
     n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
     if teacher is NO_HEAD:
         check_no_teacher(teacher_bias, teacher_options)
-    arguments = check_options(rows, n_cols, arguments)
+    arguments = check_options(rows, arguments)
     inputs, options, made = linear_problem(
         student, student_options, teacher, teacher_options, (None, None), None, n_cols, arguments,
         blocks,
@@ -133,10 +137,7 @@ class LinearDistillationLoss(LossModule):
         0.0
     """
 
-    own = (
-        "student_bias", "student_logit_scale", "student_softcap", "teacher_bias",
-        "teacher_logit_scale", "teacher_softcap", "logits_dtype", "memory_budget", "kept_tokens",
-    )  # fmt: skip
+    own = OWN
     without = WITHOUT
 
     def __init__(self, **options):
@@ -146,10 +147,12 @@ class LinearDistillationLoss(LossModule):
     def check(
         *, student_bias=None, student_logit_scale=1.0, student_softcap=None, teacher_bias=None,
         teacher_logit_scale=1.0, teacher_softcap=None, **blocks,
-    ) -> None:  # fmt: skip
-        head_options("student_", student_logit_scale, student_softcap)
-        head_options("teacher_", teacher_logit_scale, teacher_softcap)
-        given_blocks(**blocks)
+    ) -> dict:  # fmt: skip
+        student = head_options("student_", student_logit_scale, student_softcap)
+        teacher = head_options("teacher_", teacher_logit_scale, teacher_softcap)
+        heads = {f"student_{name}": value for name, value in student._asdict().items()}
+        heads |= {f"teacher_{name}": value for name, value in teacher._asdict().items()}
+        return heads | block_options(**blocks)._asdict()
 
     def forward(
         self,

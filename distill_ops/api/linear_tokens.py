@@ -3,11 +3,11 @@
 import torch
 
 from ..checks.heads import check_head
-from ..checks.options import given_blocks, head_options
+from ..checks.options import block_options, head_options
 from ..checks.tokens import check_token_ids
 from ..checks.values import TokenRows
 from ..operators.linear_tokens import linear_token_log_probs as operator
-from ..problem import BlockOptions, LinearTokenInputs, LinearTokenOptions, TokenOptions
+from ..problem import LinearTokenInputs, LinearTokenOptions, TokenOptions
 from ..scalars import flag
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
@@ -63,18 +63,19 @@ def linear_token_log_probs(
         RuntimeError: from backward, on a second derivative.
     """
     flag("return_entropy", return_entropy)
-    blocks, head = given_blocks(logits_dtype, memory_budget), head_options("", logit_scale, softcap)
+    blocks, head = (
+        block_options(logits_dtype, memory_budget),
+        head_options("", logit_scale, softcap),
+    )
     tensors = hidden, weight, bias
     check_head("", *tensors)
     ids, temperature, ignore_index = check_token_ids(
-        TokenRows("hidden", hidden), weight.shape[0], token_ids, temperature, ignore_index
+        TokenRows("hidden", hidden), token_ids, temperature, ignore_index
     )
     backend = choose_backend(backend, "hidden", *tensors)
     options = LinearTokenOptions(
         TokenOptions(backend, temperature, ignore_index, return_entropy), head,
-        BlockOptions(
-            blocks.logits_dtype, autocast_dtype(hidden.device), blocks.memory_budget, None
-        ),
+        blocks._replace(autocast=autocast_dtype(hidden.device)),
     )  # fmt: skip
     made = gradient_mode("backward", "none", *tensors)
     inputs = LinearTokenInputs(*tensors, ids)

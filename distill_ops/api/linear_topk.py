@@ -6,7 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, with_loss_options
 from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
-from ..checks.options import given_blocks, given_options, head_options
+from ..checks.options import block_options, given_options, head_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
@@ -15,6 +15,10 @@ from .choices import loss_result
 from .heads import NO_HEAD, linear_problem
 
 WITHOUT = ("infinities",)
+OWN = (
+    "tail", "student_bias", "student_logit_scale", "student_softcap", "logits_dtype", "memory_budget",
+    "kept_tokens",
+)  # fmt: skip
 
 
 @with_loss_options(*WITHOUT)
@@ -64,14 +68,14 @@ def linear_topk_distillation_loss(
 
     The others, the result and the errors are those of :func:`distill_ops.distillation_loss`.
     """
-    arguments = given_options("linear_topk_distillation_loss", options, *WITHOUT)
-    blocks = given_blocks(logits_dtype, memory_budget, kept_tokens)
+    arguments = given_options("linear_topk_distillation_loss", options, *WITHOUT, own=OWN)
+    blocks = block_options(logits_dtype, memory_budget, kept_tokens)
     student_options = head_options("student_", student_logit_scale, student_softcap)
     student = student_hidden, student_weight, student_bias
     check_head("student_", *student)
     rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
-    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
     if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = teacher_ids = None
     inputs, options, made = linear_problem(

@@ -74,10 +74,10 @@ def topk_distillation_loss(
 
     Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
-    arguments = given_options("topk_distillation_loss", options, *WITHOUT)
+    arguments = given_options("topk_distillation_loss", options, *WITHOUT, own=("tail",))
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
     if arguments.hard_label_weight == 1:  # the divergence has no share
         tail = teacher_log_probs = None

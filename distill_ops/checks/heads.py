@@ -1,14 +1,12 @@
 """Checks of the linear form: hidden states and the heads that make logits of them."""
 
-import math
-
 import torch
 
-from ..arguments import Counted, LossArguments
+from ..arguments import LossArguments
 from ..problem import HeadOptions
 from ..scalars import shown
 from .logits import check_teacher_given, check_vocabulary
-from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher, readable
+from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
 
 WHOLE = {
     "teacher": "pass {name}.full_tensor()",
@@ -92,19 +90,3 @@ def check_no_teacher(bias: torch.Tensor | None, options: HeadOptions) -> None:
                 f"teacher_{name} is unused where teacher_hidden or teacher_weight is None, "
                 f"got {shown(value)}: leave it out"
             )
-
-
-def check_kept_tokens(kept_tokens: int | None, rows: TokenRows, counted: Counted) -> None:
-    """There may be no more tokens of nonzero weight; without mask and labels all of them are."""
-    if kept_tokens is None:
-        return
-    n_kept = math.prod(rows.tensor.shape[:-1])
-    if counted.loss_mask is not None or counted.labels is not None:
-        if not readable(rows.tensor, *counted[:2]):
-            return
-        n_kept = counted.kept(rows.tensor[..., 0]).sum().item()
-    if n_kept > kept_tokens:
-        raise ValueError(
-            f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "
-            f"got {n_kept} of them"
-        )

@@ -1,13 +1,12 @@
 """Checks of the options of a loss that need no tensor: when a call or a module is made."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from ..arguments import LossArguments, LossOptions, loss_arguments
 from ..divergences.base import as_divergence
-from ..problem import HeadOptions
+from ..problem import BlockOptions, HeadOptions
 from ..scalars import flag, integer, number, one_of, shown
 from .values import BACKENDS, LOGIT_DTYPES, check_ignore_index, check_share, check_temperature
 
@@ -18,18 +17,19 @@ OTHER_REDUCTIONS = {
     "batchmean": "'mean' is over the tokens, as batchmean of logits [tokens, vocab] is",
     "token": "'mean' is over the tokens",
     "tokenmean": "'mean' is over the tokens",
-    "token-mean": "'mean' is over the tokens",
 }
 
 
-def given_options(function: str, options: LossOptions, *without: str) -> LossArguments:
+def given_options(
+    function: str, options: LossOptions, *without: str, own: tuple[str, ...] = ()
+) -> LossArguments:
     """The options that a function was given, all of them, numbers as Python's, the divergence routed to
-    the one that it is at an end point.
+    the one that it is at an end point; ``own`` are further ones that it has.
 
     Raises:
         ValueError, TypeError: naming the option, what came and what was expected.
     """
-    a = loss_arguments(function, options, *without)
+    a = loss_arguments(function, options, *without, own=own)
     one_of("infinities", a.infinities, INFINITIES)
     one_of("reduction", a.reduction, REDUCTIONS, OTHER_REDUCTIONS)
     one_of("gradient", a.gradient, GRADIENTS)
@@ -41,28 +41,26 @@ def given_options(function: str, options: LossOptions, *without: str) -> LossArg
             "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
             "gradients are not known before backward: use gradient='backward' or 'auto'"
         )
-    vocab_size = a.vocab_size
+    normalizer, vocab_size = a.normalizer, a.vocab_size
+    if normalizer is not None:
+        if a.reduction != "mean":
+            raise ValueError(
+                f"normalizer replaces the token count of reduction='mean', got "
+                f"reduction={a.reduction!r}"
+            )
+        if not isinstance(normalizer, torch.Tensor):
+            normalizer = checked_normalizer(normalizer)
     return a._replace(
         divergence=as_divergence(a.divergence),
         temperature=check_temperature(a.temperature),
         hard_label_weight=check_share("hard_label_weight", a.hard_label_weight),
         ignore_index=check_ignore_index(a.ignore_index),
-        normalizer=_checked_normalizer(a.normalizer, a.reduction),
+        normalizer=normalizer,
         vocab_size=None if vocab_size is None else integer("vocab_size", vocab_size, 1),
     )
 
 
-def _checked_normalizer(
-    normalizer: float | torch.Tensor | None, reduction: str
-) -> float | torch.Tensor | None:
-    if normalizer is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"normalizer replaces the token count of reduction='mean', got reduction={reduction!r}"
-        )
-    if isinstance(normalizer, torch.Tensor):
-        return normalizer
+def checked_normalizer(normalizer: float) -> float:
     normalizer = number("normalizer", normalizer, "a number or a 0-d tensor")
     if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
@@ -81,19 +79,12 @@ def head_options(side: str, logit_scale: float, softcap: float | None) -> HeadOp
     return HeadOptions(*found)
 
 
-class GivenBlocks(NamedTuple):
-    """How logits are formed, as users say it, checked."""
-
-    logits_dtype: torch.dtype
-    memory_budget: int | None
-    kept_tokens: int | None
-
-
-def given_blocks(
+def block_options(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
-) -> GivenBlocks:
+) -> BlockOptions:
+    """How logits are formed; autocast has its say where they are."""
     if logits_dtype not in LOGIT_DTYPES:
         raise ValueError(
             f"logits_dtype must be torch.float32, bfloat16, float16 or float64, "
@@ -103,4 +94,4 @@ def given_blocks(
         memory_budget = integer("memory_budget", memory_budget, 1)
     if kept_tokens is not None:
         kept_tokens = integer("kept_tokens", kept_tokens, 1)
-    return GivenBlocks(logits_dtype, memory_budget, kept_tokens)
+    return BlockOptions(logits_dtype, None, memory_budget, kept_tokens)

@@ -21,11 +21,12 @@ from ..scalars import meant, number, shown
 DIVERGENCES: dict[str, type["Divergence"]] = {}
 
 Parameter = float | torch.Tensor
+PARAMETER_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 KL = "'forward_kl' (of the teacher from the student) or 'reverse_kl' (of the student from the teacher)"
 JSD = "'jensen_shannon', or JensenShannon(beta=...)"
 # what others, and the literature, call the divergences
-OTHER_NAMES = {
+NAMES_ELSEWHERE = {
     "kl": KL, "kld": KL, "kl_div": KL, "kl_divergence": KL,
     "fkl": "'forward_kl'", "kd": "'forward_kl'", "rkl": "'reverse_kl'",
     "js": JSD, "jsd": JSD, "gjs": JSD, "generalized_jsd": JSD, "js_divergence": JSD,
@@ -212,7 +213,7 @@ def is_number(parameter: Parameter, value: float) -> bool:
 
 
 def _check_tensor(name: str, value: torch.Tensor) -> None:
-    if not value.is_floating_point():
+    if value.dtype not in PARAMETER_DTYPES:
         raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad, but gets no gradient here: detach it")
@@ -237,7 +238,7 @@ def as_divergence(divergence: "Divergence | str") -> Divergence:
     """A divergence from itself or its name, routed to the one that it is at an end point."""
     if isinstance(divergence, str):
         if divergence not in DIVERGENCES:
-            other = OTHER_NAMES.get(divergence.lower().replace("-", "_"))
+            other = NAMES_ELSEWHERE.get(divergence.lower().replace("-", "_"))
             hint = f": pass {other}" if other else meant(divergence, DIVERGENCES)
             raise ValueError(
                 f"divergence must be one of {', '.join(sorted(DIVERGENCES))} "

@@ -53,6 +53,8 @@ def _intervals(domains: dict[str, tuple[float, float]] | None) -> dict[str, Doma
         raise TypeError(f"domains must be a dict of intervals, got {type(domains).__name__}")
     intervals = {}
     for name, ends in domains.items():
+        if not isinstance(name, str):
+            raise TypeError(f"domains must be by the parameters' names, got {shown(name)}")
         if not isinstance(ends, (tuple, list)) or len(ends) != 2:
             raise ValueError(
                 f"domains[{name!r}] must be an interval (low, high), got {shown(ends)}"
@@ -130,6 +132,8 @@ def declare_divergence(
     flag("infinite_at_teacher_zero", infinite_at_teacher_zero)
 
     def declare(function: Callable) -> type[Divergence]:
+        if not isinstance(function, types.FunctionType):
+            raise TypeError(f"declare_divergence takes a function, got {type(function).__name__}")
         numbers = _numbers(function)
         _require_source(function)
         unknown = set(intervals) - {parameter.name for parameter in numbers}
@@ -154,8 +158,4 @@ def declare_divergence(
             function.__name__, fields, bases=(Divergence,), namespace=namespace, frozen=True
         )
 
-    if function is None:
-        return declare
-    if not isinstance(function, types.FunctionType):
-        raise TypeError(f"declare_divergence takes a function, got {type(function).__name__}")
-    return declare(function)
+    return declare if function is None else declare(function)

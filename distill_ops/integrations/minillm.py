@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..api.dense import distillation_loss
+from ..checks.values import check_share
 from ..problem import LossComponents
 
 IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
@@ -128,14 +129,13 @@ def get_mixed_loss(
         ValueError: as :func:`get_distil_loss`, or ``kd_ratio`` outside [0, 1].
     """
     _refuse_model_parallel(args)
-    if not 0 <= args.kd_ratio <= 1:
-        raise ValueError(f"args.kd_ratio must lie in [0, 1], got {args.kd_ratio}")
-    teacher = teacher_logits(teacher_model, model_batch) if args.kd_ratio > 0 else None
+    kd_ratio = check_share("args.kd_ratio", args.kd_ratio)
+    teacher = teacher_logits(teacher_model, model_batch) if kd_ratio > 0 else None
     return distillation_loss(
         logits,
         teacher,
         labels=no_model_batch["label"],
         ignore_index=IGNORE_INDEX,
-        hard_label_weight=1 - args.kd_ratio,
+        hard_label_weight=1 - kd_ratio,
         return_components=True,
     )

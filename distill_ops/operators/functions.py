@@ -27,6 +27,7 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operator, inputs, options, plan, *students):
+        operator.check(inputs, options)
         outputs, kept = operator.forward(inputs, options, plan)
         operator.keep(ctx, inputs, options, plan, outputs, kept)
         ctx.operator = operator
@@ -57,6 +58,7 @@ class InPlace(torch.autograd.Function):
         elif made == FORWARD:  # direct holds options and plan: nothing watches the dispatcher
             outputs = operator.overwrite(inputs, *direct)
         else:
+            operator.check(inputs, direct[0])
             outputs, kept = operator.forward(inputs, *direct)
         if made == FORWARD:
             ctx.save_for_backward(inputs[0])
@@ -72,10 +74,10 @@ class InPlace(torch.autograd.Function):
             return None, None, None, None, *others
         function, reference, made, backend = ctx.called
         saving.check_backward(ctx, function, reference)
-        if is_batched(upstream):
+        if is_batched(upstream) or torch._C._functorch.is_batchedtensor(upstream):
             raise NotImplementedError(
                 f"{function} with inplace=True has one gradient, which it overwrites: pass "
-                "inplace=False under jacobian(vectorize=True) or is_grads_batched=True"
+                "inplace=False under vmap, jacobian(vectorize=True) or is_grads_batched=True"
             )
         through = watched((upstream,))
         traced = torch.compiler.is_compiling() or type(upstream) is not torch.Tensor

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .. import problem
+from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection, logits_bytes
 from ..heads.select import on_device, select
@@ -134,6 +135,7 @@ def fake(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Pla
 
 linear_loss = LossOperator(
     "linear_loss", problem.LinearInputs, problem.LinearOptions, forward=forward, gradient=gradient, fake=fake,
+    check=contents.of_linear_loss,
     students=("student_hidden", "student_weight", "student_bias"), outputs=2, kept=3,
     references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
 )  # fmt: skip

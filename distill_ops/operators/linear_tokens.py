@@ -3,6 +3,7 @@
 import torch
 
 from .. import problem
+from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection
 from ..heads.select import on_device, select
@@ -103,5 +104,5 @@ def gradient(
 linear_token_log_probs = LossOperator(
     "linear_token_log_probs", problem.LinearTokenInputs, problem.LinearTokenOptions, forward=forward,
     gradient=gradient, fake=lambda inputs, options, plan: token_fake(inputs, options.tokens, plan),
-    students=("hidden", "weight", "bias"), outputs=2, kept=1, differentiable=2,
+    check=contents.of_linear_tokens, students=("hidden", "weight", "bias"), outputs=2, kept=1, differentiable=2,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import contents
 from ..problem import BACKWARD, FORWARD, DenseInputs, Options, TopKInputs
 from .path import path_of
 from .register import LossOperator, Plan
@@ -50,6 +51,6 @@ def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
 def loss_operator(name: str, inputs: type, **more) -> LossOperator:
     """The operator of a loss of logits with these tensors."""
     return LossOperator(
-        name, inputs, Options, forward=forward, gradient=gradient, fake=fake, students=("student",),
-        outputs=2, kept=1, **more,
+        name, inputs, Options, forward=forward, gradient=gradient, fake=fake, check=contents.of_loss,
+        students=("student",), outputs=2, kept=1, **more,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ..problem import BACKWARD, FORWARD, NO_GRADIENT
 from . import saving
 from .functions import OPERATORS, Direct, InPlace, as_tuple
 from .packing import code_of, pack, unpack
-from .transforms import each_of_batch, map_in_turn, refuse_transforms, watched
+from .transforms import each_of_batch, hides_gradient, map_in_turn, refuse_transforms, watched
 
 library = torch.library.Library("distill_ops", "DEF")
 
@@ -53,6 +53,8 @@ class LossOperator:
         gradient: ``(inputs, options, plan, kept, upstreams) -> gradients``, one a student, None where
             the plan does not want it. None: the operator has no derivative.
         fake: as ``forward``, for tensors that have shapes but no values.
+        check: ``(inputs, options)``: refuses what the tensors hold, where they are real, before
+            anything is computed.
         students: fields of ``inputs`` that get gradients.
         outputs, kept: how many; the first ``differentiable`` outputs take upstream gradients.
         inplace: ``forward`` and ``gradient`` take ``into=``, the first input, and write the gradient
@@ -68,6 +70,7 @@ class LossOperator:
         *,
         forward: Callable,
         fake: Callable,
+        check: Callable = lambda inputs, options: None,
         gradient: Callable | None = None,
         students: tuple[str, ...] = (),
         outputs: int = 1,
@@ -78,7 +81,7 @@ class LossOperator:
         namespace: str = "distill_ops",
     ):
         self.name, self.inputs, self.options = name, inputs, options
-        self.forward, self.gradient, self.fake = forward, gradient, fake
+        self.forward, self.gradient, self.fake, self.check = forward, gradient, fake, check
         self.students, self.n_outputs, self.n_kept = students, outputs, kept
         self.differentiable, self.references = differentiable, references or {}
         self.namespace = namespace
@@ -136,6 +139,8 @@ class LossOperator:
         transformed = not compiled and refuse_transforms(
             students, plan.function, self.reference(plan)
         )
+        if transformed and any(map(hides_gradient, students)):
+            raise no_gradient(function)
         if made == BACKWARD and not compiled:
             inputs = saving.lasting(function, inputs)
         through = transformed or watched(saving.flattened(inputs))
@@ -151,6 +156,7 @@ class LossOperator:
         if through:
             return as_tuple(self.op(*inputs, *self.packed(options, plan)))[: self.n_outputs]
         if made == NO_GRADIENT:
+            self.check(inputs, options)
             return self.forward(inputs, options, plan)[0]
         return Direct.apply(self, inputs, options, plan, *students)
 
@@ -181,6 +187,7 @@ class LossOperator:
 
     def overwrite(self, inputs: NamedTuple, options: NamedTuple, plan: Plan) -> tuple:
         """The outputs; the gradient, made here, overwrites the first input."""
+        self.check(inputs, options)
         outputs, _ = self.forward(inputs, options, plan, into=inputs[0])
         saving.increment_version(inputs[0])
         return outputs
@@ -192,6 +199,7 @@ class LossOperator:
 
     def _forward(self, *arguments):
         inputs, options, plan, _ = self.unpacked(arguments)
+        self.check(inputs, options)
         outputs, kept = self.forward(inputs, options, plan)
         return filled(inputs[0], (*outputs, *kept))
 
@@ -244,11 +252,8 @@ class LossOperator:
         """Save what the backward needs."""
         ctx.set_materialize_grads(False)
         ctx.options, ctx.plan, ctx.spent = options, plan, False
-        if plan.made == NO_GRADIENT:
-            raise RuntimeError(
-                f"{plan.function} makes no gradient under torch.func.vmap, which hides that a tensor "
-                "requires grad: detach it, or call without vmap"
-            )
+        if plan.made == NO_GRADIENT:  # of another transform than those that are known
+            raise no_gradient(plan.function)
         if plan.made == BACKWARD:
             saving.save(ctx, inputs, kept)
         else:
@@ -274,6 +279,13 @@ class LossOperator:
                 make = lambda each: self.gradient(inputs, options, plan, kept, each)
                 gradients = each_of_batch(make, upstreams)
         return tuple(x if want else None for x, want in zip(gradients, plan.wanted, strict=True))
+
+
+def no_gradient(function: str) -> RuntimeError:
+    return RuntimeError(
+        f"{function} makes no gradient under torch.func transforms (vmap, functionalize), which hide that "
+        "a tensor requires grad: detach it, or call without"
+    )
 
 
 def backend_of(options: NamedTuple) -> str:

@@ -35,8 +35,8 @@ def lasting(function: str, inputs):
         elif value is not None and value.is_inference():
             if field in STREAMED:
                 raise ValueError(
-                    f"{STREAMED[field]} were made under torch.inference_mode(), where a change before "
-                    f"the backward of {function}, which reads them again, goes unnoticed: make them "
+                    f"{STREAMED[field]} was made under torch.inference_mode(), where a change before "
+                    f"the backward of {function}, which reads them again, goes unnoticed: make it "
                     f"under torch.no_grad(), or pass gradient='forward' where the function takes it"
                 )
             value = value.clone()

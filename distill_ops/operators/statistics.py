@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import contents
 from ..kernels.launch import STATISTICS, TOKEN_STATISTICS
 from ..problem import BACKWARD, Options, StatisticsInputs
 from .path import path_of
@@ -37,5 +38,5 @@ def fake(inputs: StatisticsInputs, options: Options, plan: Plan):
 
 distillation_statistics = LossOperator(
     "distillation_statistics", StatisticsInputs, Options, forward=forward, gradient=gradient,
-    fake=fake, students=("student",), outputs=2, kept=2,
+    fake=fake, check=contents.of_statistics, students=("student",), outputs=2, kept=2,
 )  # fmt: skip

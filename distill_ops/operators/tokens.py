@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import contents
 from ..problem import BACKWARD, TokenInputs, TokenOptions
 from .path import path_of
 from .register import LossOperator, Plan
@@ -39,5 +40,5 @@ def fake(inputs, options: TokenOptions, plan: Plan):
 
 token_log_probs = LossOperator(
     "token_log_probs", TokenInputs, TokenOptions, forward=forward, gradient=gradient, fake=fake,
-    students=("logits",), outputs=2, kept=1, differentiable=2,
+    check=contents.of_tokens, students=("logits",), outputs=2, kept=1, differentiable=2,
 )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+from ..checks.values import PLAIN
 
 
 def watched(tensors) -> bool:
@@ -26,6 +26,17 @@ def is_batched(upstream: torch.Tensor) -> bool:
     """Whether autograd maps a backward over a batch of upstreams (``is_grads_batched``, a vectorized
     jacobian): of old, not as a transform of torch.func."""
     return not torch.compiler.is_compiling() and is_legacy_batchedtensor(upstream)
+
+
+def hides_gradient(student: torch.Tensor | None) -> bool:
+    """Whether a transform of torch.func has wrapped a tensor that requires grad, which does not show."""
+    if student is None or student.requires_grad or not torch.is_grad_enabled():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(student):
+        student = torch._C._functorch.get_unwrapped(student)
+        if student.requires_grad:
+            return True
+    return False
 
 
 def each_of_batch(make, upstreams):
@@ -59,6 +70,8 @@ def map_in_turn(operator):
         return value if dim is None else value.select(dim, i)
 
     def mapped(info, in_dims, *arguments):
+        if info.batch_size == 0:
+            raise ValueError(f"torch.func.vmap of {operator} needs a batch that is not empty")
         outputs = [
             operator(*(part(*item, i) for item in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)

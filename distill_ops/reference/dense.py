@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from typing_extensions import Unpack
 
 from ..arguments import Counted, LossArguments, LossOptions, with_loss_options
+from ..checks.contents import of_loss
 from ..checks.options import given_options
 from ..checks.tokens import check_dense
 from ..divergences.base import Divergence
-from ..problem import LossComponents, working_dtype
+from ..problem import DenseInputs, LossComponents, Options, working_dtype
 
 NEG_INF = float("-inf")
 WITHOUT = ("gradient", "backend")
@@ -212,6 +213,8 @@ def distillation_loss(
     """
     arguments = given_options("reference.distillation_loss", options, *WITHOUT)
     arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
+    inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors)
+    of_loss(inputs, Options.of(arguments, n_cols, "torch"))
     dtype = working_dtype(student_logits, teacher_logits)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0

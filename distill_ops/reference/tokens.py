@@ -3,10 +3,19 @@
 import torch
 import torch.nn.functional as F
 
+from ..arguments import LossArguments
+from ..checks.contents import of_statistics, of_tokens
 from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
-from ..problem import DistillationStatistics, working_dtype
+from ..problem import (
+    DistillationStatistics,
+    Options,
+    StatisticsInputs,
+    TokenInputs,
+    TokenOptions,
+    working_dtype,
+)
 from ..scalars import flag
 from .dense import divergence_terms, log_mixture, no_maximum, times
 
@@ -53,6 +62,8 @@ def token_log_probs(
     token_ids, temperature, ignore_index = check_token_log_probs(
         logits, token_ids, temperature, ignore_index
     )
+    options = TokenOptions("torch", temperature, ignore_index, return_entropy)
+    of_tokens(TokenInputs(logits, token_ids), options)
     ignored = token_ids == ignore_index
     log_q = F.log_softmax(_read(logits, ignored, working_dtype(logits)) / temperature, dim=-1)
     log_probs = _of_tokens(log_q, token_ids, ignored)
@@ -88,6 +99,11 @@ def distillation_statistics(
     (token_ids, temperature, ignore_index), divergence = check_statistics(
         student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
     )
+    arguments = LossArguments(
+        divergence, temperature=temperature, reduction="none", ignore_index=ignore_index
+    )
+    inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
+    of_statistics(inputs, Options.of(arguments, student_logits.shape[-1], "torch"))
     dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
     student, teacher = (_read(x, ignored, dtype) for x in (student_logits, teacher_logits))
     terms = divergence_terms(student, teacher, divergence, temperature)
@@ -130,6 +146,8 @@ def mixture_token_log_probs(
     (token_ids, temperature, ignore_index), teacher_weight = check_mixture(
         student_logits, teacher_logits, token_ids, teacher_weight, temperature, ignore_index
     )
+    options = TokenOptions("torch", temperature, ignore_index, False)
+    of_tokens(TokenInputs(student_logits, token_ids), options)
     dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
     log_q, log_p = (
         _of_tokens(F.log_softmax(_read(x, ignored, dtype) / temperature, -1), token_ids, ignored)

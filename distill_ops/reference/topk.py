@@ -6,12 +6,13 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, with_loss_options
+from ..checks.contents import of_loss
 from ..checks.logits import check_alone
 from ..checks.options import given_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
-from ..problem import LossComponents, working_dtype
+from ..problem import LossComponents, Options, TopKInputs, working_dtype
 from .dense import (
     NEG_INF,
     outcome_terms,
@@ -112,7 +113,11 @@ def topk_distillation_loss(
     arguments = given_options("reference.topk_distillation_loss", options, *WITHOUT)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    arguments = check_topk(rows, n_cols, teacher_log_probs, teacher_ids, tail, arguments)
+    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
+    inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
+    if arguments.hard_label_weight == 1:  # the divergence has no share
+        tail = None
+    of_loss(inputs, Options.of(arguments, n_cols, "torch", tail))
     dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0

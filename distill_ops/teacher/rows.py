@@ -1,8 +1,10 @@
 """Rows of a teacher's top k: what their values must be, and the form in which a file holds them."""
 
+import math
+
 import torch
 
-from ..checks.slots import LARGEST_LOG_PROB, sums_of
+from ..checks.contents import LARGEST_SUM, sorted_ids
 from ..checks.values import LOGIT_DTYPES
 from .format import Rows
 from .topk import NEG_INF
@@ -15,11 +17,9 @@ def check_rows(
     log_probs: torch.Tensor,
     ids: torch.Tensor,
     vocab_size: int,
-    eps: float,
     first_row: int = 0,
 ) -> None:
-    """Refuse ``[rows, k]`` of ids and log-probabilities that no teacher can have; the rounding of
-    the log-probabilities is that of a dtype of this eps."""
+    """Refuse ``[rows, k]`` of ids and log-probabilities that no teacher can have, in any dtype."""
 
     def refuse(bad: torch.Tensor, values: torch.Tensor, expected: str) -> None:
         if bad.any():
@@ -30,13 +30,14 @@ def check_rows(
 
     used = ids != -1
     refuse((ids < -1) | (ids >= vocab_size), ids, f"ids in [0, {vocab_size}), or -1")
-    in_order = ids.sort(-1).values
+    in_order = sorted_ids(ids)
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != -1)
     refuse(twice, in_order[:, 1:], "ids unique within a row, but for -1")
     values = log_probs.double().masked_fill(~used, NEG_INF)
-    refuse(~(values <= LARGEST_LOG_PROB), values, "log-probabilities <= 0")  # nor is NaN that
-    sums, largest = sums_of(values, eps)
-    refuse(sums > largest, sums, "probabilities that add up to at most 1")
+    # NaN is not either
+    refuse(~(values <= math.log(LARGEST_SUM)), values, "log-probabilities <= 0")
+    sums = values.exp().sum(-1)
+    refuse(sums > LARGEST_SUM, sums, "probabilities that add up to at most 1")
 
 
 def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
@@ -67,7 +68,7 @@ def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
         raise ValueError(f"log_probs of {title} are on {log_probs.device}, ids on {ids.device}")
     k = ids.shape[-1]
     log_probs, ids = log_probs.detach().reshape(-1, k), ids.reshape(-1, k)
-    check_rows(title, log_probs, ids, vocab_size, torch.finfo(log_probs.dtype).eps)
+    check_rows(title, log_probs, ids, vocab_size)
     differences, top = _differences(log_probs.float().masked_fill(ids == -1, NEG_INF))
     ids = ids.to("cpu", torch.int32, copy=True)  # the caller may refill its tensors
     return Rows(top.cpu(), ids, differences.cpu())
@@ -89,12 +90,9 @@ def _differences(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_stored(title: str, rows: Rows, vocab_size: int, first_row: int) -> None:
-    """Refuse rows of a file that :func:`compact` cannot have given.
-
-    The file does not say in which dtype the teacher's log-probabilities came: bfloat16 is the widest.
-    """
+    """Refuse rows of a file that :func:`compact` cannot have given."""
     log_probs = rows.top.unsqueeze(-1) + rows.differences.float()
-    check_rows(title, log_probs, rows.ids, vocab_size, torch.finfo(torch.bfloat16).eps, first_row)
+    check_rows(title, log_probs, rows.ids, vocab_size, first_row)
     stray = (rows.ids == -1) & (log_probs != NEG_INF)
     if stray.any():
         row = first_row + stray.nonzero()[0, 0].item()

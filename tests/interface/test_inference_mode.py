@@ -50,7 +50,7 @@ def test_a_change_before_the_backward(form, name, made):
     # of a mixture, the weight is one number a token, and the teacher's log-probabilities are constant
     mixed = form == "mixture_token_log_probs" and name in ("teacher_weight", "teacher_logits")
     if made == "backward" and name in WIDE and not mixed:
-        with pytest.raises(ValueError, match=f"^{name} were made under .*torch.no_grad.*'forward'"):
+        with pytest.raises(ValueError, match=f"^{name} was made under .*torch.no_grad.*'forward'"):
             gradients_after_a_change(form, name, **options)
         return
     found, expected = gradients_after_a_change(form, name, **options)

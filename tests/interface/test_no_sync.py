@@ -138,6 +138,7 @@ def run_bodies(monkeypatch, mode):
 
     def call(operator, function, inputs, options, *_, **__):
         plan = Plan(function, mode, (mode != NO_GRADIENT,) * len(operator.students))
+        operator.check(inputs, options)
         outputs, kept = operator.forward(inputs, options, plan)
         calls.append((operator, inputs, options, plan, outputs, kept))
         return outputs

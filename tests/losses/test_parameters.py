@@ -14,7 +14,6 @@ from distill_ops import (
     distillation_loss,
 )
 from tests.support.helpers import (
-    assert_values_are_read_in_debug_mode_only,
     check,
     make_logits,
     moved,
@@ -212,18 +211,6 @@ def test_bad_values():
         distillation_loss(student, teacher, divergence=AlphaBeta(torch.tensor(0.0), 0.5))
     edge = SymmetricKL(torch.tensor([0.0, 1.0, 0.5, 0.2]))  # where the formula holds at the ends
     check(distillation_loss, student, teacher, divergence=edge)
-
-
-def test_values_on_a_device_are_checked_in_debug_mode_only():
-    """Checking them would wait for the device; meta tensors stand for one."""
-    from distill_ops.arguments import LossArguments
-    from distill_ops.checks.tokens import check_dense
-
-    meta = {"device": "meta"}
-    student, teacher = torch.empty(4, 33, **meta), torch.empty(4, 33, **meta)
-    divergence = JensenShannon(torch.empty(4, **meta))
-    arguments = student, teacher, LossArguments(divergence)
-    assert_values_are_read_in_debug_mode_only(lambda: check_dense(*arguments))
 
 
 def test_any_value_will_do_where_no_token_counts():

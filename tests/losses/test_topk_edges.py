@@ -9,7 +9,6 @@ from tests.losses.test_topk import EVERY, SOME, TAILS, by_name, by_tail, make_to
 from tests.oracle.test_topk import BAD, IDS, LOG_P, STUDENT, ZEROS
 from tests.support.helpers import (
     assert_close,
-    assert_values_are_read_in_debug_mode_only,
     check_topk,
     run,
     run_reference,
@@ -17,7 +16,7 @@ from tests.support.helpers import (
 
 pytest.importorskip("triton")
 
-from distill_ops import ForwardKL, ReverseKL, SkewForwardKL, reference, topk_distillation_loss
+from distill_ops import ReverseKL, SkewForwardKL, reference, topk_distillation_loss
 
 INF = math.inf
 
@@ -272,15 +271,3 @@ def test_ids_that_nobody_checked_are_nan(tail, monkeypatch, kernel_device):
         )  # fmt: skip
         assert ours.loss.isnan().tolist() == [True, True, False]
         assert ours.gradient.isnan().any(-1).tolist() == [True, True, False]
-
-
-def test_values_on_a_device_are_checked_in_debug_mode_only():
-    meta = (x.to("meta") for x in (STUDENT, LOG_P, IDS))
-    student, log_p, ids = meta
-    from distill_ops.arguments import LossArguments
-    from distill_ops.checks.slots import check_topk
-    from distill_ops.checks.values import TokenRows
-
-    rows = TokenRows("student_logits", student)
-    arguments = rows, 12, log_p, ids, "bucket", LossArguments(ForwardKL())
-    assert_values_are_read_in_debug_mode_only(lambda: check_topk(*arguments))

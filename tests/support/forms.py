@@ -1,12 +1,15 @@
 """Every function that makes a loss or a number of a token, called with a table of small tensors."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 import distill_ops
+from distill_ops.operators.functions import OPERATORS
 
 N, V, D, K = 4, 11, 5, 3
 
@@ -98,3 +101,12 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     if name == "mixture_token_log_probs":
         tensors["teacher_weight"] = torch.tensor([0.1, 0.5, 0.2, 0.9])
     return CALLED[name].used(tensors)
+
+
+@contextlib.contextmanager
+def computing(error: Exception):
+    """Operators raise this where they would compute, after all checks."""
+    with contextlib.ExitStack() as stack:
+        for operator in OPERATORS.values():
+            stack.enter_context(mock.patch.object(operator, "forward", side_effect=error))
+        yield

@@ -2,14 +2,10 @@
 
 import math
 from typing import NamedTuple
-from unittest import mock
 
-import pytest
 import torch
 
-import distill_ops
 from distill_ops import reference, topk_distillation_loss
-from distill_ops.checks import values
 from distill_ops.divergences.base import as_divergence
 from distill_ops.problem import working_dtype
 
@@ -200,15 +196,3 @@ def assert_compiled_equals_eager(loss_function, student, teacher, **options):
     eager, graph = (run(f, student, teacher, **options) for f in (step, compiled))
     torch.testing.assert_close(graph.loss, eager.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(graph.gradient, eager.gradient, rtol=1e-6, atol=1e-8)
-
-
-def assert_values_are_read_in_debug_mode_only(call):
-    """``call()`` is given tensors on meta, which hold no values, in the place of a GPU's."""
-    with mock.patch.object(values, "traced", return_value=False):
-        call()
-        distill_ops.set_debug(True)
-        try:
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                call()
-        finally:
-            distill_ops.set_debug(False)

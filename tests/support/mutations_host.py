@@ -191,38 +191,38 @@ CHECKS = [
         f"{BAD_INPUT}[vocab_size must be at least 1, got 0]",
     ),
     Mutation(
-        "the first label beyond the vocabulary", sources.CHECKS_TOKENS,
+        "the first label beyond the vocabulary", sources.CHECKS_CONTENTS,
         "(ids >= n_cols)", "(ids > n_cols)",
         f"{BAD_INPUT}[labels must lie in [0, 5) .*got 5]",
     ),
     Mutation(
-        "labels are checked on the GPU", sources.CHECKS_TOKENS,
-        "if n_cols is not None and readable(ids, *counted[:2]):", "if n_cols is not None:",
+        "values are looked at on the GPU", sources.CHECKS_CONTENTS,
+        "if not readable(inputs[0]):", "if False:",
         f"{NO_SYNC}on_the_host[hard-none]",
     ),
     Mutation(
-        "labels that only mask are held to the vocabulary", sources.CHECKS_TOKENS,
-        "n_cols if weight > 0 else None", "n_cols",
+        "labels that only mask are held to the vocabulary", sources.CHECKS_CONTENTS,
+        "if options.hard_label_weight > 0:", "if inputs.labels is not None:",
         f"{HOSTILE}right_numbers[labels beyond the vocabulary only mask-distillation_loss]",
     ),
     Mutation(
-        "a mask of labels is taken", sources.CHECKS_TOKENS,
+        "a mask of labels is taken", sources.CHECKS_CONTENTS,
         "ids = weights < -1 ", "ids = weights < -1000 ",
         f"{HOSTILE}hostile_calls[distillation_loss: a mask of labels padded with -5]",
     ),
     Mutation(
-        "weights that are not finite are taken", sources.CHECKS_TOKENS,
+        "weights that are not finite are taken", sources.CHECKS_CONTENTS,
         "bad = ~loss_mask.isfinite()", "bad = loss_mask != loss_mask",
         f"{HOSTILE}hostile_calls[distillation_loss: a mask of inf]",
     ),
     Mutation(
-        "a normalizer of 0 is taken", sources.CHECKS_TOKENS,
-        "if 0 < value < math.inf or", "if 0 <= value < math.inf or",
+        "a normalizer of 0 is taken", sources.CHECKS_CONTENTS,
+        "value is None or 0 < value", "value is None or 0 <= value",
         f"{HOSTILE}hostile_calls[distillation_loss: normalizer=0]",
     ),
     Mutation(
-        "log-probabilities of any sum are taken", sources.CHECKS_SLOTS,
-        "above = sums > largest", "above = sums > largest + 9",
+        "log-probabilities of any sum are taken", sources.CHECKS_CONTENTS,
+        "above = (sums > LARGEST_SUM)", "above = (sums > 9)",
         f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.2]",
     ),
     Mutation(
@@ -232,13 +232,9 @@ CHECKS = [
     ),
     Mutation(
         "modules do not check", sources.API_CHOICES,
-        "given_options(type(self).__name__, shared, *self.without)", "pass",
+        "given = given_options(type(self).__name__, shared, *self.without, own=self.own)",
+        "from ..arguments import LossArguments\n        given = LossArguments(**shared)",
         f"{HOSTILE}hostile_calls[DistillationLoss: temperature=0]",
-    ),
-    Mutation(
-        "parameters are checked on the GPU", sources.CHECKS_TOKENS,
-        "if not readable(value, *counted[:2]):", "if False:",
-        f"{NO_SYNC}of_parameters[per token-none]",
     ),
     Mutation(
         "beta = 1 is not the reverse KL", sources.DIVERGENCES_BUILT_IN,

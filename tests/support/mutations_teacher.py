@@ -83,8 +83,8 @@ TEACHER_STORES = [
         f"{MALFORMED}[probabilities of 4]",
     ),
     Mutation(
-        "store: rounding of bfloat16 is an error", sources.CHECKS_SLOTS,
-        "1 + eps * (1 + weighted.clamp(min=0)) + SUM_TOLERANCE", "1 + SUM_TOLERANCE",
+        "store: rounding of bfloat16 is an error", sources.CHECKS_CONTENTS,
+        "LARGEST_SUM = 1.125", "LARGEST_SUM = 1.0001",
         f"{STORE}rounding_of_a_dtype_is_no_error[4.0-torch.bfloat16]",
     ),
     Mutation(

@@ -57,8 +57,8 @@ TOKENS_AND_MOMENTS = [
     Mutation(
         "kd_ratio for 1 - kd_ratio",
         sources.INTEGRATIONS_MINILLM,
-        "hard_label_weight=1 - args.kd_ratio",
-        "hard_label_weight=args.kd_ratio",
+        "hard_label_weight=1 - kd_ratio",
+        "hard_label_weight=kd_ratio",
         "tests/interface/test_minillm.py::test_get_mixed_loss",
     ),
     Mutation(

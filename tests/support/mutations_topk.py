@@ -71,11 +71,6 @@ TOPK_MUTATIONS = [
         f"{EDGES}no_used_slot[torch-jensen_shannon]",
     ),
     Mutation(
-        "top-k: slots are looked at on the GPU", sources.CHECKS_SLOTS,
-        "if readable(teacher_ids, teacher_log_probs, *counted[:2]):", "if True:",
-        "tests/interface/test_no_sync.py::test_nothing_is_read_for_the_top_k[plain-forward]",
-    ),
-    Mutation(
         "top-k: the tail is lost on the way", sources.API_TOPK,
         "Options.of(arguments, n_cols, backend, tail)", 'Options.of(arguments, n_cols, backend, "bucket")',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",

@@ -1,0 +1,201 @@
+"""Checks of what tensors hold, made where a call computes: tensors are real there, under torch.compile
+and vmap too. On a GPU they would wait for it, and are made in debug mode only."""
+
+import math
+
+import numpy as np
+import torch
+
+from ..arguments import Counted
+from ..divergences.base import DIVERGENCES, Domain
+from ..problem import (
+    DenseInputs,
+    LinearInputs,
+    LinearOptions,
+    LinearTokenInputs,
+    LinearTokenOptions,
+    Options,
+    StatisticsInputs,
+    TokenInputs,
+    TokenOptions,
+    TopKInputs,
+)
+from .values import readable
+
+# bfloat16 leaves a normaliser of 16 to 32 half a unit of 1/8 off, and every probability with it; what a
+# wrong temperature or logits add up to is mostly further away
+LARGEST_SUM = 1.125
+
+
+def of_loss(
+    inputs: DenseInputs | TopKInputs | LinearInputs,
+    options: Options,
+    kept_tokens: int | None = None,
+) -> None:
+    """Weights, labels, normalizer, parameters and slots of a loss.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    counted = Counted(inputs.loss_mask, inputs.labels, options.ignore_index)
+    if not readable(inputs[0]):
+        return
+    if counted.loss_mask is not None:
+        _weights(counted)
+    if options.hard_label_weight > 0:
+        _ids("labels", inputs.labels, options.n_cols, counted)
+    if options.hard_label_weight < 1:
+        _parameters(inputs.parameters, options, counted)
+    _normalizer(inputs.normalizer, options, counted, inputs[0])
+    if options.tail is not None:
+        log_probs, ids = (
+            (inputs.log_probs, inputs.ids) if isinstance(inputs, TopKInputs)
+            else (inputs.teacher_log_probs, inputs.teacher_ids)
+        )  # fmt: skip
+        _slots(log_probs, ids, options, counted)
+    if kept_tokens is not None:
+        _kept_tokens(kept_tokens, counted, inputs[0])
+
+
+def of_linear_loss(inputs: LinearInputs, options: LinearOptions) -> None:
+    of_loss(inputs, options.loss, options.blocks.kept_tokens)
+
+
+def of_statistics(inputs: StatisticsInputs, options: Options) -> None:
+    """Ids and parameters."""
+    if readable(inputs.ids):
+        counted = Counted(None, inputs.ids, options.ignore_index)
+        _ids("token_ids", inputs.ids, options.n_cols, counted)
+        _parameters(inputs.parameters, options, counted)
+
+
+def of_tokens(inputs: TokenInputs, options: TokenOptions) -> None:
+    if readable(inputs.ids):
+        counted = Counted(None, inputs.ids, options.ignore_index)
+        _ids("token_ids", inputs.ids, inputs.logits.shape[-1], counted)
+
+
+def of_linear_tokens(inputs: LinearTokenInputs, options: LinearTokenOptions) -> None:
+    if readable(inputs.ids):
+        counted = Counted(None, inputs.ids, options.tokens.ignore_index)
+        _ids("token_ids", inputs.ids, inputs.weight.shape[0], counted)
+
+
+def _weights(counted: Counted) -> None:
+    loss_mask, _, ignore_index = counted
+    if loss_mask.dtype == torch.bool:
+        return
+    if loss_mask.is_floating_point():
+        if math.isfinite(loss_mask.sum(dtype=torch.float64).item()):
+            return
+        bad = ~loss_mask.isfinite()
+        if bad.any():
+            raise ValueError(f"loss_mask must hold finite weights, got {loss_mask[bad][0].item()}")
+        return
+    weights = loss_mask.long()
+    ids = weights < -1  # policy gradients have integer weights of -1
+    if ignore_index not in (0, 1):
+        ids = ids | (weights == ignore_index)
+    if ids.any():
+        raise ValueError(
+            f"loss_mask must hold weights, got {loss_mask[ids][0].item()}, as token ids have it: pass "
+            f"labels=, or loss_mask=labels != {ignore_index}"
+        )
+
+
+def _ids(name: str, ids: torch.Tensor, n_cols: int, counted: Counted) -> None:
+    """What a token that does not count holds does not matter."""
+    outside = ((ids < 0) | (ids >= n_cols)) & counted.kept(ids)
+    if outside.any():
+        raise ValueError(
+            f"{name} must lie in [0, {n_cols}) or equal ignore_index={counted.ignore_index}, "
+            f"got {ids[outside].flatten()[0].item()}"
+        )
+
+
+def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:
+    if domain.tensor_ends:
+        return ~((value >= domain.low) & (value <= domain.high))
+    return ~((value > domain.low) & (value < domain.high))
+
+
+def _parameters(tensors: list[torch.Tensor], options: Options, counted: Counted) -> None:
+    """Of a token that does not count any value will do."""
+    kind, given = DIVERGENCES[options.divergence], iter(tensors)
+    for name, number in zip(kind.__match_args__, options.parameters, strict=True):
+        if number is not None:
+            continue
+        value, domain = next(given), kind.domain(name)
+        outside = _outside(value, domain)
+        if value.dim():
+            outside = outside & counted.kept(outside)
+        if outside.any():
+            raise ValueError(
+                f"{name} of {kind.name}, a tensor, must hold values {domain.text(domain.tensor_ends)}, "
+                f"got {value[outside].flatten()[0].item()}"
+            )
+
+
+def _normalizer(
+    tensor: torch.Tensor | None, options: Options, counted: Counted, rows: torch.Tensor
+) -> None:
+    value = options.denominator if tensor is None else tensor.item()
+    if value is None or 0 < value < math.inf or not counted.kept(rows[..., 0]).any():
+        return
+    raise ValueError(
+        f"normalizer must be positive and finite where a token counts (it is what the sum is divided "
+        f"by), got {value}"
+    )
+
+
+def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted: Counted) -> None:
+    """Ids and log-probabilities of tokens that count; unused slots hold an id of -1."""
+    kept = counted.kept(ids[..., 0])[..., None]
+    low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()),) * 2
+    if low < -1 or high >= options.n_cols:
+        outside = ((ids < -1) | (ids >= options.n_cols)) & kept
+        if outside.any():
+            raise ValueError(
+                f"teacher_ids must lie in [0, {options.n_cols}), or be -1 in unused slots, "
+                f"got {ids[outside][0].item()}"
+            )
+    in_order = sorted_ids(ids)
+    twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)
+    if twice.any() and (twice & kept).any():
+        raise ValueError(
+            f"teacher_ids must be unique within a token, got {in_order[..., 1:][twice & kept][0].item()} "
+            f"twice"
+        )
+    used = log_probs.masked_fill((ids < 0) | ~kept, -math.inf)
+    sums = used.exp().sum(-1, dtype=torch.float32)
+    # a row of +inf is NaN, as one of logits; rescaled rows may have any sum
+    above = (sums > LARGEST_SUM) & (sums < math.inf)
+    if options.tail != "renormalize" and above.any():
+        largest = used[above][0].amax().item()
+        advice = "take log_softmax over the whole vocabulary, at the loss's temperature"
+        if largest > math.log(LARGEST_SUM):
+            raise ValueError(
+                f"teacher_log_probs must be logarithms of probabilities, at most 0, got {largest:g}: "
+                f"{advice}, before choosing the K"
+            )
+        raise ValueError(
+            f"teacher_log_probs of a token must be of probabilities that add up to at most 1, got "
+            f"{sums[above][0].item():.4g}: {advice}"
+        )
+
+
+def sorted_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Each row in order; NumPy's sort of 32 bits takes a tenth of PyTorch's time."""
+    if not ids.is_cpu:
+        return ids.sort(-1).values
+    return torch.from_numpy(np.sort(ids.detach().numpy().astype(np.int32), -1))
+
+
+def _kept_tokens(kept_tokens: int, counted: Counted, rows: torch.Tensor) -> None:
+    """There may be no more tokens of nonzero weight; without mask and labels all of them are."""
+    n_kept = counted.kept(rows[..., 0]).sum().item()
+    if n_kept > kept_tokens:
+        raise ValueError(
+            f"kept_tokens={kept_tokens} must bound the number of tokens of nonzero weight, "
+            f"got {n_kept} of them"
+        )
