@@ -3,6 +3,7 @@ makes them."""
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -143,6 +144,7 @@ OPTIONS = [  # options, error, words
     ({"scale_by_temperature_squared": 1}, TypeError, "scale_by.* must be True or False, got 1"),
     ({"return_components": "false"}, TypeError, "return_components must be True or False"),
     ({"return_components": torch.tensor(True)}, TypeError, "return_components must be True or False"),
+    ({"reduction": "batch_mean"}, ValueError, "reduction .*'batch_mean': 'mean' is over the tokens"),
     ({"reduction": "batchmean"}, ValueError, "reduction .*'batchmean': 'mean' is over the tokens"),
     ({"reduction": "Mean"}, ValueError, "reduction .*did you mean 'mean'"),
     ({"reduction": None}, ValueError, "reduction must be one of"),
@@ -260,12 +262,12 @@ for form in TOPK:
             teacher_log_probs=LOG_PROBS + 5,
         ),
         of_form(
-            form, "probabilities of sum 1.2", ValueError, "add up to at most 1, got 1.2",
-            teacher_log_probs=torch.full((4, K), math.log(0.4)),
+            form, "probabilities of sum 1.5", ValueError, "add up to at most 1, got 1.5",
+            teacher_log_probs=torch.full((4, K), math.log(0.5)),
         ),
         of_form(
-            form, "a sum above half precision's rounding", ValueError, "add up to at most 1",
-            teacher_log_probs=torch.full((4, K), math.log(0.4)).half(),
+            form, "a sum of 1.5 in half precision", ValueError, "add up to at most 1",
+            teacher_log_probs=torch.full((4, K), math.log(0.5)).half(),
         ),
         of_form(form, "no slots", ValueError, "at least one slot", teacher_ids=IDS[:, :0]),
         of_form(form, "slots of two widths", ValueError, "must have the shape of", teacher_ids=IDS[:, :2]),
@@ -355,11 +357,21 @@ MORE = [
     ("JensenShannon: integers", lambda: distill_ops.JensenShannon(torch.ones(2, dtype=torch.int64)), TypeError, "beta must be a number or a floating-point tensor"),
     ("JensenShannon: learnt", lambda: distill_ops.JensenShannon(LEAF), ValueError, "beta requires grad"),
     ("SymmetricKL: nan", lambda: distill_ops.SymmetricKL(math.nan), ValueError, "weight must lie in"),
-    ("AlphaBeta: -1", lambda: distill_ops.AlphaBeta(-1, 0.5), ValueError, "alpha"),
+    ("AlphaBeta: -1", lambda: distill_ops.AlphaBeta(-1, 0.5), ValueError, "alpha.*-1"),
     ("AlphaBeta: 0, 0", lambda: distill_ops.AlphaBeta(0, 0), ValueError, "alpha"),
     ("SkewForwardKL: text", lambda: distill_ops.SkewForwardKL("0.1"), TypeError, "alpha must be a number"),
     ("declare_divergence: a lambda", lambda: distill_ops.declare_divergence(lambda log_q, log_p, q, p: (q, p)), ValueError, "got a lambda"),
     ("declare_divergence: a number", lambda: distill_ops.declare_divergence(3), TypeError, "takes a function, got int"),
+    ("declare_divergence: a callable object", lambda: distill_ops.declare_divergence(name="a")(partial(max)), TypeError, "takes a function, got partial"),
+    ("JensenShannon: float8", lambda: distill_ops.JensenShannon(torch.tensor(0.5).to(torch.float8_e4m3fn)), TypeError, "beta must be a number or a floating-point tensor, got torch.float8"),
+    ("JensenShannon: Fraction", lambda: distill_ops.JensenShannon(Fraction(10**400)), ValueError, "beta must be a number.*Fraction"),
+    ("mixture_token_log_probs: sparse weight", lambda: distill_ops.mixture_token_log_probs(SMALL, SMALL, torch.tensor([0, 1]), torch.tensor(0.2).to_sparse()), TypeError, "teacher_weight must be dense"),
+    ("linear_distillation_loss: infinities", lambda: FORMS["linear_distillation_loss"](tensors_of("linear_distillation_loss"), infinities="drop"), TypeError, "'infinities'$"),
+    ("linear_distillation_loss: kept_token", lambda: FORMS["linear_distillation_loss"](tensors_of("linear_distillation_loss"), kept_token=3), TypeError, "'kept_token': did you mean 'kept_tokens'"),
+    ("linear_topk_distillation_loss: tial", lambda: FORMS["linear_topk_distillation_loss"](tensors_of("linear_topk_distillation_loss"), tial="bucket"), TypeError, "'tial': did you mean 'tail'"),
+    ("distillation_loss: inplac", lambda: FORMS["distillation_loss"](tensors_of("distillation_loss"), inplac=True), TypeError, "'inplac': did you mean 'inplace'"),
+    ("linear_distillation_loss: memory_budget=2**80", lambda: FORMS["linear_distillation_loss"](tensors_of("linear_distillation_loss"), memory_budget=2**80), ValueError, "memory_budget must be at least 1"),
+    ("get_mixed_loss: kd_ratio='0.5'", lambda: minillm.get_mixed_loss(SimpleNamespace(kd_ratio="0.5"), None, {}, {}, SMALL), TypeError, "args.kd_ratio must be a number"),
     ("DistillationLoss: positional", lambda: distill_ops.DistillationLoss("reverse_kl"), TypeError, r"DistillationLoss.__init__\(\)"),
     ("get_mixed_loss: kd_ratio", lambda: minillm.get_mixed_loss(SimpleNamespace(kd_ratio=2), None, {}, {}, SMALL), ValueError, "kd_ratio must lie in"),
     ("get_distil_loss: model_parallel", lambda: minillm.get_distil_loss(SimpleNamespace(model_parallel=True), None, None, None, {}, {}, SMALL), ValueError, "model_parallel is true"),
@@ -377,6 +389,7 @@ MALFORMED = [
     ({"domains": {"weight": (1, 0)}}, ValueError, "low below high"),
     ({"domains": {"weight": (0, math.nan)}}, ValueError, "low below high"),
     ({"domains": {"weight": ("a", "b")}}, TypeError, r"domains\['weight'\] must be a pair"),
+    ({"domains": {3: (0, 1)}}, TypeError, "domains must be by the parameters' names, got 3"),
     ({"domains": {"other": (0, 1)}}, ValueError, "domains names no parameter: other"),
     ({"name": ""}, ValueError, "name must be a word"),
     ({"name": "a b"}, ValueError, "name must be a word"),

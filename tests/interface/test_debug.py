@@ -48,7 +48,7 @@ WRONG_SLOTS = {
     "slot below": ({"teacher_ids": IDS * 0 - 2}, "teacher_ids must lie in"),
     "slots repeated": ({"teacher_ids": IDS * 0}, "teacher_ids must be unique"),
     "logits": ({"teacher_log_probs": torch.full((4, K), 5.0)}, "teacher_log_probs must be log"),
-    "sum": ({"teacher_log_probs": torch.full((4, K), math.log(0.4))}, "add up to at most 1"),
+    "sum": ({"teacher_log_probs": torch.full((4, K), math.log(0.5))}, "add up to at most 1"),
 }
 WRONG_IDS = {
     "id beyond": ({"token_ids": torch.full((4,), V)}, "token_ids must lie in"),

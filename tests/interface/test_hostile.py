@@ -1,5 +1,6 @@
 """Wrong calls are refused before anything is computed; right ones of another library's types are taken."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -151,19 +152,84 @@ def test_right_numbers(name, form):
     torch.testing.assert_close(FORMS[form](tensors, **options), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rounded_log_probabilities_are_taken():
-    """Of every dtype, in order of size; those of a server, in decimals; and of a confident teacher."""
-    tensors = tensors_of("topk_distillation_loss")
-    rows = torch.randn(4, V, generator=torch.Generator().manual_seed(3))
-    for scale in (0.01, 1, 10):
-        log_probs, ids = (scale * rows).log_softmax(-1).topk(V)
-        for rounded in (
-            log_probs.bfloat16(), log_probs.half(), log_probs.double(), log_probs.mul(1e4).round() / 1e4
-        ):  # fmt: skip
-            found = FORMS["topk_distillation_loss"](
-                {**tensors, "teacher_log_probs": rounded, "teacher_ids": ids}
-            )
-            assert found.isfinite()
+PIPELINES = {  # how teachers' log-probabilities come about, from logits in half precision
+    "log_softmax, widened": lambda x: x.log_softmax(-1).float(),
+    "softmax, widened": lambda x: x.softmax(-1).float().log(),
+    "less logsumexp": lambda x: x - x.logsumexp(-1, keepdim=True),
+    "float32, rounded": lambda x: x.float().log_softmax(-1).to(x.dtype),
+    "float32": lambda x: x.float().log_softmax(-1),
+    "float64": lambda x: x.double().log_softmax(-1),
+    "in decimals": lambda x: (x.float().log_softmax(-1) * 100).round() / 100,
+    "renormalised": lambda x: x.log_softmax(-1).topk(8).values.log_softmax(-1).float(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_log_probabilities_as_they_come_are_taken(pipeline, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for scale, height in ((0.01, 0.0), (1.0, 0.0), (3.0, 14.0), (10.0, 30.0)):
+        logits = scale * torch.randn(64, 2000, generator=generator)
+        logits[:, 0] += height
+        log_probs, ids = PIPELINES[pipeline](logits.to(dtype)).topk(8)
+        found = distill_ops.topk_distillation_loss(logits, log_probs, ids, divergence="forward_kl")
+        assert found.isfinite()
+
+
+def test_the_sum_of_rescaled_slots_is_their_own():
+    log_probs = torch.full((4, 3), 0.7)
+    student, ids = torch.zeros(4, V), torch.arange(3).expand(4, 3)
+    tail = {"tail": "renormalize"}
+    found = distill_ops.topk_distillation_loss(student, log_probs, ids, **tail)
+    expected = distill_ops.topk_distillation_loss(student, log_probs - 3, ids, **tail)
+    torch.testing.assert_close(found, expected)
+
+
+TRACED = {
+    "a mask of labels": {"loss_mask": torch.tensor([3, -100, 0, 10])},
+    "an infinite weight": {"loss_mask": torch.tensor([1.0, math.inf, 0, 1])},
+    "a label beyond": {"labels": torch.tensor([3, V, 0, 1]), "hard_label_weight": 0.5},
+    "a negative normalizer": {"normalizer": torch.tensor(-3.0)},
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("form", LOSSES)
+def test_values_under_compile_and_vmap(form, name):
+    """The operator that the graph calls sees what they hold."""
+    options = dict(TRACED[name])
+    tensors = {k: x for k, x in tensors_of(form).items() if k not in ("labels", "loss_mask")}
+    numbers = {k: options.pop(k) for k in list(options) if not isinstance(options[k], torch.Tensor)}
+
+    def call(students, given):
+        return FORMS[form]({**tensors, **students}, **given, **numbers)
+
+    students = {k: tensors[k] for k in FORMS[form].students}
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    words = f"^{next(iter(options))} must"
+    with pytest.raises(ValueError, match=words):
+        compiled(students, options)
+    with pytest.raises(ValueError, match=words):
+        torch.func.vmap(call)(
+            {k: x[None] for k, x in students.items()}, {k: x[None] for k, x in options.items()}
+        )
+
+
+@pytest.mark.parametrize("name", ["DistillationLoss", "LinearDistillationLoss"])
+def test_modules_keep_numbers_as_python_s(name):
+    temperature = torch.tensor(2.0)
+    module = getattr(distill_ops, name)(temperature=temperature, normalizer=np.float32(3))
+    temperature.fill_(-1)
+    tensors = tensors_of("linear_distillation_loss")
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    given = [tensors[k] for k in names]
+    if name == "DistillationLoss":
+        given = [given[0], given[2][:, :5]]
+    torch.compiler.reset()
+    found = torch.compile(module, fullgraph=True, backend="eager")(*given)
+    assert torch.equal(found, module(*given))
+    assert torch.equal(found, module(*given, temperature=2.0, normalizer=3))
 
 
 def test_a_temperature_without_a_value():

@@ -103,6 +103,30 @@ def test_vmap(form, options):
     assert torch.equal(mapped(*batches), torch.stack(looped))
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if len(FORMS[form].students) > 1])
+def test_vmap_of_one_student_beside_another(form):
+    """One that is mapped hides that it requires grad, whatever the others show."""
+    tensors = tensors_of(form)
+    leaves = leaves_of(form, {k: x.clone() for k, x in tensors.items()})
+    first, *others = leaves
+    batch = torch.stack([tensors[first]] * 2).requires_grad_()
+    call = lambda x: FORMS[form]({**tensors, **leaves, first: x}).sum()
+    with pytest.raises(RuntimeError, match=f"^{form} makes no gradient under torch.func"):
+        torch.func.vmap(call)(batch)
+    torch.func.vmap(call)(batch.detach()).sum().backward()  # of the others alone
+    FORMS[form]({**tensors, **leaves}).sum().backward()
+    for name in others:
+        torch.testing.assert_close(
+            leaves[name].grad / 3, with_gradients(form, tensors)[1 + list(leaves).index(name)]
+        )
+
+
+def test_vmap_of_an_empty_batch():
+    call, student = of_student("distillation_loss", tensors_of("distillation_loss"))
+    with pytest.raises(ValueError, match="needs a batch that is not empty"):
+        torch.func.vmap(call)(student[None][:0])
+
+
 def test_vmap_of_metrics():
     student, teacher = make_logits((2, 4, 33))
     mapped = torch.func.vmap(distillation_metrics)(student, teacher)

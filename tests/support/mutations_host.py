@@ -223,7 +223,7 @@ CHECKS = [
     Mutation(
         "log-probabilities of any sum are taken", sources.CHECKS_CONTENTS,
         "above = (sums > LARGEST_SUM)", "above = (sums > 9)",
-        f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.2]",
+        f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.5]",
     ),
     Mutation(
         "words are flags", sources.SCALARS,
