@@ -177,8 +177,8 @@ class TeacherTopKDataset(Dataset):
         """Read the whole store and check its rows: the checksums, and the values.
 
         Ids lie in the vocabulary and are unique within a row; log-probabilities are numbers at most 0,
-        -inf where the teacher excludes a token; a row's probabilities add up to at most 1, within
-        bfloat16's rounding. Opening a store looks at headers alone.
+        -inf where the teacher excludes a token; a row's probabilities add up to at most 1, or what
+        bfloat16 may leave of it (1.25). Opening a store looks at headers alone.
 
         Raises:
             ValueError: naming the file, and the row of the store, what it holds and what was expected.
