@@ -263,7 +263,7 @@ def test_ids_that_nobody_checked_are_nan(tail, monkeypatch, kernel_device):
     """On a GPU ids are not read before the kernel; it reads and writes no memory by a wrong one."""
     student, log_p, ids = make_topk((3, 12), 4, device=kernel_device("triton"))
     ids[0, 1], ids[1, 2] = 12, -7
-    monkeypatch.setattr("distill_ops.checks.slots.readable", lambda *_: False)
+    monkeypatch.setattr("distill_ops.checks.contents.readable", lambda *_: False)
     for divergence in SOME:
         ours = run(
             topk_distillation_loss, student, log_p, teacher_ids=ids, divergence=divergence,
