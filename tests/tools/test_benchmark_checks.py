@@ -69,6 +69,7 @@ def test_a_loss_in_place_gets_the_same_logits_in_every_run():
     assert inputs.student_for(inplace=False) is student
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_the_ways_to_hold_the_gradient():
     case = Case("soft_cross_entropy", 256, 32768, "float32")

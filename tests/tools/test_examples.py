@@ -48,6 +48,7 @@ def run(script, folder, monkeypatch) -> dict:
     return json.loads((folder / f"{script.__name__}.json").read_text())
 
 
+@pytest.mark.full
 def test_distil_text(examples, tmp_path, monkeypatch):
     record = run(examples.distill_text, tmp_path, monkeypatch)
     assert record["agreement"]["agree"]

@@ -15,7 +15,13 @@ def test_every_mutation_fits_the_sources(mutation):
 HERE = "tests/tools/test_mutants.py::"
 
 
-@pytest.mark.parametrize("interpreter", [False, True], ids=["main", "interpreter"])
+@pytest.mark.parametrize(
+    "interpreter",
+    [
+        pytest.param(False, id="main"),
+        pytest.param(True, id="interpreter", marks=pytest.mark.full),  # it collects once more
+    ],
+)
 def test_make_test_runs_what_kills_them(interpreter, request):
     """By its whole id, parameters included, in the process in which it kills: not in `make
     test-full` alone, and not under a name or a parameter that is gone, as those three are."""
