@@ -4,6 +4,7 @@ from tests.support import sources
 from tests.support.mutants import Mutation
 
 MALFORMED = "tests/teacher/test_malformed.py::test_malformed"
+RESUMING = "tests/teacher/test_resuming.py::test_"
 WRITING = "tests/teacher/test_writing.py::test_"
 KILLS = "tests/teacher/test_kills.py::test_killed_writers"
 STORE = "tests/teacher/test_store.py::test_"
@@ -39,12 +40,12 @@ TEACHER_STORES = [
     Mutation(
         "store: a resumed store takes any settings", sources.TEACHER_STORE,
         "    if settings is not None:\n        settings.check(path, asked)\n", "",
-        f"{WRITING}only_the_same_store_resumes[change1-temperature must be 2.0, which .*store records, got 1.0]",
+        f"{RESUMING}only_the_same_store_resumes[change1-temperature must be 2.0, which .*store records, got 1.0]",
     ),
     Mutation(
         "store: a shorter last shard counts as finished", sources.TEACHER_CONTENTS,
         "if shard.rows == size:", "if shard.rows:",
-        f"{WRITING}a_last_shard_without_an_index_is_written_again",
+        f"{RESUMING}a_last_shard_without_an_index_is_written_again",
     ),
     Mutation(
         "store: a shard too many is not noticed", sources.TEACHER_CONTENTS,

@@ -3,10 +3,11 @@
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from distill_ops import teacher_topk
+from distill_ops import TeacherTopK, save_teacher_topk, teacher_topk
 from tests.support.helpers import make_logits
 
 FACTS = {"vocab_size": 50, "temperature": 2.0, "teacher": "a teacher"}
@@ -15,6 +16,15 @@ FACTS = {"vocab_size": 50, "temperature": 2.0, "teacher": "a teacher"}
 def make_topk(n_rows, k=8, seed=0, scale=4.0):
     logits, _ = make_logits((n_rows, 50), seed=seed, scale=scale)
     return teacher_topk(logits, k, temperature=2.0)
+
+
+TOPK = make_topk(23)
+SHARDS = {**FACTS, "rows_per_shard": 4}
+save = partial(save_teacher_topk, **SHARDS)
+
+
+def rows(start, stop=23):
+    return TeacherTopK(*(x[start:stop] for x in TOPK))
 
 
 def allowed_error(log_probs):
