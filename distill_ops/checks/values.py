@@ -58,18 +58,16 @@ TRACING = tuple(
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for values, on which no branch can depend: one of fake values, or of a
-    batch under vmap."""
-    return (
-        tensor.is_meta
-        or torch._C._functorch.is_batchedtensor(tensor)
-        or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode"))
-    )
+    """Whether a tensor stands for values, on which no branch can depend."""
+    return tensor.is_meta or (type(tensor) not in PLAIN and hasattr(tensor, "fake_mode"))
 
 
 def readable(*tensors: torch.Tensor | None) -> bool:
     """Whether values of all of them may be checked: where that waits for no GPU, or in debug mode."""
     if torch.compiler.is_compiling():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()  # which wraps what it is given
+    if transform is not None:
         return False
     if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, TRACING)):
         return False

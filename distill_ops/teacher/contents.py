@@ -13,7 +13,8 @@ from .metadata import Settings, not_ours
 def check_path(path: str | os.PathLike) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
-    path = Path(path).absolute()
+    with naming(Path(path)):  # the current folder may be gone
+        path = Path(path).absolute()
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -221,6 +221,8 @@ class TeacherTopKDataset(Dataset):
             places = torch.as_tensor(index, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             places = None
+        if isinstance(index, (list, tuple)) and any(isinstance(x, bool) for x in index):
+            places = None  # beside ints they would count as 0 and 1
         if isinstance(index, (list, tuple, range)) and len(index) == 0:
             places = places.long()
         if places is None or places.dtype not in INDEX_DTYPES:

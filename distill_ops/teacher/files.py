@@ -106,8 +106,16 @@ class Writing(NamedTuple):
             return False
 
     def write(self, file: Path, content: bytes) -> None:
-        """The file takes its name, over an older one, when its bytes are on the disk."""
+        """The file takes its name, over an older one, when its bytes are on the disk.
+
+        Raises:
+            BlockingIOError: in a process that was forked from the writer's, which goes on.
+        """
         with naming(file):
+            if not _held:
+                raise OSError(
+                    errno.EAGAIN, "this process was forked from the writer, which goes on"
+                )
             try:
                 with self.temporary.open("wb") as written:
                     written.write(content)

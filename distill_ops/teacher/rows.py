@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..checks.contents import LARGEST_SUM, sorted_ids
-from ..checks.values import LOGIT_DTYPES
+from ..checks.values import LOGIT_DTYPES, check_plain
 from .format import Rows
 from .topk import NEG_INF
 
@@ -18,6 +18,7 @@ def check_rows(
     ids: torch.Tensor,
     vocab_size: int,
     first_row: int = 0,
+    largest_sum: float = LARGEST_SUM,
 ) -> None:
     """Refuse ``[rows, k]`` of ids and log-probabilities that no teacher can have, in any dtype."""
 
@@ -35,9 +36,9 @@ def check_rows(
     refuse(twice, in_order[:, 1:], "ids unique within a row, but for -1")
     values = log_probs.double().masked_fill(~used, NEG_INF)
     # NaN is not either
-    refuse(~(values <= math.log(LARGEST_SUM)), values, "log-probabilities <= 0")
+    refuse(~(values <= math.log(largest_sum)), values, "log-probabilities <= 0")
     sums = values.exp().sum(-1)
-    refuse(sums > LARGEST_SUM, sums, "probabilities that add up to at most 1")
+    refuse(sums > largest_sum, sums, "probabilities that add up to at most 1")
 
 
 def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
@@ -50,6 +51,10 @@ def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
             f"got {type(batch).__name__}"
         )
     log_probs, ids = batch
+    for name, tensor in (("log_probs", log_probs), ("ids", ids)):
+        check_plain(f"{name} of {title}", tensor)
+        if tensor.is_meta:
+            raise TypeError(f"{name} of {title} hold no values: they are on meta")
     if log_probs.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"log_probs of {title} must be float32, bfloat16, float16 or float64, "
@@ -69,6 +74,9 @@ def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
     k = ids.shape[-1]
     log_probs, ids = log_probs.detach().reshape(-1, k), ids.reshape(-1, k)
     check_rows(title, log_probs, ids, vocab_size)
+    if log_probs.dtype == torch.float64:  # what float32 cannot hold stays possible
+        least = log_probs.clamp(min=torch.finfo(torch.float32).min)
+        log_probs = torch.where(log_probs.isfinite(), least, log_probs)
     differences, top = _differences(log_probs.float().masked_fill(ids == -1, NEG_INF))
     ids = ids.to("cpu", torch.int32, copy=True)  # the caller may refill its tensors
     return Rows(top.cpu(), ids, differences.cpu())
@@ -92,7 +100,8 @@ def _differences(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def check_stored(title: str, rows: Rows, vocab_size: int, first_row: int) -> None:
     """Refuse rows of a file that :func:`compact` cannot have given."""
     log_probs = rows.top.unsqueeze(-1) + rows.differences.float()
-    check_rows(title, log_probs, rows.ids, vocab_size, first_row)
+    # rounded to float16 since, the sum shifted to what it was
+    check_rows(title, log_probs, rows.ids, vocab_size, first_row, LARGEST_SUM * (1 + 1e-5))
     stray = (rows.ids == -1) & (log_probs != NEG_INF)
     if stray.any():
         row = first_row + stray.nonzero()[0, 0].item()

@@ -1,5 +1,6 @@
 """Writing a store: shard by shard, each whole on the disk before the next; ``dataset.py`` reads it."""
 
+import errno
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from ..checks.values import check_temperature
 from ..scalars import flag, integer
 from .contents import check_path, finished_shards, shard_names, whole_store
 from .files import Writing, naming, sync_folder
-from .format import INDEX, Index, Rows, Shard, shard_name
+from .format import INDEX, Index, Rows, Shard, read_shard, shard_name
 from .metadata import LARGEST_COUNT, LARGEST_ID, Settings, check_teacher
 from .rows import compact
 from .topk import TeacherTopK
@@ -69,9 +70,9 @@ def _write_folder(writing: Writing, asked: dict, batches: Iterable, resume: bool
             raise ValueError(f"batches must hold no more rows, {path} is whole: {whole.rows} rows")
         return
     shards = finished_shards(path)
+    if names:  # a shorter last one tells of its store, too
+        read_shard(path / shard_name(0)).settings.check(path, asked)
     settings = shards[0].settings if shards else None
-    if settings is not None:
-        settings.check(path, asked)
     for rows in _pieces(batches, vocab_size, size, settings.k if settings else None):
         if settings is None:
             settings = Settings(k=rows.ids.shape[-1], **asked)
@@ -80,6 +81,9 @@ def _write_folder(writing: Writing, asked: dict, batches: Iterable, resume: bool
         shards.append(shard)
     with naming(path):  # a shorter last one of a writer that had other rows
         (path / shard_name(len(shards))).unlink(missing_ok=True)
+    expected = {shard_name(shard.number) for shard in shards}
+    if shard_names(path) != expected:
+        raise OSError(errno.EIO, "shards came or went while they were written", str(path))
     n_rows = sum(shard.rows for shard in shards)
     index = Index(settings, n_rows, tuple(shard.checksum for shard in shards))
     writing.write(path / INDEX, index.text().encode())
@@ -144,6 +148,8 @@ def save_teacher_topk(
         OSError: a file cannot be written (no space, no permission): named.
     """
     path = Path(os.path.realpath(check_path(path)))
+    if path.is_symlink():
+        raise ValueError(f"path must not be a loop of symbolic links, got {path}")
     vocab_size = integer("vocab_size", vocab_size, 1, LARGEST_ID)
     temperature = check_temperature(temperature)
     check_teacher(teacher)

@@ -157,6 +157,14 @@ for form in TOPK:
             teacher_log_probs=LOG_PROBS + 5,
         ),
         of_form(
+            form, "logits in half precision", ValueError, "teacher_log_probs must be log.*got 12",
+            teacher_log_probs=torch.full((4, K), 12.0).half(),
+        ),
+        of_form(
+            form, "large logits", ValueError, "teacher_log_probs must be logarithms.*got 100",
+            teacher_log_probs=torch.full((4, K), 100.0),
+        ),
+        of_form(
             form, "probabilities of sum 1.5", ValueError, "add up to at most 1, got 1.5",
             teacher_log_probs=torch.full((4, K), math.log(0.5)),
         ),

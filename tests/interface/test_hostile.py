@@ -177,12 +177,14 @@ def test_log_probabilities_as_they_come_are_taken(pipeline, dtype):
 
 
 def test_the_sum_of_rescaled_slots_is_their_own():
-    log_probs = torch.full((4, 3), 0.7)
-    student, ids = torch.zeros(4, V), torch.arange(3).expand(4, 3)
+    log_probs = torch.full((4, 8), -1.0)  # of a sum of 2.9
+    student, ids = torch.zeros(4, V), torch.arange(8).expand(4, 8)
     tail = {"tail": "renormalize"}
     found = distill_ops.topk_distillation_loss(student, log_probs, ids, **tail)
     expected = distill_ops.topk_distillation_loss(student, log_probs - 3, ids, **tail)
     torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="add up to at most 1, got 2.9"):
+        distill_ops.topk_distillation_loss(student, log_probs, ids)
 
 
 TRACED = {

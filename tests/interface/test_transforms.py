@@ -201,6 +201,21 @@ def test_derivatives_that_cannot_be(form):
     assert hasattr(reference, advised)
 
 
+def test_the_reference_under_transforms():
+    """What the errors advise works, whatever of its arguments is mapped."""
+    tensors = tensors_of("topk_distillation_loss")
+    student, log_probs, ids = list(tensors.values())[:3]
+    loss = lambda s: reference.topk_distillation_loss(s, log_probs, ids)
+    hessian = torch.func.hessian(loss)(student)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, student))
+    functional = torch.func.functionalize(reference.topk_distillation_loss)
+    assert torch.equal(functional(student, log_probs, ids), loss(student))
+    teacher, masks = student.flip(0), torch.rand(5, 4)
+    of_mask = lambda m: reference.distillation_loss(student, teacher, loss_mask=m, reduction="sum")
+    each = torch.stack([of_mask(mask) for mask in masks])
+    torch.testing.assert_close(torch.func.vmap(of_mask)(masks), each)
+
+
 class Watching(torch.Tensor):
     """A tensor around another, whose class sees the operators that are called on it."""
 

@@ -222,7 +222,7 @@ CHECKS = [
     ),
     Mutation(
         "log-probabilities of any sum are taken", sources.CHECKS_CONTENTS,
-        "above = (sums > LARGEST_SUM)", "above = (sums > 9)",
+        "(sums > LARGEST_SUM) & (largest", "(sums > 9) & (largest",
         f"{HOSTILE}hostile_calls[topk_distillation_loss: probabilities of sum 1.5]",
     ),
     Mutation(

@@ -91,8 +91,8 @@ DIFFERENTIATION = [
     ),
     Mutation(
         "vmap: values of a batch are read", sources.CHECKS_VALUES,
-        "or torch._C._functorch.is_batchedtensor(tensor)", "",
-        f"{OPERATORS}vmap_over_some_of_the_arguments[labels]",
+        "if transform is not None:", "if False:",
+        "tests/interface/test_transforms.py::test_the_reference_under_transforms",
     ),
     Mutation(
         "errors advise a reference that is not there", sources.OPERATORS_REGISTER,

@@ -97,6 +97,24 @@ def test_only_the_same_store_resumes(tmp_path, change, message):
     assert snapshot(path) == before
 
 
+def test_a_short_last_shard_tells_its_settings(tmp_path):
+    """All that a store of few rows has: killed before its index."""
+    path = tmp_path / "store"
+    save_teacher_topk(path, TOPK, rows_per_shard=100, **FACTS)
+    (path / "index.json").unlink()
+    assert rows_written(path) == 0
+    before = snapshot(path)
+    with pytest.raises(ValueError, match="teacher must be 'a teacher', which .* got 'another'"):
+        save_teacher_topk(
+            path, TOPK, rows_per_shard=100, resume=True, **{**FACTS, "teacher": "another"}
+        )
+    with pytest.raises(ValueError, match="rows_per_shard must be 100, which .* got 50"):
+        save_teacher_topk(path, TOPK, rows_per_shard=50, resume=True, **FACTS)
+    assert snapshot(path) == before
+    save_teacher_topk(path, TOPK, rows_per_shard=100, resume=True, **FACTS)
+    assert rows_written(path) == 23
+
+
 def test_shards_that_do_not_belong_together_do_not_resume(tmp_path):
     path, other = tmp_path / "store", tmp_path / "other"
     for folder, facts in ((path, {}), (other, {"teacher": "b"})):

@@ -249,8 +249,8 @@ BAD_BATCHES = [
     (make_topk(2, k=4), ValueError, "batch 1 must have k=3 slots a row as before, got 4"),
     (
         (-torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64, device="meta")),
-        ValueError,
-        "log_probs of batch 1 are on cpu, ids on meta",
+        TypeError,
+        "ids of batch 1 hold no values: they are on meta",
     ),
     (
         with_ids([0, 1, 50]),

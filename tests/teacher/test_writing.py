@@ -2,6 +2,7 @@
 name the path."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_ops import TeacherTopKDataset, rows_written, save_teacher_topk
+from distill_ops import TeacherTopK, TeacherTopKDataset, rows_written, save_teacher_topk
 from tests.support.stored_teachers import (
     FACTS,
     SHARDS,
@@ -292,3 +293,77 @@ def test_nothing_is_read_as_a_tensor_s_default(tmp_path):
     finally:
         torch.set_default_dtype(before)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for facts in (FACTS, SHARDS):
+        with pytest.raises(ValueError, match="path must not be a loop of symbolic links"):
+            save_teacher_topk(tmp_path / "a", TOPK, **facts)
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_a_shard_that_goes_while_others_are_written(tmp_path):
+    def batches():
+        yield rows(0, 9)
+        (tmp_path / "store" / "shard-00001.safetensors").unlink()
+        yield rows(9, 23)
+
+    with pytest.raises(OSError, match="shards came or went .*store"):
+        save(tmp_path / "store", batches())
+    assert not (tmp_path / "store" / "index.json").exists()
+
+
+def test_a_forked_child_that_goes_on_is_refused(tmp_path, uninterrupted):
+    """Two processes would write the same names."""
+    path = tmp_path / "store"
+    result = tmp_path / "result"
+
+    def batches():
+        yield rows(0, 9)
+        if os.fork() == 0:
+            yield rows(9, 23)
+            os._exit(3)
+        os.wait()
+        yield rows(9, 23)
+
+    here = os.getpid()
+    try:
+        save(path, batches())
+    except BaseException as error:
+        if os.getpid() == here:
+            raise
+        result.write_text(f"{type(error).__name__}: {error}")
+        os._exit(0)
+    if os.getpid() != here:
+        os._exit(4)
+    assert snapshot(path) == uninterrupted
+    assert "BlockingIOError" in result.read_text()
+    assert "forked from the writer" in result.read_text()
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested"])
+def test_batches_of_a_wrong_kind(tmp_path, kind):
+    change = {
+        "meta": lambda x: x.to("meta"),
+        "sparse": torch.Tensor.to_sparse,
+        "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    }[kind]
+    for batch in (
+        TOPK._replace(ids=change(TOPK.ids)),
+        TOPK._replace(log_probs=change(TOPK.log_probs)),
+    ):
+        with pytest.raises(TypeError, match=r"(ids|log_probs) of batch 0 (hold|is|must)"):
+            save_teacher_topk(tmp_path / "a", batch, **FACTS)
+
+
+def test_what_is_taken_passes_its_own_verification(tmp_path):
+    log_probs = torch.randn(300, 8, dtype=torch.float64).log_softmax(-1)
+    log_probs += math.log(1.25) - 1e-12
+    log_probs[0, 0] = -1e300
+    batch = TeacherTopK(log_probs, torch.arange(8).expand(300, 8))
+    save_teacher_topk(tmp_path / "a", batch, **FACTS)
+    dataset = TeacherTopKDataset(tmp_path / "a")
+    dataset.verify()
+    assert dataset[0].log_probs.isfinite().all()
