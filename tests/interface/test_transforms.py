@@ -205,11 +205,17 @@ def test_the_reference_under_transforms():
     """What the errors advise works, whatever of its arguments is mapped."""
     tensors = tensors_of("topk_distillation_loss")
     student, log_probs, ids = list(tensors.values())[:3]
-    loss = lambda s: reference.topk_distillation_loss(s, log_probs, ids)
+    loss_of = partial(
+        reference.topk_distillation_loss, reduction="sum"
+    )  # a mean asks for its tokens
+    loss = lambda s: loss_of(s, log_probs, ids)
     hessian = torch.func.hessian(loss)(student)
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, student))
-    functional = torch.func.functionalize(reference.topk_distillation_loss)
+    functional = torch.func.functionalize(loss_of)
     assert torch.equal(functional(student, log_probs, ids), loss(student))
+    for tracing_mode in ("real", "fake", "symbolic"):
+        graph = make_fx(lambda s, p, i: loss_of(s, p, i), tracing_mode=tracing_mode)
+        assert torch.equal(graph(student, log_probs, ids)(student, log_probs, ids), loss(student))
     teacher, masks = student.flip(0), torch.rand(5, 4)
     of_mask = lambda m: reference.distillation_loss(student, teacher, loss_mask=m, reduction="sum")
     each = torch.stack([of_mask(mask) for mask in masks])

@@ -94,7 +94,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     Mutation(
         "values are read while tracing", sources.CHECKS_VALUES,
         "any(map(torch._C._get_dispatch_mode, TRACING))", "False",
-        f"{TRANSFORMS}make_fx[token_log_probs-{{}}-real]",
+        f"{TRANSFORMS}the_reference_under_transforms",
     ),
     Mutation(
         "the fake keeps no gradient", sources.OPERATORS_LOGITS,
