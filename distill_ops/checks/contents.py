@@ -63,22 +63,23 @@ def of_linear_loss(inputs: LinearInputs, options: LinearOptions) -> None:
 
 def of_statistics(inputs: StatisticsInputs, options: Options) -> None:
     """Ids and parameters."""
+    _token_ids(inputs.ids, options.n_cols, options.ignore_index)
     if readable(inputs.ids):
         counted = Counted(None, inputs.ids, options.ignore_index)
-        _ids("token_ids", inputs.ids, options.n_cols, counted)
         _parameters(inputs.parameters, options, counted)
 
 
 def of_tokens(inputs: TokenInputs, options: TokenOptions) -> None:
-    if readable(inputs.ids):
-        counted = Counted(None, inputs.ids, options.ignore_index)
-        _ids("token_ids", inputs.ids, inputs.logits.shape[-1], counted)
+    _token_ids(inputs.ids, inputs.logits.shape[-1], options.ignore_index)
 
 
 def of_linear_tokens(inputs: LinearTokenInputs, options: LinearTokenOptions) -> None:
-    if readable(inputs.ids):
-        counted = Counted(None, inputs.ids, options.tokens.ignore_index)
-        _ids("token_ids", inputs.ids, inputs.weight.shape[0], counted)
+    _token_ids(inputs.ids, inputs.weight.shape[0], options.tokens.ignore_index)
+
+
+def _token_ids(ids: torch.Tensor, n_cols: int, ignore_index: int) -> None:
+    if readable(ids):
+        _ids("token_ids", ids, n_cols, Counted(None, ids, ignore_index))
 
 
 def _weights(counted: Counted) -> None:
@@ -163,12 +164,10 @@ def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted
                 f"teacher_ids must lie in [0, {options.n_cols}), or be -1 in unused slots, "
                 f"got {ids[outside][0].item()}"
             )
-    in_order = sorted_ids(ids)
-    twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)
+    twice, in_order = repeated(ids)
     if twice.any() and (twice & kept).any():
         raise ValueError(
-            f"teacher_ids must be unique within a token, got "
-            f"{in_order[..., 1:][twice & kept][0].item()} twice"
+            f"teacher_ids must be unique within a token, got {in_order[twice & kept][0].item()} twice"
         )
     unread = ~kept if low >= 0 else (ids < 0) | ~kept
     used = log_probs.masked_fill(unread, -math.inf) if unread.any() else log_probs
@@ -192,11 +191,15 @@ def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted
         )
 
 
-def sorted_ids(ids: torch.Tensor) -> torch.Tensor:
-    """Each row in order; NumPy's sort of 32 bits takes a tenth of PyTorch's time."""
-    if not ids.is_cpu:
-        return ids.sort(-1).values
-    return torch.from_numpy(np.sort(ids.numpy().astype(np.int32), -1))
+def repeated(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which ids ``[..., K]`` in their order but the first equal the one before, unused slots apart; and
+    these ids, both ``[..., K - 1]``. NumPy's sort of 32 bits takes a tenth of PyTorch's time."""
+    if ids.is_cpu:
+        in_order = torch.from_numpy(np.sort(ids.numpy().astype(np.int32), -1))
+    else:
+        in_order = ids.sort(-1).values
+    later = in_order[..., 1:]
+    return (later == in_order[..., :-1]) & (later >= 0), later
 
 
 def _kept_tokens(kept_tokens: int, counted: Counted, rows: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ from ..arguments import LossArguments
 from ..problem import HeadOptions
 from ..scalars import shown
 from .logits import check_teacher_given, check_vocabulary
-from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
+from .values import TokenRows, check_float_dtype, check_plain, of_teacher
 
 WHOLE = {
     "teacher": "pass {name}.full_tensor()",
@@ -36,10 +36,7 @@ def check_head(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         part = "teacher" if frozen else "hidden" if tensor is hidden else "weight"
         check_plain(name, tensor, WHOLE[part])
-        if tensor.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
-            )
+        check_float_dtype(name, tensor)
         TokenRows(f"{side}hidden", hidden).check_device(name, tensor)
     if frozen:
         of_teacher(f"{side}hidden", hidden)

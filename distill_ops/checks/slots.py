@@ -6,7 +6,7 @@ from ..arguments import LossArguments
 from ..scalars import integer, one_of
 from .logits import check_teacher_given
 from .tokens import check_options
-from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
+from .values import TokenRows, check_float_dtype, check_id_dtype, check_plain, of_teacher
 
 TAILS = ("bucket", "renormalize", "ignore")
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
@@ -38,13 +38,8 @@ def check_topk(
         rows.check_device(name, tensor)
     if teacher_log_probs is None or teacher_ids is None:
         return arguments
-    if teacher_log_probs.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"teacher_log_probs must be float32, bfloat16, float16 or float64, "
-            f"got {teacher_log_probs.dtype}"
-        )
-    if teacher_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"teacher_ids must be int64 or int32 token ids, got {teacher_ids.dtype}")
+    check_float_dtype("teacher_log_probs", teacher_log_probs)
+    check_id_dtype("teacher_ids", teacher_ids)
     if teacher_ids.shape != teacher_log_probs.shape:
         raise ValueError(
             f"teacher_ids must have the shape of teacher_log_probs, "

@@ -13,6 +13,7 @@ from .values import (
     LOGIT_DTYPES,
     WEIGHT_DTYPES,
     TokenRows,
+    check_id_dtype,
     check_ignore_index,
     check_plain,
     check_share,
@@ -34,8 +35,7 @@ class CheckedTokens(NamedTuple):
 def _check_ids(name: str, ids: torch.Tensor, rows: TokenRows) -> torch.Tensor:
     """Token ids, one a token, as int64."""
     rows.check_per_token(name, ids)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32 token ids, got {ids.dtype}")
+    check_id_dtype(name, ids)
     return ids if ids.dtype == torch.int64 else ids.long()
 
 

@@ -117,6 +117,16 @@ def check_plain(name: str, tensor: torch.Tensor, whole: str | None = None) -> No
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}: pass {name}.to_dense()")
 
 
+def check_float_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_id_dtype(name: str, ids: torch.Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32 token ids, got {ids.dtype}")
+
+
 def constant(name: str, tensor: torch.Tensor, advice: str = "detach it") -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name} requires grad, but gets no gradient here: {advice}")

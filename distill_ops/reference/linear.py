@@ -4,20 +4,11 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, with_loss_options
-from ..checks.contents import of_linear_tokens, of_loss
 from ..checks.heads import check_head, check_heads, check_no_teacher
-from ..checks.options import block_options, given_options, head_options
+from ..checks.options import given_options, head_options
 from ..checks.tokens import check_options, check_token_ids
 from ..checks.values import TokenRows
-from ..problem import (
-    LinearInputs,
-    LinearTokenInputs,
-    LinearTokenOptions,
-    LossComponents,
-    Options,
-    TokenOptions,
-    working_dtype,
-)
+from ..problem import LossComponents, working_dtype
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
 
@@ -92,11 +83,6 @@ def linear_distillation_loss(
     if teacher_hidden is None or teacher_weight is None:
         check_no_teacher(teacher_bias, teacher_head)
     arguments = check_options(rows, arguments)
-    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, None, None)
-    of_loss(
-        LinearInputs(*student, *teacher, None, None, *arguments.tensors),
-        Options.of(arguments, n_cols, "torch"),
-    )
     dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     unread = token_weights(student_hidden, dtype, arguments.counted) == 0
     student = head_logits(
@@ -143,11 +129,6 @@ def linear_token_log_probs(
     check_head("", hidden, weight, bias)
     rows, n_cols = TokenRows("hidden", hidden), weight.shape[0]
     checked = check_token_ids(rows, token_ids, temperature, ignore_index)
-    options = TokenOptions("torch", checked.temperature, checked.ignore_index, return_entropy)
-    of_linear_tokens(
-        LinearTokenInputs(hidden, weight, bias, checked.ids),
-        LinearTokenOptions(options, head, block_options()),
-    )
     dtype = working_dtype(hidden, weight)
     ignored = checked.ids == checked.ignore_index
     logits = head_logits(hidden, weight, bias, *head, ignored, n_cols, dtype)

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from ..checks.contents import LARGEST_SUM, sorted_ids
-from ..checks.values import LOGIT_DTYPES, check_plain
+from ..checks.contents import LARGEST_SUM, repeated
+from ..checks.values import check_float_dtype, check_plain
 from .format import Rows
 from .topk import NEG_INF
 
@@ -31,9 +31,7 @@ def check_rows(
 
     used = ids != -1
     refuse((ids < -1) | (ids >= vocab_size), ids, f"ids in [0, {vocab_size}), or -1")
-    in_order = sorted_ids(ids)
-    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != -1)
-    refuse(twice, in_order[:, 1:], "ids unique within a row, but for -1")
+    refuse(*repeated(ids), "ids unique within a row, but for -1")
     values = log_probs.double().masked_fill(~used, NEG_INF)
     # NaN is not either
     refuse(~(values <= math.log(largest_sum)), values, "log-probabilities <= 0")
@@ -55,11 +53,7 @@ def compact(number: int, batch: object, vocab_size: int, k: int | None) -> Rows:
         check_plain(f"{name} of {title}", tensor)
         if tensor.is_meta:
             raise TypeError(f"{name} of {title} hold no values: they are on meta")
-    if log_probs.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"log_probs of {title} must be float32, bfloat16, float16 or float64, "
-            f"got {log_probs.dtype}"
-        )
+    check_float_dtype(f"log_probs of {title}", log_probs)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids of {title} must be int32 or int64, got {ids.dtype}")
     if log_probs.shape != ids.shape or ids.dim() == 0 or ids.shape[-1] == 0:
