@@ -22,6 +22,7 @@ class LossOptions(TypedDict, total=False):
     labels: torch.Tensor | None
     ignore_index: int
     hard_label_weight: float
+    soft_weight: float | None
     temperature: float
     scale_by_temperature_squared: bool
     reduction: str
@@ -35,9 +36,9 @@ class LossOptions(TypedDict, total=False):
 
 DEFAULTS = LossOptions(
     divergence=SoftCrossEntropy(), loss_mask=None, labels=None, ignore_index=-100,
-    hard_label_weight=0.0, temperature=1.0, scale_by_temperature_squared=False, reduction="mean",
-    normalizer=None, infinities="drop", vocab_size=None, gradient="auto", return_components=False,
-    backend="auto",
+    hard_label_weight=0.0, soft_weight=None, temperature=1.0, scale_by_temperature_squared=False,
+    reduction="mean", normalizer=None, infinities="drop", vocab_size=None, gradient="auto",
+    return_components=False, backend="auto",
 )  # fmt: skip
 
 
@@ -60,8 +61,8 @@ OTHER_NAMES = {
     "target": "pass labels=",
     "targets": "pass labels=",
     "tau": "pass temperature=",
-    "weight_hard_loss": "pass hard_label_weight=, the share of the hard labels: weights add up to 1",
-    "weight_soft_loss": "pass hard_label_weight=1 - weight_soft_loss",
+    "weight_hard_loss": "pass hard_label_weight=",
+    "weight_soft_loss": "pass soft_weight=",
 }
 
 
@@ -88,6 +89,21 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
     @property
     def counted(self) -> Counted:
         return Counted(self.loss_mask, self.labels, self.ignore_index)
+
+    @property
+    def share(self) -> float:
+        """The divergence's weight."""
+        return 1 - self.hard_label_weight if self.soft_weight is None else self.soft_weight
+
+    @property
+    def soft(self) -> bool:
+        """Whether the divergence has a part in the loss."""
+        return self.share != 0
+
+    @property
+    def hard(self) -> bool:
+        """Whether the hard labels have."""
+        return self.hard_label_weight != 0
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

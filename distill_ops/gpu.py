@@ -39,6 +39,7 @@ def formula_of(options: Options, parameters: tuple[float | torch.Tensor, ...]) -
         temperature=options.temperature,
         divergence_scale=options.divergence_scale,
         hard_label_weight=options.hard_label_weight,
+        soft_weight=options.soft_weight,
     )
 
 
@@ -85,7 +86,7 @@ def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, mad
     with on(inputs.student):
         of_rows = tokens(inputs, options)
         losses = new(n_rows, dtype=torch.float32)
-        components = new((2 if options.hard_label_weight > 0 else 0, n_rows), dtype=torch.float32)
+        components = new((2 if options.hard else 0, n_rows), dtype=torch.float32)
         kept = None
         if made == BACKWARD:
             kept = new((n_rows, inputs.statistics), dtype=torch.float32)

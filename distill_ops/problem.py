@@ -33,6 +33,7 @@ class Options(NamedTuple):
     temperature: float
     divergence_scale: float  # 1, or temperature squared
     hard_label_weight: float
+    soft_weight: float  # of the divergence
     denominator: float | None  # of "mean", where a number was given
     parameters: tuple[float | None, ...]  # of the divergence; None: among the tensors
     n_cols: int
@@ -48,14 +49,17 @@ class Options(NamedTuple):
         given = None if isinstance(a.normalizer, torch.Tensor) else a.normalizer
         return cls(
             a.divergence.name, a.reduction, a.infinities, backend, tail, temperature,
-            temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, given,
+            temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, a.share, given,
             a.divergence.numbers, n_cols, a.ignore_index,
-            a.return_components and a.hard_label_weight > 0,
+            a.return_components and a.hard,
         )  # fmt: skip
 
+    soft, hard = LossArguments.soft, LossArguments.hard
+    share = property(lambda self: self.soft_weight)
+
     def kind(self) -> type[Divergence] | None:
-        """The divergence's class, which has its facts; None where the hard label has all the weight."""
-        return None if self.hard_label_weight == 1 else DIVERGENCES[self.divergence]
+        """The divergence's class, which has its facts; None where it has no part in the loss."""
+        return DIVERGENCES[self.divergence] if self.soft else None
 
 
 class Wanted(NamedTuple):

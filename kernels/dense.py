@@ -1,11 +1,11 @@
 """The dense loss: student and teacher logits in, per-token losses and the student's gradient out.
 
 One program walks whole rows: sweep, sweep again while the row is still in cache, next row. With
-``value`` and ``slope`` of a divergence, ``D = sum(slope)``, w the hard label's share, k either 1
-or T**2 and q_1 the student's softmax at temperature 1,
+``value`` and ``slope`` of a divergence, ``D = sum(slope)``, u and w the weights of divergence and hard
+label, k either 1 or T**2 and q_1 the student's softmax at temperature 1,
 
-    loss     = weight * ((1 - w) * k * sum(value) + w * cross_entropy)
-    gradient = weight / denominator * ((1 - w) * k * (slope - q * D) / T + w * (q_1 - onehot))
+    loss     = weight * (u * k * sum(value) + w * cross_entropy)
+    gradient = weight / denominator * (u * k * (slope - q * D) / T + w * (q_1 - onehot))
 
 The forward launch writes the gradient, or keeps STATISTICS float32 numbers a row, from which the
 backward launch makes it for any upstream gradient.
@@ -41,7 +41,7 @@ def dense_kernel(
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
-    denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, hard_weight, parameters,
+    denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
@@ -103,7 +103,7 @@ def dense_kernel(
             if WRITE_GRADIENT:
                 gradient_loss = row_gradient(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
-                    scale * (1.0 - hard_weight) * divergence_scale * over_t, scale * hard_weight,
+                    scale * soft_weight * divergence_scale * over_t, scale * hard_weight,
                     label, row_values, VALUE_AND_SLOPE, OPERANDS, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
                     HARD, OWN_HARD, LANES, WIDTH, ENDS,
                 )  # fmt: skip
@@ -111,7 +111,7 @@ def dense_kernel(
                     loss = tl.where(statistics[7], gradient_loss, loss)
         if WRITE_LOSS:
             store_losses(
-                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, hard_weight,
+                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, soft_weight, hard_weight,
                 losses_ptr, components_ptr, DIVERGENCE, HARD,
             )  # fmt: skip
 
@@ -158,5 +158,5 @@ def run(
         MOMENT=MOMENTS[formula.moment],
         PROPAGATE=formula.propagate,
         DIVERGENCE=teacher_given,
-        TEMPERED=formula.hard_label_weight > 0 and formula.temperature != 1,
+        TEMPERED=formula.hard_label_weight != 0 and formula.temperature != 1,
     )

@@ -18,7 +18,7 @@ ROWS = ("student", "teacher", "logits", "gradient")  # the tensors whose rows ke
 # arguments of kernels that walk rows whose values must not compile a kernel of their own
 RUN_TIME = [f"{name}_{part}" for name in ROWS for part in ("start", "outer", "inner")] + [
     "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator", "over_t",
-    "divergence_scale", "hard_weight", "upstream_stride", "ignore_index",
+    "divergence_scale", "soft_weight", "hard_weight", "upstream_stride", "ignore_index",
 ]  # fmt: skip
 
 
@@ -70,17 +70,19 @@ def row_scale(
 
 @triton.jit
 def store_losses(
-    row, n_rows, loss, hard_loss, hard_weight, losses_ptr, components_ptr,
+    row, n_rows, loss, hard_loss, soft_weight, hard_weight, losses_ptr, components_ptr,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """A row's weighted loss, and with HARD the two parts of which it is mixed."""
     if HARD:
-        mixed = (1.0 - hard_weight) * loss + hard_weight * hard_loss if DIVERGENCE else hard_loss
+        mixed = hard_weight * hard_loss
+        if DIVERGENCE:
+            mixed += soft_weight * loss
         tl.store(losses_ptr + row, mixed)
         tl.store(components_ptr + row, loss)
         tl.store(components_ptr + n_rows + row, hard_loss)
     else:
-        tl.store(losses_ptr + row, loss)
+        tl.store(losses_ptr + row, soft_weight * loss)
 
 
 @triton.jit
@@ -108,6 +110,7 @@ class Formula(NamedTuple):
     temperature: float
     divergence_scale: float  # 1 or T**2
     hard_label_weight: float
+    soft_weight: float  # of the divergence
 
     def arguments(self) -> dict:
         """As every kernel of a divergence takes them."""
@@ -156,8 +159,9 @@ class LossBuffers(NamedTuple):
             "upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
             "denominator": self.denominator,
             "divergence_scale": float(formula.divergence_scale),
+            "soft_weight": float(formula.soft_weight),
             "hard_weight": float(formula.hard_label_weight),
-            "HARD": formula.hard_label_weight > 0,
+            "HARD": formula.hard_label_weight != 0,
             "HAS_WEIGHTS": self.weights is not None,
             "DENOMINATOR_IN_MEMORY": isinstance(self.denominator, torch.Tensor),
             "WRITE_LOSS": self.losses is not None,

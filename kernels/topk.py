@@ -117,7 +117,7 @@ def topk_kernel(
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
-    denominator, n_inner, n_rows, n_cols, width, k, over_t, divergence_scale, hard_weight, parameters,
+    denominator, n_inner, n_rows, n_cols, width, k, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr,
     TAIL: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, REST: tl.constexpr,
     EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
@@ -219,7 +219,7 @@ def topk_kernel(
 
             if WRITE_GRADIENT:
                 hard_scale = scale * hard_weight
-                scale *= (1.0 - hard_weight) * divergence_scale * over_t
+                scale *= soft_weight * divergence_scale * over_t
                 gradients = fma(q, -total_slope, slope) * scale + poison
                 factor = poison
                 hard_factor = 0.0
@@ -256,7 +256,7 @@ def topk_kernel(
                 tl.store(gradient + position, gradients, mask=used)
         if WRITE_LOSS:
             store_losses(
-                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, hard_weight,
+                row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, soft_weight, hard_weight,
                 losses_ptr, components_ptr, True, HARD,
             )  # fmt: skip
 
@@ -288,7 +288,7 @@ def run(
     (student_rows,) = layouts
     rows = {"student": student_rows, "gradient": buffers.rows(student, student_rows, n_inner)}
     grid, arguments = rows_launch(rows, [student], n_rows, n_cols, width)
-    hard = formula.hard_label_weight > 0
+    hard = formula.hard_label_weight != 0
     rest = tail == "bucket" or not formula.restrict
     own_hard = hard and (formula.temperature != 1 or not rest)
     block_k = triton.next_power_of_2(k + 1)

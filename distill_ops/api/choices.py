@@ -74,7 +74,8 @@ def loss_result(
         return loss
     if options.components:
         return LossComponents(loss, *components.unbind(0))
-    return LossComponents(loss, loss.detach().clone(), torch.zeros_like(loss))
+    divergence = loss.detach() / options.soft_weight
+    return LossComponents(loss, divergence, torch.zeros_like(divergence))
 
 
 class LossModule(torch.nn.Module):

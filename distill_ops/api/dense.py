@@ -25,7 +25,7 @@ def distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """Distillation loss of student logits against teacher logits, in nats.
 
-    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    ``u * divergence(q, p) + w * cross_entropy(label)``, q and p their softmax at T, u being ``1 - w``.
     Logits ``[..., V]`` go in, their mean over the tokens comes out; the student's get a gradient.
 
     Example:
@@ -54,7 +54,7 @@ def distillation_loss(
         student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
             may be strided: a view such as ``logits[:, :-1]`` is not copied.
         teacher_logits: ``[..., V]``, its dtype may differ; no gradient flows to it, and it must not
-            require one while gradients are enabled. None where ``hard_label_weight`` is 1.
+            require one while gradients are enabled. None where u below is 0.
         divergence: a :class:`Divergence` or its name.
         loss_mask: ``[...]``, bool, int or float: the tokens' weights, aligned with the logits. A
             token of weight 0 is not read: whatever it holds, its gradient is 0.
@@ -64,6 +64,9 @@ def distillation_loss(
             ``ignore_index`` have weight 0. Where ``hard_label_weight`` is 0 they do no more than that,
             and may lie outside the vocabulary.
         hard_label_weight: w above, in [0, 1]; above 0 it needs ``labels``.
+        soft_weight: u above, where it is not ``1 - w``: then both are any finite numbers, and their
+            terms two of a sum (Liger's ``weight_soft_loss``, Hinton's mixtures). A term of weight 0
+            is not computed.
         temperature: T above, positive. The hard-label term is always at 1.
         scale_by_temperature_squared: multiply the divergence by T**2 (arXiv:1503.02531), so that
             gradients stay comparable as T grows.

@@ -65,7 +65,7 @@ def linear_distillation_loss(
             Triton); the two dimensions d may differ. No gradient flows to the teacher: its hidden
             states must not require one while gradients are enabled.
         student_weight, teacher_weight: ``[V, d]``, of the heads; the teacher's is detached. Both
-            ``teacher_hidden`` and ``teacher_weight`` may be None where ``hard_label_weight`` is 1.
+            ``teacher_hidden`` and ``teacher_weight`` may be None where the divergence has no weight.
         student_bias, teacher_bias: ``[V]``; the teacher's is detached.
         loss_mask, labels: ``[...]``, aligned with the hidden states: no shift happens inside. With
             Hugging Face labels pass ``hidden[:, :-1]`` of both models and ``labels[:, 1:]``.

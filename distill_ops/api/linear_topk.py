@@ -76,7 +76,7 @@ def linear_topk_distillation_loss(
     rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
     arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
-    if arguments.hard_label_weight == 1:  # the divergence has no share
+    if not arguments.soft:
         tail = teacher_log_probs = teacher_ids = None
     inputs, options, made = linear_problem(
         student, student_options, NO_HEAD, HeadOptions(1.0, None), (teacher_log_probs, teacher_ids),

@@ -27,7 +27,7 @@ def topk_distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
 
-    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    ``u * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
     Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
 
     Example:
@@ -70,7 +70,7 @@ def topk_distillation_loss(
             gradient 0.
 
     The other arguments are those of :func:`distill_ops.distillation_loss`. Both teacher arguments may
-    be None where ``hard_label_weight`` is 1.
+    be None where the divergence has no weight.
 
     Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
@@ -79,7 +79,7 @@ def topk_distillation_loss(
     rows = TokenRows("student_logits", student_logits)
     arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
-    if arguments.hard_label_weight == 1:  # the divergence has no share
+    if not arguments.soft:
         tail = teacher_log_probs = None
         operator, inputs = dense_loss, DenseInputs(student_logits, None, *arguments.tensors)
     else:

@@ -42,9 +42,9 @@ def of_loss(
         return
     if counted.loss_mask is not None:
         _weights(counted)
-    if options.hard_label_weight > 0:
+    if options.hard:
         _ids("labels", inputs.labels, options.n_cols, counted)
-    if options.hard_label_weight < 1:
+    if options.soft:
         _parameters(inputs.parameters, options, counted)
     _normalizer(inputs.normalizer, options, counted, inputs[0])
     if options.tail is not None:

@@ -60,10 +60,9 @@ def check_heads(
 ) -> int:
     """Check what two heads must share, each having passed :func:`check_head`; ``rows`` are the
     student's hidden states. Returns the number of columns used."""
-    weight = arguments.hard_label_weight
     vocab_size = arguments.vocab_size
     for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
-        check_teacher_given(name, tensor, weight)
+        check_teacher_given(name, tensor, arguments)
     widths = [student_weight.shape[0]]
     if teacher_hidden is not None and teacher_weight is not None:
         rows.check_leading("teacher_hidden", teacher_hidden.shape[:-1])

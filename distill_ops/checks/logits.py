@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import LossArguments
 from ..scalars import integer
 from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
 
@@ -28,10 +29,13 @@ def check_vocabulary(vocab_size: int | None, *widths: int) -> int:
     return integer("vocab_size", vocab_size, 1, widest)
 
 
-def check_teacher_given(name: str, teacher: torch.Tensor | None, hard_label_weight: float) -> None:
-    if teacher is None and hard_label_weight < 1:
+def check_teacher_given(name: str, teacher: torch.Tensor | None, arguments: LossArguments) -> None:
+    if teacher is None and arguments.soft:
+        weight, share = arguments.hard_label_weight, arguments.soft_weight
         raise ValueError(
-            f"{name} is None, which needs hard_label_weight=1, got {hard_label_weight}"
+            f"{name} is None, which needs hard_label_weight=1, got {weight}"
+            if share is None
+            else f"{name} is None, which needs soft_weight=0, got {share}"
         )
 
 

@@ -41,6 +41,7 @@ def given_options(
             "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
             "gradients are not known before backward: use gradient='backward' or 'auto'"
         )
+    weight, share = _weights(a.hard_label_weight, a.soft_weight)
     normalizer, vocab_size = a.normalizer, a.vocab_size
     if normalizer is not None:
         if a.reduction != "mean":
@@ -53,11 +54,26 @@ def given_options(
     return a._replace(
         divergence=as_divergence(a.divergence),
         temperature=check_temperature(a.temperature),
-        hard_label_weight=check_share("hard_label_weight", a.hard_label_weight),
+        hard_label_weight=weight,
+        soft_weight=share,
         ignore_index=check_ignore_index(a.ignore_index),
         normalizer=normalizer,
         vocab_size=None if vocab_size is None else integer("vocab_size", vocab_size, 1),
     )
+
+
+def _weights(hard: float, soft: float | None) -> tuple[float, float | None]:
+    """Of the hard labels, and of the divergence: without one, what the hard labels leave of 1."""
+    if soft is None:
+        return check_share("hard_label_weight", hard), None
+    found = []
+    for name, value in (("hard_label_weight", hard), ("soft_weight", soft)):
+        found.append(number(name, value, "a finite number"))
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if not any(found):
+        raise ValueError("soft_weight=0 and hard_label_weight=0 leave no loss: give one a weight")
+    return found[0], found[1]
 
 
 def checked_normalizer(normalizer: float) -> float:

@@ -21,10 +21,9 @@ def check_topk(
 ) -> LossArguments:
     """Check the tensors of a loss and its top-k teacher; returns its arguments."""
     arguments = check_options(rows, arguments)
-    weight = arguments.hard_label_weight
     one_of("tail", tail, TAILS)
     for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
-        check_teacher_given(name, tensor, weight)
+        check_teacher_given(name, tensor, arguments)
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -46,6 +45,6 @@ def check_topk(
             f"{tuple(teacher_log_probs.shape)}, got {tuple(teacher_ids.shape)}"
         )
     of_teacher("teacher_log_probs", teacher_log_probs)
-    if weight < 1:
+    if arguments.soft:
         integer("the number of slots K", teacher_ids.shape[-1], 1, MOST_SLOTS)
     return arguments

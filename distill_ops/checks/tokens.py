@@ -90,14 +90,14 @@ def _check_normalizer(
 def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
     """Check the tensors among the options that every form of the loss takes, and what they need of the
     others, which :func:`given_options` checked; labels are int64 then."""
-    labels, weight = arguments.labels, arguments.hard_label_weight
+    labels = arguments.labels
     if arguments.loss_mask is not None:
         _check_mask(arguments.loss_mask, rows)
     if labels is not None:
         labels = _check_ids("labels", labels, rows)
-    elif weight > 0:
-        raise ValueError(f"hard_label_weight={weight} needs labels, got None")
-    if weight < 1:
+    elif arguments.hard:
+        raise ValueError(f"hard_label_weight={arguments.hard_label_weight} needs labels, got None")
+    if arguments.soft:
         check_parameters(arguments.divergence, rows)
     normalizer = _check_normalizer(arguments.normalizer, rows)
     return arguments._replace(labels=labels, normalizer=normalizer)
@@ -112,7 +112,7 @@ def check_dense(
     else:
         n_cols = check_pair(student_logits, teacher_logits, arguments.vocab_size)
     arguments = check_options(TokenRows("student_logits", student_logits), arguments)
-    check_teacher_given("teacher_logits", teacher_logits, arguments.hard_label_weight)
+    check_teacher_given("teacher_logits", teacher_logits, arguments)
     return arguments, n_cols
 
 

@@ -48,9 +48,9 @@ def rows(
         scale = scale * (upstream.reshape(-1, 1) if upstream.dim() else upstream.item())
     if weights is not None:
         scale = weights[:, None] * scale
-    w = options.hard_label_weight
+    hard, soft = options.hard_label_weight, options.soft_weight
     terms = Terms(
-        options.kind(), w > 0, options.temperature, options.infinities == "propagate", dtype
+        options.kind(), options.hard, options.temperature, options.infinities == "propagate", dtype
     )
     if isinstance(teacher, TopKTeacher):
         slots = teacher.log_probs, teacher.ids.long()
@@ -58,7 +58,7 @@ def rows(
     else:
         compute = functools.partial(dense, terms, student, teacher)
     per_row = PerRow(
-        tokens.labels, scale * ((1 - w) * options.divergence_scale / options.temperature), scale * w,
+        tokens.labels, scale * (soft * options.divergence_scale / options.temperature), scale * hard,
         column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
     divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient)
@@ -69,11 +69,11 @@ def rows(
     if divergence_loss is not None and options.divergence_scale != 1:
         divergence_loss = divergence_loss * options.divergence_scale
     if hard_loss is None:
-        return weighted(divergence_loss), None
+        return weighted(divergence_loss if soft == 1 else soft * divergence_loss), None
     if divergence_loss is None:
-        mixed, divergence_loss = hard_loss, torch.zeros_like(hard_loss)
+        mixed, divergence_loss = hard * hard_loss, torch.zeros_like(hard_loss)
     else:
-        mixed = (1 - w) * divergence_loss + w * hard_loss
+        mixed = soft * divergence_loss + hard * hard_loss
     return weighted(mixed), torch.stack([weighted(divergence_loss), weighted(hard_loss)])
 
 

@@ -50,7 +50,7 @@ class LinearPass:
             self.slots = TopKTeacher.of_tokens(inputs.teacher_log_probs, inputs.teacher_ids)
             if selection.index is not None:
                 self.slots = self.slots.rows(selection.index)
-        elif self.options.hard_label_weight < 1:
+        elif self.options.soft:
             # the loss does not read the logits of tokens of weight 0: they may be NaN
             selected = selection._replace(unread=None)
             self.teacher = Projection.of(*inputs.teacher, options.teacher, selected, *shared)
@@ -62,7 +62,7 @@ class LinearPass:
         if self.teacher is not None:
             self.teacher_logits = self.engine.buffer(n_under_work, logits_dtype)
         self.losses = new(n_rows, dtype=self.dtype)
-        parts = 2 if self.options.hard_label_weight > 0 else 0
+        parts = 2 if self.options.hard else 0
         self.components = new((parts, n_rows), dtype=self.dtype)
         self.parts = new((parts, n_under_work), dtype=self.dtype) if self.triton else None
 

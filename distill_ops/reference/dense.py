@@ -150,8 +150,7 @@ def weighted_loss(
 ) -> torch.Tensor | LossComponents:
     """Sum the divergence's terms ``[..., outcomes]`` (None where it has no share), mix it with the
     hard-label loss of logits ``student [..., V]``, weigh the tokens and reduce."""
-    hard_label_weight, reduction = arguments.hard_label_weight, arguments.reduction
-    labels, normalizer = arguments.labels, arguments.normalizer
+    reduction, labels, normalizer = arguments.reduction, arguments.labels, arguments.normalizer
     divergence_loss = None if terms is None else terms.sum(-1)
     if terms is not None and arguments.scale_by_temperature_squared:
         divergence_loss = divergence_loss * arguments.temperature**2
@@ -159,15 +158,15 @@ def weighted_loss(
     hard_loss = torch.zeros_like(weights)
     if divergence_loss is None:
         divergence_loss = hard_loss
-    if hard_label_weight > 0:
+    if arguments.hard:
         ids = labels.masked_fill(unread, 0)[..., None]
         hard_loss = -F.log_softmax(student, dim=-1).gather(-1, ids).squeeze(-1)
-    if hard_label_weight == 0:
-        loss = divergence_loss
-    elif hard_label_weight == 1:
-        loss = hard_loss
-    else:
-        loss = (1 - hard_label_weight) * divergence_loss + hard_label_weight * hard_loss
+    parts = []  # one without weight may be infinite
+    if arguments.soft:
+        parts.append(arguments.share * divergence_loss)
+    if arguments.hard:
+        parts.append(arguments.hard_label_weight * hard_loss)
+    loss = sum(parts)
 
     def reduced(per_token):
         per_token = per_token.masked_fill(unread, 0.0) * weights
@@ -197,7 +196,7 @@ def distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, q and p being their softmax at T.
+    ``u * divergence(q, p) + w * cross_entropy(label)``, q and p their softmax at T, u being ``1 - w``.
     Logits ``[..., V]`` go in, their mean over the tokens comes out; differentiable twice.
 
     Example:
@@ -220,7 +219,7 @@ def distillation_loss(
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
     terms = None
-    if arguments.hard_label_weight < 1:
+    if arguments.soft:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
         terms = divergence_terms(
             student, teacher, arguments.divergence, arguments.temperature, arguments.infinities

@@ -94,7 +94,7 @@ def topk_distillation_loss(
 ) -> torch.Tensor | LossComponents:
     """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
 
-    ``(1 - w) * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
+    ``u * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
     Logits ``[..., V]``, log-probabilities and ids ``[..., K]`` go in, the loss comes out.
 
     Example:
@@ -115,7 +115,7 @@ def topk_distillation_loss(
     rows = TokenRows("student_logits", student_logits)
     arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
     inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
-    if arguments.hard_label_weight == 1:  # the divergence has no share
+    if not arguments.soft:
         tail = None
     of_loss(inputs, Options.of(arguments, n_cols, "torch", tail))
     dtype = working_dtype(student_logits, teacher_log_probs)
@@ -123,7 +123,7 @@ def topk_distillation_loss(
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
     terms = None
-    if arguments.hard_label_weight < 1:
+    if arguments.soft:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
         terms = topk_terms(student, log_p, ids, tail, arguments.divergence, arguments.temperature)

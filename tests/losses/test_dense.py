@@ -226,12 +226,15 @@ def test_weights_that_cancel_are_not_an_empty_batch(backend, device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_components(reduction, weight, backend, device):
+@pytest.mark.parametrize(
+    "weights", [(0.0, None), (0.3, None), (1.0, None), (0.0, 2.5), (1.5, -2.0)], ids=str
+)
+def test_components(reduction, weights, backend, device):
     student, teacher = make_logits((*TOKENS, 33), device=device)
     options = {
-        "labels": LABELS.to(device), "hard_label_weight": weight, "reduction": reduction,
-        "temperature": 2.0, "scale_by_temperature_squared": True, "divergence": "reverse_kl",
+        "labels": LABELS.to(device), "reduction": reduction, "temperature": 2.0,
+        "hard_label_weight": weights[0], "soft_weight": weights[1],
+        "scale_by_temperature_squared": True, "divergence": "reverse_kl",
     }  # fmt: skip
     student.requires_grad_()
     ours = distillation_loss(student, teacher, return_components=True, backend=backend, **options)
@@ -246,6 +249,21 @@ def test_components(reduction, weight, backend, device):
     assert not ours.hard_label.requires_grad
     for name, mine, theirs, true in zip(ours._fields, ours, eager, truth, strict=True):
         assert_close(name, mine.detach(), theirs.detach(), true.detach())
+
+
+def test_a_term_without_weight_is_not_computed(backend, device):
+    """Infinite, it would make the sum NaN; and there may be no teacher for it."""
+    student, teacher = make_logits((3, 21), device=device)
+    student[:, 4] = float("-inf")
+    labels = torch.tensor([4, 4, 4], device=device)
+    check(distillation_loss, student, teacher, labels=labels, soft_weight=2.0, backend=backend)
+    options = {"labels": labels - 1, "hard_label_weight": 0.7, "backend": backend}
+    alone = distillation_loss(student, None, soft_weight=0, **options)
+    assert alone == distillation_loss(student, teacher, soft_weight=0.0, **options)
+    with pytest.raises(
+        ValueError, match="teacher_logits is None, which needs soft_weight=0, got 0.3"
+    ):
+        distillation_loss(student, None, soft_weight=0.3, **options)
 
 
 def test_many_short_blocks(backend, device):

@@ -41,6 +41,10 @@ OPTIONS = {
         "labels": LABELS, "hard_label_weight": 0.7, "temperature": 2.0,
         "scale_by_temperature_squared": True,
     },
+    "two_weights": {
+        "labels": LABELS, "hard_label_weight": 1.5, "soft_weight": 2.5, "loss_mask": FLOAT_MASK,
+    },
+    "soft_weight": {"soft_weight": -0.5, "gradient": "backward", "temperature": 2.0},
     "hard_none": {"labels": LABELS, "hard_label_weight": 0.4, "reduction": "none"},
     "hard_only": {"labels": LABELS, "hard_label_weight": 1.0},
     "normalizer": {"normalizer": 17, "loss_mask": BOOL_MASK},

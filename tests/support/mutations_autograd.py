@@ -74,7 +74,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
         "components require grad", sources.OPERATORS_FUNCTIONS,
         "constant = [x for x in outputs[operator.differentiable :] if x is not None]",
         "constant = []",
-        f"{DENSE}components[torch-0.3-mean]",
+        f"{DENSE}components[torch-(0.3, None)-mean]",
     ),
     Mutation(
         "logits from inference mode are taken", sources.OPERATORS_SAVING,

@@ -48,12 +48,12 @@ CPU_PATH = [
         "host: components swapped", sources.CPU_FORMS,
         "[weighted(divergence_loss), weighted(hard_loss)]",
         "[weighted(hard_loss), weighted(divergence_loss)]",
-        f"{DENSE}components[torch-0.3-mean]",
+        f"{DENSE}components[torch-(0.3, None)-mean]",
     ),
     Mutation(
         "host: hard and soft weights swapped", sources.CPU_FORMS,
-        "mixed = (1 - w) * divergence_loss + w * hard_loss",
-        "mixed = w * divergence_loss + (1 - w) * hard_loss",
+        "mixed = soft * divergence_loss + hard * hard_loss",
+        "mixed = hard * divergence_loss + soft * hard_loss",
         f"{OPTIONS}[torch-ForwardKL()-hard]",
     ),
     Mutation(
@@ -202,7 +202,7 @@ CHECKS = [
     ),
     Mutation(
         "labels that only mask are held to the vocabulary", sources.CHECKS_CONTENTS,
-        "if options.hard_label_weight > 0:", "if inputs.labels is not None:",
+        "if options.hard:", "if inputs.labels is not None:",
         f"{HOSTILE}right_numbers[labels beyond the vocabulary only mask-distillation_loss]",
     ),
     Mutation(

@@ -154,8 +154,8 @@ DENSE_KERNEL = [
     ),
     Mutation(
         "kernels: gradient not divided by the temperature", sources.KERNELS_DENSE,
-        "scale * (1.0 - hard_weight) * divergence_scale * over_t",
-        "scale * (1.0 - hard_weight) * divergence_scale",
+        "scale * soft_weight * divergence_scale * over_t",
+        "scale * soft_weight * divergence_scale",
         f"{OPTIONS}[triton-ForwardKL()-temperature]",
     ),
     Mutation(
@@ -165,7 +165,7 @@ DENSE_KERNEL = [
     ),
     Mutation(
         "the hard label's normaliser at the temperature", sources.KERNELS_DENSE,
-        "TEMPERED=formula.hard_label_weight > 0 and formula.temperature != 1", "TEMPERED=False",
+        "TEMPERED=formula.hard_label_weight != 0 and formula.temperature != 1", "TEMPERED=False",
         f"{OPTIONS}[triton-ForwardKL()-hard_temperature]",
     ),
     Mutation(
