@@ -27,7 +27,7 @@ from .divergences.built_in import (
     TotalVariation,
 )
 from .divergences.declared import declare_divergence
-from .problem import DistillationMetrics, DistillationStatistics, LossComponents
+from .results import DistillationMetrics, DistillationStatistics, LossComponents, TokenOutputs
 from .teacher.contents import rows_written
 from .teacher.dataset import TeacherTopKDataset
 from .teacher.sampler import BlockSampler
@@ -55,6 +55,7 @@ __all__ = [
     "SymmetricKL",
     "TeacherTopK",
     "TeacherTopKDataset",
+    "TokenOutputs",
     "TotalVariation",
     "check_divergence",
     "declare_divergence",

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
@@ -31,6 +31,8 @@ class LossOptions(TypedDict, total=False):
     vocab_size: int | None
     gradient: str
     return_components: bool
+    token_outputs: Sequence[str]
+    token_ids: torch.Tensor | None
     backend: str
 
 
@@ -38,7 +40,7 @@ DEFAULTS = LossOptions(
     divergence=SoftCrossEntropy(), loss_mask=None, labels=None, ignore_index=-100,
     hard_label_weight=0.0, soft_weight=None, temperature=1.0, scale_by_temperature_squared=False,
     reduction="mean", normalizer=None, infinities="drop", vocab_size=None, gradient="auto",
-    return_components=False, backend="auto",
+    return_components=False, token_outputs=(), token_ids=None, backend="auto",
 )  # fmt: skip
 
 
@@ -107,9 +109,11 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Mask, labels, normalizer and parameters as operators take them: numbers are among the options."""
+        """Mask, labels, normalizer, parameters and the ids of the tokens' log-probabilities, as operators
+        take them: numbers are among the options."""
         normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
-        return self.loss_mask, self.labels, normalizer, self.divergence.tensors
+        labels, parameters = self.labels, self.divergence.tensors
+        return self.loss_mask, labels, normalizer, parameters, self.token_ids
 
 
 def with_loss_options(*without: str) -> Callable[[Function], Function]:

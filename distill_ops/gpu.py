@@ -10,6 +10,7 @@ from .kernels import dense, logits, metrics, reduction, statistics, token, topk
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .kernels.rows import Formula
 from .problem import BACKWARD, Options, Tokens, TopKTeacher, parameters_of
+from .results import OutputBuffers
 
 OUTPUTS = statistics.OUTPUTS
 
@@ -40,6 +41,8 @@ def formula_of(options: Options, parameters: tuple[float | torch.Tensor, ...]) -
         divergence_scale=options.divergence_scale,
         hard_label_weight=options.hard_label_weight,
         soft_weight=options.soft_weight,
+        token_outputs=options.token_outputs,
+        ignore_index=options.ignore_index,
     )
 
 
@@ -56,14 +59,18 @@ def tokens(inputs, options: Options) -> Tokens:
         over = options.denominator
     if n_rows == 0:
         over = 1.0  # loss 0, as where no token is kept
-    return Tokens(labels, weights, over, parameters_of(inputs, options))
+    ids = None
+    if "log_prob" in options.token_outputs:
+        ids = labels if inputs.token_ids is None else flat(inputs.token_ids)
+    return Tokens(labels, weights, over, parameters_of(inputs, options), ids)
 
 
 def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
     """Fill the buffers that are given for rows of logits against such a teacher: weighted losses,
-    their components, gradient or statistics."""
+    their components, gradient or statistics, and token outputs."""
     formula = formula_of(options, tokens.parameters)
-    arguments = {"weights": tokens.weights, "denominator": tokens.denominator, **buffers}
+    arguments = {"weights": tokens.weights, "denominator": tokens.denominator}
+    arguments |= {"output_ids": tokens.ids, **buffers}
     if isinstance(teacher, TopKTeacher):
         topk.run(
             formula, options.tail, student, *teacher, tokens.labels, options.n_cols, **arguments
@@ -81,7 +88,8 @@ def reduced(losses, components, options: Options, tokens: Tokens, leading):
 
 
 def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, made: str, gradient):
-    """Loss, components where asked for, and the statistics of a gradient made in the backward."""
+    """Loss, components and token outputs where asked for, and the statistics of a gradient made in the
+    backward."""
     n_rows, new = inputs.n_rows, inputs.student.new_empty
     with on(inputs.student):
         of_rows = tokens(inputs, options)
@@ -90,13 +98,17 @@ def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, mad
         kept = None
         if made == BACKWARD:
             kept = new((n_rows, inputs.statistics), dtype=torch.float32)
+        outputs = OutputBuffers.of(
+            options.token_outputs, n_rows, losses, losses.dtype, filled=False
+        )
         rows(
-            options, of_rows, inputs.student, inputs.teacher,
-            gradient=gradient, statistics=kept, losses=losses, components=components,
+            options, of_rows, inputs.student, inputs.teacher, gradient=gradient, statistics=kept,
+            losses=losses, components=components, outputs=outputs.each(),
         )  # fmt: skip
         components = components if options.components else components[:0]
         found = reduced(losses, components, options, of_rows, inputs.leading)
-    return found[0], found[1] if options.components else None, kept
+    components = found[1] if options.components else None
+    return (found[0], components, *outputs.shaped(inputs.leading)), kept
 
 
 def gradient(

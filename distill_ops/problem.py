@@ -39,6 +39,7 @@ class Options(NamedTuple):
     n_cols: int
     ignore_index: int
     components: bool  # whether they are asked for
+    token_outputs: tuple[str, ...]  # names of those that are, in the order of TokenOutputs
 
     @classmethod
     def of(
@@ -51,7 +52,7 @@ class Options(NamedTuple):
             a.divergence.name, a.reduction, a.infinities, backend, tail, temperature,
             temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, a.share, given,
             a.divergence.numbers, n_cols, a.ignore_index,
-            a.return_components and a.hard,
+            a.return_components and a.hard, a.token_outputs,
         )  # fmt: skip
 
     soft, hard = LossArguments.soft, LossArguments.hard
@@ -148,6 +149,7 @@ class DenseInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]: those of the divergence that are tensors
+    token_ids: torch.Tensor | None  # [...]: of the log-probabilities; None: the labels
 
     @property
     def leading(self) -> torch.Size:
@@ -176,6 +178,7 @@ class TopKInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
+    token_ids: torch.Tensor | None  # [...]
 
     leading = DenseInputs.leading
     n_rows = DenseInputs.n_rows
@@ -204,6 +207,7 @@ class LinearInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
+    token_ids: torch.Tensor | None  # [...]
 
     @property
     def leading(self) -> torch.Size:
@@ -298,6 +302,7 @@ class Tokens(NamedTuple):
     weights: torch.Tensor | None  # [n]; None: all 1
     denominator: float | torch.Tensor  # of the reduction, a number or []
     parameters: tuple[float | torch.Tensor, ...]  # of the divergence: numbers, [] or [n]
+    ids: torch.Tensor | None = None  # [n]: of the log-probabilities among the token outputs
 
     def rows(self, rows: slice | torch.Tensor) -> "Tokens":
         """Those of some rows: a slice, or their indices."""
@@ -308,74 +313,11 @@ class Tokens(NamedTuple):
             return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
 
         parameters = tuple(part(value) for value in self.parameters)
-        return Tokens(part(self.labels), part(self.weights), self.denominator, parameters)
+        labels, weights, ids = map(part, (self.labels, self.weights, self.ids))
+        return Tokens(labels, weights, self.denominator, parameters, ids)
 
 
 def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
     """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[n]``."""
     tensors = (t.reshape(-1) if t.dim() else t for t in inputs.parameters)
     return tuple(next(tensors) if x is None else x for x in options.parameters)
-
-
-class LossComponents(NamedTuple):
-    """A loss and its two parts, detached and reduced like it, for logging (nats).
-
-    Example:
-        >>> import torch, distill_ops
-        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
-        >>> losses = distill_ops.distillation_loss(
-        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
-        ...     hard_label_weight=0.5, return_components=True,
-        ... )
-        >>> losses.loss.backward()
-        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
-        (0.0, 1.3863)
-    """
-
-    loss: torch.Tensor
-    divergence: torch.Tensor
-    hard_label: torch.Tensor
-
-
-class DistillationStatistics(NamedTuple):
-    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
-
-    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, -100])
-        >>> found = distill_ops.distillation_statistics(logits, logits, ids)
-        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.top1_agreement.tolist()
-        ([-1.3863, 0.0], [True, False])
-    """
-
-    divergence: torch.Tensor
-    student_log_prob: torch.Tensor  # of the token's id
-    teacher_log_prob: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
-
-
-class DistillationMetrics(NamedTuple):
-    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
-
-    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits = torch.zeros(3, 4)
-        >>> metrics = distill_ops.distillation_metrics(logits, logits)
-        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
-        ([1.0, 1.0, 1.0], 1.3863)
-    """
-
-    forward_kl: torch.Tensor  # KL(teacher || student)
-    reverse_kl: torch.Tensor  # KL(student || teacher)
-    jensen_shannon: torch.Tensor  # beta 0.5
-    total_variation: torch.Tensor
-    expected_acceptance: torch.Tensor  # sum(min(p, q)): of speculative decoding (arXiv:2211.17192)
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals

@@ -17,7 +17,9 @@ import triton.language as tl
 
 from . import launch
 from .layout import row_layouts
+from .outputs import ACCEPTANCE, LOG_PROB
 from .row_loss import row_gradient, row_statistics
+from .row_outputs import row_outputs, store_outputs
 from .rows import (
     RUN_TIME,
     Formula,
@@ -40,25 +42,27 @@ def dense_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
-    losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
-    denominator, n_inner, n_rows, n_cols, width, over_t, divergence_scale, soft_weight, hard_weight, parameters,
+    losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, output_ids_ptr, upstream_ptr,
+    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
+    OUTPUTS: tl.constexpr, WANTED: tl.constexpr, ACCEPTANCE_AT: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     TEACHER_MATCHED: tl.constexpr, GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
     """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
     without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
 
-    ``components`` is [2, n_rows], divergence and hard label, and written only with HARD.
-    A row of weight 0 is not read: loss 0, gradient 0.
+    ``components`` is [2, n_rows], divergence and hard label, and written only with HARD;
+    ``outputs`` are [n_rows] each, those of OUTPUTS. A row of weight 0 is not read: loss 0, gradient 0.
     """
     OWN_HARD: tl.constexpr = HARD and (TEMPERED or not DIVERGENCE)
     # a moment gives D before the gradient sweep, which then sums L itself; of the symmetric KL the
     # moments are kept or summed again as accurately
     SHORT: tl.constexpr = MOMENT != NO_MOMENT or not DIVERGENCE
+    OVERLAP: tl.constexpr = WRITE_GRADIENT and (ACCEPTANCE & OUTPUTS) != 0
     GRADIENT_SUMS: tl.constexpr = MOMENT != SYMMETRIC_MOMENT and (SHORT or OPERANDS >= PAIR)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
@@ -78,6 +82,9 @@ def dense_kernel(
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
         hard_loss = 0.0
+        if OUTPUTS != 0:
+            if weight == 0.0:
+                store_outputs(row, outputs, (0.0, 0.0, 0.0, -1, -1, 0.0, 0.0), WANTED)
         if weight != 0.0:
             label = tl.load(labels_ptr + row) if HARD else 0
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
@@ -85,11 +92,24 @@ def dense_kernel(
                 if HARD:  # before any thread is past the sweeps: the gradient may overwrite it
                     known = (label >= 0) & (label < n_cols)
                     logit = tl.load(student + lead + label, mask=known, other=float("nan"))
-                loss, statistics = row_statistics(
+                if LOG_PROB & OUTPUTS:
+                    token_id = tl.load(output_ids_ptr + row)
+                    id_known = (token_id >= 0) & (token_id < n_cols)
+                    id_logit = tl.load(student + lead + token_id, mask=id_known, other=float("nan"))
+                else:
+                    token_id = 0
+                    id_logit = 0.0
+                loss, statistics, seen = row_statistics(
                     student, teacher, lead, n_cols, over_t, row_values,
                     VALUE_AND_SLOPE, OPERANDS, MOMENT, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
-                    LANES, WIDTH, ENDS, WRITE_GRADIENT,
+                    LANES, WIDTH, ENDS, WRITE_GRADIENT, OUTPUTS,
                 )  # fmt: skip
+                if OUTPUTS != 0:
+                    found = row_outputs(
+                        student, teacher, lead, n_cols, over_t, seen, statistics[7], id_logit, token_id,
+                        ignore_index, OUTPUTS, not OVERLAP, LANES, WIDTH, ENDS,
+                    )  # fmt: skip
+                    store_outputs(row, outputs, found, WANTED)
                 if HARD:
                     hard_loss = (statistics[5] - logit.to(tl.float32)) + tl.log(statistics[6])
             else:
@@ -101,14 +121,17 @@ def dense_kernel(
                 for i in tl.static_range(STATISTICS - 1):
                     tl.store(kept + i, statistics[i].to(tl.float32))
             if WRITE_GRADIENT:
-                gradient_loss = row_gradient(
+                gradient_loss, gradient_overlap = row_gradient(
                     student, teacher, gradient, lead, n_cols, statistics, over_t,
                     scale * soft_weight * divergence_scale * over_t, scale * hard_weight,
                     label, row_values, VALUE_AND_SLOPE, OPERANDS, SHORT, DROP, RESTRICT, PROPAGATE, DIVERGENCE,
-                    HARD, OWN_HARD, LANES, WIDTH, ENDS,
+                    HARD, OWN_HARD, LANES, WIDTH, ENDS, OVERLAP,
                 )  # fmt: skip
                 if WRITE_LOSS and GRADIENT_SUMS:
                     loss = tl.where(statistics[7], gradient_loss, loss)
+                if OVERLAP:  # of a row that the fast loops serve, the gradient's has it
+                    if statistics[7]:
+                        tl.store(outputs[ACCEPTANCE_AT] + row, gradient_overlap)
         if WRITE_LOSS:
             store_losses(
                 row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, soft_weight, hard_weight,

@@ -110,12 +110,13 @@ def dense_launch(
     )
 
 
-def topk_unroll(block_k: int, lanes: int, own_hard: bool) -> int:
+def topk_unroll(block_k: int, lanes: int, own_hard: bool, looks: bool) -> int:
     """Tiles a turn of the top-k kernel's loops.
 
     Four of one tensor are as many loads in flight as the dense kernel's two of two. Beside a hard
-    label's own sums, or several slots a thread, they spilled 8 to 32 bytes (sm_100)."""
-    return 2 if own_hard or block_k > 2 * lanes else 4
+    label's own sums, or several slots a thread, they spilled 8 to 32 bytes (sm_100); beside ``looks``,
+    what token outputs carry along, 16 (sm_90)."""
+    return 2 if looks or own_hard or block_k > 2 * lanes else 4
 
 
 def reduction_block(n_rows: int) -> int:

@@ -11,7 +11,8 @@ import triton.language as tl
 from .layout import row_layouts
 from .math import INFINITY, LN2, LOG2E, log2_of_normal
 from .rows import RUN_TIME, first_position, row_offset, rows_launch
-from .sweeps import DOWN, NO_MOMENT, NOWHERE, PEELED, normalise, read, sweep
+from .running import NOWHERE
+from .sweeps import DOWN, NO_MOMENT, PEELED, normalise, read, sweep
 from .terms import both_exponents, paired_softmax, softmax
 
 # sums of a row: forward and reverse KL, Jensen-Shannon, total variation, sum of min(p, q), entropies
@@ -62,9 +63,9 @@ def metrics_kernel(
         lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
         student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
         teacher = first_position(teacher_ptr, teacher_offset, lead, TEACHER_MATCHED)
-        m_s, l_s, m_t, l_t, _, _, _, _ = normalise(
+        m_s, l_s, m_t, l_t, _, _, _, _, _, _, _, _, _ = normalise(
             student, teacher, lead, n_cols, over_t * LOG2E, LANES, WIDTH, ENDS,
-            True, True, True, NO_MOMENT, False, False,
+            True, True, True, NO_MOMENT, False, False, 0,
         )  # fmt: skip
         zero = tl.zeros([LANES], tl.float32)
         none = tl.full([LANES], NOWHERE, tl.int32)

@@ -25,14 +25,16 @@ def row_statistics(
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, MOMENT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-    KEEP: tl.constexpr,
+    KEEP: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """L and what the gradient needs of a row. KEEP: the row will be read once more."""
+    """L, what the gradient needs of a row, and what the first sweep saw for OUTPUTS, which is right
+    where the fast loops serve. KEEP: the row will be read once more."""
     c = over_t * LOG2E
-    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = normalise(
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least = normalise(
         student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
-        False, KEEP or MOMENT == NO_MOMENT, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD,
+        False, KEEP or MOMENT == NO_MOMENT, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD, OUTPUTS,
     )  # fmt: skip
+    seen = (m_s, l_s, m_t, l_t, h_s, h_t, top_s, top_t, least)
     loss = 0.0
     total_slope = 0.0
     if DIVERGENCE:
@@ -71,9 +73,9 @@ def row_statistics(
         m_h = m_s
         l_h = l_s
     if not fast:
-        m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = normalise(
+        m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, _, _, _, _, _ = normalise(
             student, teacher, lead, n_cols, c, LANES, WIDTH, ENDS,
-            True, True, DIVERGENCE, NO_MOMENT, RESTRICT and not PROPAGATE, HARD,
+            True, True, DIVERGENCE, NO_MOMENT, RESTRICT and not PROPAGATE, HARD, 0,
         )  # fmt: skip
         if DIVERGENCE:
             loss, total_slope = reduce(
@@ -84,7 +86,7 @@ def row_statistics(
                 total_slope = loss + 1.0
             # a row without a finite logit, and NaN, must not vanish among the dropped terms
             loss += tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
-    return loss, (m_s, l_s, m_t, l_t, total_slope, m_h, l_h, fast)
+    return loss, (m_s, l_s, m_t, l_t, total_slope, m_h, l_h, fast), seen
 
 
 @triton.jit
@@ -93,18 +95,21 @@ def row_gradient(
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, SHORT: tl.constexpr, DROP: tl.constexpr,
     RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
     OWN_HARD: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's gradient; returns L as its fast loops sum it. SHORT: one sweep came before."""
+    """Write a row's gradient; returns L, and with OVERLAP the sum of min(p, q), as its fast loops sum
+    them. SHORT: one sweep came before."""
     m_s, l_s, m_t, l_t, total_slope, m_h, l_h, fast = statistics
     row = (m_s, l_s, m_t, l_t, over_t)
     hard = (m_h, l_h, lead + label)
     loss = 0.0
+    overlap = 0.0
     if fast:
         scales = (scale, hard_scale, total_slope, 0.0)
-        loss = differentiate(
+        loss, overlap = differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
             VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, False, not SHORT,
-            DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+            DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD, OVERLAP,
         )  # fmt: skip
     else:
         if DIVERGENCE:
@@ -115,6 +120,6 @@ def row_gradient(
         differentiate(
             student, teacher, gradient, lead, n_cols, row, hard, scales, parameters,
             VALUE_AND_SLOPE, OPERANDS, LANES, WIDTH, ENDS, True, not SHORT,
-            DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, HARD,
+            DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, HARD, False,
         )  # fmt: skip
-    return loss
+    return loss, overlap

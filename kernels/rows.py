@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import launch
 from .layout import RowLayout, uniform_rows
+from .outputs import NAMES, bits
 from .sweeps import PEELED, TAIL, WHOLE_VECTORS
 from .terms import OPERANDS
 
@@ -111,6 +112,8 @@ class Formula(NamedTuple):
     divergence_scale: float  # 1 or T**2
     hard_label_weight: float
     soft_weight: float  # of the divergence
+    token_outputs: tuple[str, ...]  # of outputs.NAMES, in their order
+    ignore_index: int  # of the token ids of log_prob
 
     def arguments(self) -> dict:
         """As every kernel of a divergence takes them."""
@@ -141,6 +144,8 @@ class LossBuffers(NamedTuple):
     weights: torch.Tensor | None = None  # [N]
     denominator: torch.Tensor | float = 1.0
     upstream: torch.Tensor | None = None  # [N] or []
+    output_ids: torch.Tensor | None = None  # [N]: of log_prob
+    outputs: tuple[torch.Tensor, ...] = ()  # [N] each, of the formula's token outputs
 
     def rows(self, student: torch.Tensor, student_rows: RowLayout, n_inner: int) -> RowLayout:
         """The gradient's rows, or what stands for them."""
@@ -153,7 +158,9 @@ class LossBuffers(NamedTuple):
         tensors = pointers(
             filler, losses=self.losses, components=self.components, statistics=statistics,
             weights=self.weights, upstream=upstream, labels=labels,
+            output_ids=self.output_ids,
         )  # fmt: skip
+        given = formula.token_outputs if self.outputs else ()
         return formula.arguments() | {
             **tensors,
             "upstream_stride": 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
@@ -161,6 +168,11 @@ class LossBuffers(NamedTuple):
             "divergence_scale": float(formula.divergence_scale),
             "soft_weight": float(formula.soft_weight),
             "hard_weight": float(formula.hard_label_weight),
+            "ignore_index": formula.ignore_index,
+            "outputs": self.outputs,
+            "OUTPUTS": bits(given),
+            "WANTED": tuple(map(NAMES.index, given)),
+            "ACCEPTANCE_AT": given.index("acceptance") if "acceptance" in given else 0,
             "HARD": formula.hard_label_weight != 0,
             "HAS_WEIGHTS": self.weights is not None,
             "DENOMINATOR_IN_MEMORY": isinstance(self.denominator, torch.Tensor),

@@ -23,7 +23,8 @@ from .rows import (
     row_parameters,
     rows_launch,
 )
-from .sweeps import MOMENTS, NOWHERE, PEELED, UP, fill_zero, read, sweep, write
+from .running import NOWHERE
+from .sweeps import MOMENTS, PEELED, UP, fill_zero, read, sweep, write
 from .terms import column_terms
 from .token_row import (
     token_coefficients,
@@ -145,10 +146,10 @@ def statistics_kernel(
                 m_t, l_t, h_t, top_t = token_sweep(
                     teacher, lead, n_cols, c, LANES, WIDTH, ENDS, True, True, True
                 )
-                loss, kept = row_statistics(
+                loss, kept, _ = row_statistics(
                     student, teacher, lead, n_cols, over_t, row_values,
                     VALUE_AND_SLOPE, OPERANDS, MOMENT, DROP, RESTRICT, False, True, False, False,
-                    LANES, WIDTH, ENDS, False,
+                    LANES, WIDTH, ENDS, False, 0,
                 )  # fmt: skip
                 known = (token_id >= 0) & (token_id < n_cols)
                 x_s = tl.load(student + lead + token_id, mask=known, other=float("nan"))

@@ -20,11 +20,17 @@ costs all the accuracy of a row far from zero.
 import triton
 import triton.language as tl
 
-from .math import INFINITY, LOG2E, fma, from_float32, rounded_product, to_float32
+from .math import INFINITY, LOG2E, fma, from_float32, to_float32
+from .outputs import (
+    OF_STUDENT,
+    STUDENT_ARGMAX,
+    STUDENT_ENTROPY,
+    TEACHER_ARGMAX,
+    TEACHER_ENTROPY,
+    TEACHER_MASS,
+)
+from .running import LOWEST, NOWHERE, combine_lanes, first_maximum, move_moment, rescale
 from .terms import STUDENT, column_terms, softmax
-
-NOWHERE = tl.constexpr(2147483647)  # the position of no column
-LOWEST = tl.constexpr(-1e30)  # start of a running maximum: finite, so that no inf - inf appears
 
 # Which moment a divergence has. SOFT: E_p[s/T]; FORWARD: E_p[(s - t)/T]; REVERSE: E_q[(s - t)/T];
 # SYMMETRIC: the last two.
@@ -116,56 +122,32 @@ def write(gradient_row, position, gradient, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def finite_or_zero(m):
-    """A maximum to subtract: 0 where no logit is finite."""
-    return tl.where(m == -INFINITY, 0.0, m)
-
-
-@triton.jit
-def rescale(m, l, x, c, GUARDED: tl.constexpr):
-    """Move a running (maximum, sum) to cover the tile ``x``.
-
-    Returns the new maximum, the old sum's factor, the base-2 shift and the tile's exponents."""
-    new_m = tl.maximum(m, tl.max(x, axis=1))
-    if GUARDED:
-        safe_m = finite_or_zero(new_m)
-        shift = (m - safe_m) * c
-        y = (x - safe_m[:, None]) * c
-    else:
-        scaled = rounded_product(new_m, c)
-        shift = rounded_product(m, c) - scaled
-        y = fma(x, c, -scaled[:, None])
-    return new_m, tl.exp2(shift), shift, y
-
-
-@triton.jit
-def combine_lanes(m, l, c, GUARDED: tl.constexpr):
-    """The lanes' (maximum, sum) as the row's, and each lane's factor and base-2 shift."""
-    row_m = tl.max(m, axis=0)
-    if GUARDED:
-        row_m = finite_or_zero(row_m)
-        shift = (m - row_m) * c
-    else:
-        shift = rounded_product(m, c) - rounded_product(row_m, c)
-    factor = tl.exp2(shift)
-    return row_m, tl.sum(l * factor, axis=0), factor, shift
-
-
-@triton.jit
 def normalise_tile(
     state, k, position, inside, student_row, teacher_row, c, MASKED: tl.constexpr,
     GUARDED: tl.constexpr, KEEP: tl.constexpr, DIVERGENCE: tl.constexpr, MOMENT: tl.constexpr,
-    RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr,
+    RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least = state
     x_s = read(student_row, position, inside, MASKED, KEEP)
     if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
         m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
         l_h = l_h * factor + tl.sum(tl.exp2(y), axis=1)
+    if TEACHER_MASS & OUTPUTS:
+        least = tl.minimum(least, tl.min(tl.where(inside, x_s, 0.0) if MASKED else x_s, axis=1))
+    if STUDENT_ARGMAX & OUTPUTS:
+        top_s = first_maximum(m_s, top_s, x_s, position)
+    if not DIVERGENCE and (OF_STUDENT & OUTPUTS):
+        m_s, factor_s, shift_s, y_s = rescale(m_s, l_s, x_s, c, GUARDED)
+        e_s = tl.exp2(y_s)
+        if STUDENT_ENTROPY & OUTPUTS:
+            h_s = move_moment(h_s, l_s, factor_s, shift_s, e_s, y_s)
+        l_s = l_s * factor_s + tl.sum(e_s, axis=1)
     if DIVERGENCE:
         x_t = read(teacher_row, position, inside, MASKED, KEEP)
         if GUARDED and RESTRICT:
             x_s = tl.where(x_t == -INFINITY, -INFINITY, x_s)
+        if TEACHER_ARGMAX & OUTPUTS:
+            top_t = first_maximum(m_t, top_t, x_t, position)
         old_t = m_t
         m_t, factor_t, shift_t, y_t = rescale(m_t, l_t, x_t, c, GUARDED)
         e_t = tl.exp2(y_t)
@@ -194,26 +176,40 @@ def normalise_tile(
                 term = tl.where(inside, term, 0.0)
             moment_s = factor_s * (moment_s + l_s * shift) + tl.sum(term, axis=1)
     if DIVERGENCE:
+        if STUDENT_ENTROPY & OUTPUTS:
+            h_s = move_moment(h_s, l_s, factor_s, shift_s, e_s, y_s)
+        if TEACHER_ENTROPY & OUTPUTS:
+            h_t = move_moment(h_t, l_t, factor_t, shift_t, e_t, y_t)
         l_t = l_t * factor_t + tl.sum(e_t, axis=1)
         l_s = l_s * factor_s + tl.sum(e_s, axis=1)
-    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h
+    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least
 
 
 @triton.jit
 def normalise(
     student_row, teacher_row, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr,
     ENDS: tl.constexpr, GUARDED: tl.constexpr, KEEP: tl.constexpr, DIVERGENCE: tl.constexpr,
-    MOMENT: tl.constexpr, RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr,
+    MOMENT: tl.constexpr, RESTRICT: tl.constexpr, OWN_HARD: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of both rows, the moments under p and q, the hard label's maximum and sum."""
+    """Maximum and sum of both rows, the moments under p and q, the hard label's maximum and sum; and for
+    OUTPUTS the moments of both entropies, the places of both maxima, and the student's least logit, or 0."""
+    # with more than one of the five that are carried along a second tile a turn would spill (sm_100)
+    CARRIED: tl.constexpr = (
+        OUTPUTS // 2 % 2
+        + OUTPUTS // 4 % 2
+        + OUTPUTS // 8 % 2
+        + OUTPUTS // 16 % 2
+        + OUTPUTS // 64 % 2
+    )
     low = tl.full([LANES], -INFINITY if GUARDED else LOWEST, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
+    nowhere = tl.full([LANES], NOWHERE, tl.int32)
     state = sweep(
-        (low, zero, low, zero, zero, zero, low, zero), normalise_tile, (student_row, teacher_row, c),
-        (GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD), lead, n_cols, LANES, WIDTH, ENDS,
-        UP_FIRST, 1 if GUARDED or OWN_HARD else UNROLL,
+        (low, zero, low, zero, zero, zero, low, zero, zero, zero, nowhere, nowhere, zero), normalise_tile,
+        (student_row, teacher_row, c), (GUARDED, KEEP, DIVERGENCE, MOMENT, RESTRICT, OWN_HARD, OUTPUTS),
+        lead, n_cols, LANES, WIDTH, ENDS, UP_FIRST, 1 if GUARDED or OWN_HARD or CARRIED > 1 else UNROLL,
     )  # fmt: skip
-    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h = state
+    m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least = state
     lanes_m_s = m_s
     lanes_m_t = m_t
     lanes_l_s = l_s
@@ -229,7 +225,12 @@ def normalise(
         shift = shift_s - shift_t
     moment_t = tl.sum(factor_t * (moment_t + lanes_l_t * shift), axis=0)
     moment_s = tl.sum(factor_s * (moment_s + lanes_l_s * shift), axis=0)
-    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h
+    h_s = tl.sum(factor_s * (h_s + lanes_l_s * tl.maximum(shift_s, LOWEST)), axis=0)
+    h_t = tl.sum(factor_t * (h_t + lanes_l_t * tl.maximum(shift_t, LOWEST)), axis=0)
+    top_s = tl.min(tl.where(lanes_m_s == m_s, top_s, NOWHERE), axis=0)
+    top_t = tl.min(tl.where(lanes_m_t == m_t, top_t, NOWHERE), axis=0)
+    least = tl.min(least, axis=0)
+    return m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least
 
 
 @triton.jit
@@ -269,11 +270,12 @@ def reduce(
 
 @triton.jit
 def differentiate_tile(
-    loss, k, position, inside, student_row, teacher_row, gradient_row, row, hard, scales, parameters,
+    sums, k, position, inside, student_row, teacher_row, gradient_row, row, hard, scales, parameters,
     MASKED: tl.constexpr, VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, GUARDED: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    loss, overlap = sums
     scale, hard_scale, total_slope, poison = scales
     x_s = read(student_row, position, inside, MASKED, False)
     if DIVERGENCE:
@@ -283,6 +285,10 @@ def differentiate_tile(
             VALUE_AND_SLOPE, OPERANDS, False, MASKED, GUARDED, DROP, RESTRICT, PROPAGATE,
         )  # fmt: skip
         loss += tl.sum(value, axis=1)
+        if OVERLAP:
+            m_s, l_s, m_t, l_t, over_t = row
+            _, p = softmax(x_t, m_t, l_t, over_t, GUARDED)
+            overlap += tl.sum(tl.minimum(q, p), axis=1)
         gradient = fma(q, -total_slope, slope) * scale
     else:
         gradient = tl.zeros_like(x_s)
@@ -294,7 +300,7 @@ def differentiate_tile(
     if GUARDED:
         gradient += poison
     write(gradient_row, position, gradient, inside, MASKED)
-    return loss
+    return loss, overlap
 
 
 @triton.jit
@@ -303,16 +309,22 @@ def differentiate(
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
     GUARDED: tl.constexpr, FORWARD: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr,
     PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient and return L, walking against the sweep before (FORWARD or not)."""
-    loss = sweep(
-        tl.zeros([LANES], tl.float32), differentiate_tile,
+    """Write the gradient, walking against the sweep before (FORWARD or not); returns L, and with OVERLAP
+    the sum of min(p, q)."""
+    zero = tl.zeros([LANES], tl.float32)
+    loss, overlap = sweep(
+        (zero, zero), differentiate_tile,
         (student_row, teacher_row, gradient_row, row, hard, scales, parameters),
-        (VALUE_AND_SLOPE, OPERANDS, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD),
+        (
+            VALUE_AND_SLOPE, OPERANDS, GUARDED, DROP, RESTRICT, PROPAGATE, DIVERGENCE, HARD, OWN_HARD,
+            OVERLAP,
+        ),
         lead, n_cols, LANES, WIDTH, ENDS, UP if FORWARD else DOWN,
         1 if GUARDED or OWN_HARD or OPERANDS == STUDENT else UNROLL,
     )  # fmt: skip
-    return tl.sum(loss, axis=0)
+    return tl.sum(loss, axis=0), tl.sum(overlap, axis=0)
 
 
 @triton.jit

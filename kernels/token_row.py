@@ -13,18 +13,8 @@ import triton
 import triton.language as tl
 
 from .math import INFINITY, LN2, LOG2E, from_float32
-from .sweeps import (
-    LOWEST,
-    NOWHERE,
-    UNROLL,
-    UP,
-    UP_FIRST,
-    combine_lanes,
-    read,
-    rescale,
-    sweep,
-    write,
-)
+from .running import LOWEST, NOWHERE, combine_lanes, first_maximum, move_moment, rescale
+from .sweeps import UNROLL, UP, UP_FIRST, read, sweep, write
 
 
 @triton.jit
@@ -34,15 +24,12 @@ def token_tile(
 ):  # fmt: skip
     m, l, moment, top = state
     x = read(row, position, inside, MASKED, KEEP)
-    if TOP:  # the first of a lane's maxima, in whatever order the tiles come
-        tile_m = tl.max(x, axis=1)
-        found = tl.min(tl.where(x == tile_m[:, None], position, NOWHERE), axis=1)
-        top = tl.where(tile_m > m, found, tl.where(tile_m == m, tl.minimum(found, top), top))
+    if TOP:
+        top = first_maximum(m, top, x, position)
     m, factor, shift, y = rescale(m, l, x, c, True)
     e = tl.exp2(y)
-    if ENTROPY:  # no 0 * inf where a logit, or the maximum so far, is -inf
-        term = e * tl.maximum(y, LOWEST)
-        moment = factor * (moment + l * tl.maximum(shift, LOWEST)) + tl.sum(term, axis=1)
+    if ENTROPY:
+        moment = move_moment(moment, l, factor, shift, e, y)
     return m, l * factor + tl.sum(e, axis=1), moment, top
 
 

@@ -19,6 +19,8 @@ import triton.language as tl
 from . import launch
 from .layout import row_layouts
 from .math import INFINITY, LOG2E, fma, from_float32
+from .outputs import LOG_PROB, OF_STUDENT, bits
+from .row_outputs import store_outputs
 from .rows import (
     RUN_TIME,
     Formula,
@@ -30,8 +32,10 @@ from .rows import (
     rows_launch,
     store_losses,
 )
-from .sweeps import PEELED, fill_zero, finite_or_zero
+from .running import NOWHERE, finite_or_zero
+from .sweeps import PEELED, fill_zero
 from .terms import SMALLEST, column_terms
+from .topk_outputs import topk_outputs
 from .topk_outside import clear, mark, spread, sum_outside, terms_outside, unmark
 
 STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
@@ -116,13 +120,14 @@ def topk_kernel(
     student_ptr, student_start, student_outer, student_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
-    losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
-    denominator, n_inner, n_rows, n_cols, width, k, over_t, divergence_scale, soft_weight, hard_weight, parameters,
+    losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, output_ids_ptr, upstream_ptr,
+    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, k, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr,
     TAIL: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, REST: tl.constexpr,
     EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, OUTPUTS: tl.constexpr, WANTED: tl.constexpr,
+    ACCEPTANCE_AT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
     ENDS: tl.constexpr, UNROLL: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +138,9 @@ def topk_kernel(
     divergence sees the columns outside; EACH: one by one. OWN_HARD: the hard label's sums are not
     the divergence's. A row of weight 0 is not read: loss 0, gradient 0.
     """
-    SWEPT: tl.constexpr = WRITE_LOSS and (REST or HARD)
+    # the student's own outputs are of its whole row, which a divergence on the K alone does not read
+    LOOKS: tl.constexpr = WRITE_LOSS and (OF_STUDENT & OUTPUTS) != 0
+    SWEPT: tl.constexpr = WRITE_LOSS and (REST or HARD or LOOKS)
     SHARED: tl.constexpr = (REST and not EACH) or (HARD and not OWN_HARD and not EACH)
     if SWEPT:
         words = words_ptr + tl.program_id(0) * n_words
@@ -158,6 +165,9 @@ def topk_kernel(
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
         hard_loss = 0.0
+        if OUTPUTS != 0:
+            if weight == 0.0:
+                store_outputs(row, outputs, (0.0, 0.0, 0.0, -1, -1, 0.0, 0.0), WANTED)
         if weight != 0.0:
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
             slots = tl.cast(row, tl.int64) * k
@@ -177,15 +187,35 @@ def topk_kernel(
             l_h = 0.0
             if SWEPT:
                 mark(words, position, used)
-                m_r, l_r, l_h = sum_outside(
-                    student, bitmap, lead, n_cols, c, LANES, WIDTH, ENDS, REST, OWN_HARD, UNROLL
-                )
+                m_r, row_l_r, l_h, moment, top = sum_outside(
+                    student, bitmap, lead, n_cols, c, LANES, WIDTH, ENDS, REST or LOOKS, OWN_HARD, OUTPUTS,
+                    UNROLL,
+                )  # fmt: skip
+                if REST:
+                    l_r = row_l_r
                 if HARD and not OWN_HARD:
                     l_h = l_r
             elif not WRITE_LOSS:
                 m_r = tl.load(kept)
                 l_r = tl.load(kept + 1)
                 l_h = tl.load(kept + 2)
+            if OUTPUTS != 0:
+                output_id = 0
+                logit_there = 0.0
+                if LOG_PROB & OUTPUTS:
+                    output_id = tl.load(output_ids_ptr + row)
+                    there = (output_id >= 0) & (output_id < n_cols)
+                    logit_there = tl.load(
+                        student + lead + output_id, mask=there, other=float("nan")
+                    )
+                outside = (0.0, 0.0, 0.0, NOWHERE)
+                if SWEPT:
+                    outside = (m_r, row_l_r, moment, top)
+                found = topk_outputs(
+                    x, token_id, used, log_probs_ptr + slots, lane, outside, lead, over_t, logit_there,
+                    output_id, ignore_index, OUTPUTS,
+                )  # fmt: skip
+                store_outputs(row, outputs, found, WANTED)
             y, l, m, row_l = outcomes(x, log_p, lane, k, m_r, l_r, over_t, REST, RESTRICT, EACH)
             outside_loss = 0.0
             outside_slope = 0.0
@@ -293,7 +323,8 @@ def run(
     own_hard = hard and (formula.temperature != 1 or not rest)
     block_k = triton.next_power_of_2(k + 1)
     words, n_words = student, 0  # student: stands for memory that is not read
-    if buffers.losses is not None and (rest or hard):
+    looks = bool(buffers.outputs) and bool(bits(formula.token_outputs) & OF_STUDENT.value)
+    if buffers.losses is not None and (rest or hard or looks):
         n_words = launch.padded(n_cols + 8, arguments["LANES"] * arguments["WIDTH"]) // 32
         words = torch.empty((*grid, n_words), dtype=torch.int32, device=student.device)
     topk_kernel[grid](
@@ -312,5 +343,5 @@ def run(
         EACH=rest and tail != "bucket" and not formula.additive,
         OWN_HARD=own_hard,
         BLOCK_K=block_k,
-        UNROLL=launch.topk_unroll(block_k, arguments["LANES"], own_hard),
+        UNROLL=launch.topk_unroll(block_k, arguments["LANES"], own_hard, looks),
     )

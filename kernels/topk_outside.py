@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from .math import INFINITY, LOG2E, fma
-from .sweeps import DOWN, UP, UP_FIRST, combine_lanes, finite_or_zero, read, rescale, sweep, write
+from .outputs import STUDENT_ARGMAX, STUDENT_ENTROPY
+from .running import (
+    LOWEST,
+    NOWHERE,
+    combine_lanes,
+    finite_or_zero,
+    first_maximum,
+    move_moment,
+    rescale,
+)
+from .sweeps import DOWN, UP, UP_FIRST, read, sweep, write
 from .terms import column_terms
 
 
@@ -54,38 +64,48 @@ def read_outside(
 @triton.jit
 def sum_tile(
     state, k, position, inside, student_row, bitmap, c, MASKED: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr, REST: tl.constexpr, OWN_HARD: tl.constexpr,
+    WIDTH: tl.constexpr, REST: tl.constexpr, OWN_HARD: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    old_m, l, l_h = state
+    old_m, l, l_h, moment, top = state
     x = read_outside(student_row, bitmap, k, position, inside, LANES, WIDTH, MASKED)
-    m, factor, _, y = rescale(old_m, l, x, c, True)
+    if STUDENT_ARGMAX & OUTPUTS:
+        top = first_maximum(old_m, top, x, position)
+    m, factor, shift, y = rescale(old_m, l, x, c, True)
     if REST:
-        l = l * factor + tl.sum(tl.exp2(y), axis=1)
+        e = tl.exp2(y)
+        if STUDENT_ENTROPY & OUTPUTS:
+            moment = move_moment(moment, l, factor, shift, e, y)
+        l = l * factor + tl.sum(e, axis=1)
     if OWN_HARD:
         safe_m = finite_or_zero(m)
         l_h = l_h * tl.exp2((old_m - safe_m) * LOG2E)
         l_h += tl.sum(tl.exp2((x - safe_m[:, None]) * LOG2E), axis=1)
-    return m, l, l_h
+    return m, l, l_h, moment, top
 
 
 @triton.jit
 def sum_outside(
     student_row, bitmap, lead, n_cols, c, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
-    REST: tl.constexpr, OWN_HARD: tl.constexpr, UNROLL: tl.constexpr,
+    REST: tl.constexpr, OWN_HARD: tl.constexpr, OUTPUTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Maximum of the columns outside, 0 where none is finite; their sums of exponentials relative to
-    it, at the loss's temperature (REST) and at temperature 1 (OWN_HARD), 0 where there is none."""
+    it, at the loss's temperature (REST) and at temperature 1 (OWN_HARD), 0 where there is none; and for
+    OUTPUTS the entropy's moment and the place of the maximum."""
     zero = tl.zeros([LANES], tl.float32)
-    lanes_m, l, l_h = sweep(
-        (tl.full([LANES], -INFINITY, tl.float32), zero, zero), sum_tile, (student_row, bitmap, c),
-        (LANES, WIDTH, REST, OWN_HARD), lead, n_cols, LANES, WIDTH, ENDS, UP_FIRST, UNROLL,
+    nowhere = tl.full([LANES], NOWHERE, tl.int32)
+    lanes_m, lanes_l, l_h, moment, top = sweep(
+        (tl.full([LANES], -INFINITY, tl.float32), zero, zero, zero, nowhere), sum_tile,
+        (student_row, bitmap, c), (LANES, WIDTH, REST, OWN_HARD, OUTPUTS), lead, n_cols, LANES, WIDTH, ENDS,
+        UP_FIRST, UNROLL,
     )  # fmt: skip
-    m, l, _, _ = combine_lanes(lanes_m, l, c, True)
+    m, l, factor, shift = combine_lanes(lanes_m, lanes_l, c, True)
+    moment = tl.sum(factor * (moment + lanes_l * tl.maximum(shift, LOWEST)), axis=0)
+    top = tl.min(tl.where(lanes_m == m, top, NOWHERE), axis=0)
     if OWN_HARD:
         l_h = tl.sum(l_h * tl.exp2((lanes_m - m) * LOG2E), axis=0)
     else:
         l_h = 0.0
-    return m, l, l_h
+    return m, l, l_h, moment, top
 
 
 @triton.jit

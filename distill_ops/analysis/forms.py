@@ -55,21 +55,25 @@ class Form:
     vocab_size: int | None = None
     teacher_stride: int | None = None
     n_rows: int = 4096
+    token_outputs: tuple[str, ...] = ()
 
     def problem(self, divergence: Divergence) -> tuple[problem.DenseInputs, Options]:
         """The operator's arguments, on tensors without memory."""
 
         weight = self.hard_label_weight
-        labels = _meta(self.n_rows, dtype=torch.int64) if weight else None
+        labels = None
+        if weight or "log_prob" in self.token_outputs:
+            labels = _meta(self.n_rows, dtype=torch.int64)
         arguments = LossArguments(
-            divergence, temperature=self.temperature, hard_label_weight=weight
-        )
+            divergence, temperature=self.temperature, hard_label_weight=weight,
+            token_outputs=self.token_outputs,
+        )  # fmt: skip
         options = Options.of(arguments, self.vocab_size or self.n_cols, "triton")
         student = _meta(self.n_rows, self.n_cols, dtype=self.student_dtype)
         stride = self.teacher_stride or self.n_cols
         teacher = _meta(self.n_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
         return problem.DenseInputs(
-            student, teacher, None, labels, None, divergence.tensors
+            student, teacher, None, labels, None, divergence.tensors, None
         ), options
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
@@ -104,16 +108,20 @@ def topk_launches(
     divergence: Divergence, n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
     tail: str = "bucket", gradient: str = "forward", hard_label_weight: float = 0.0,
     temperature: float = 1.0, vocab_size: int | None = None, n_rows: int = 4096,
+    token_outputs: tuple[str, ...] = (),
 ) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
     arguments = LossArguments(
-        divergence, temperature=temperature, hard_label_weight=hard_label_weight
-    )
+        divergence, temperature=temperature, hard_label_weight=hard_label_weight,
+        token_outputs=token_outputs,
+    )  # fmt: skip
     options = Options.of(arguments, vocab_size or n_cols, "triton", tail)
-    labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
+    labels = None
+    if hard_label_weight or "log_prob" in token_outputs:
+        labels = _meta(n_rows, dtype=torch.int64)
     slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
     inputs = problem.TopKInputs(
-        _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors
+        _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors, None
     )
     recorded = _recorded(topk_loss, inputs, options, gradient, target)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]

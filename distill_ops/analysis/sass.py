@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import triton
 
-from ..kernels.sweeps import rescale
+from ..kernels.running import rescale
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from ..checks.options import given_options
 from ..checks.values import BACKENDS
 from ..heads.select import autocasts
 from ..kernels.portable import triton
-from ..problem import BACKWARD, FORWARD, NO_GRADIENT, LossComponents, Options, working_dtype
+from ..problem import BACKWARD, FORWARD, NO_GRADIENT, Options, working_dtype
+from ..results import ARGMAX, NUMBERS, LossComponents, LossResult, TokenOutputs, asked
 from ..scalars import one_of
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -67,11 +68,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def loss_result(
     outputs: tuple[torch.Tensor | None, ...], options: Options, return_components: bool
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """What the user gets of a loss operator's outputs."""
-    loss, components = outputs
-    if not return_components:
-        return loss
+    loss, components, numbers, argmax = outputs
+    found = _with_components(loss, components, options) if return_components else loss
+    if not options.token_outputs:
+        return found
+    parts = []
+    for names, values in ((NUMBERS, numbers), (ARGMAX, argmax)):
+        names = asked(names, options.token_outputs)
+        parts.extend(zip(names, values.unbind(0), strict=True) if names else ())
+    return found, TokenOutputs(**dict(parts))
+
+
+def _with_components(loss, components, options: Options) -> LossComponents:
     if options.components:
         return LossComponents(loss, *components.unbind(0))
     divergence = loss.detach() / options.soft_weight

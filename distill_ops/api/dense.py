@@ -8,7 +8,8 @@ from ..checks.logits import check_inplace
 from ..checks.options import given_options
 from ..checks.tokens import check_dense
 from ..operators.dense import dense_loss
-from ..problem import NO_GRADIENT, DenseInputs, LossComponents, Options
+from ..problem import NO_GRADIENT, DenseInputs, Options
+from ..results import LossResult
 from ..scalars import flag
 from .choices import LossModule, choose_backend, gradient_mode, loss_result
 
@@ -22,7 +23,7 @@ def distillation_loss(
     *,
     inplace: bool = False,
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """Distillation loss of student logits against teacher logits, in nats.
 
     ``u * divergence(q, p) + w * cross_entropy(label)``, q and p their softmax at T, u being ``1 - w``.
@@ -90,11 +91,14 @@ def distillation_loss(
             not require one) nothing is written.
         return_components: return ``LossComponents(loss, divergence, hard_label)``, the last two
             detached and reduced alike.
+        token_outputs: names of :class:`TokenOutputs`: return a pair, the second being these numbers of
+            each token, from the sweeps that run anyway. "acceptance" takes one more without a gradient.
+        token_ids: ``[...]``, int64 or int32: of what token "log_prob" among them is; by default the labels.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-d, or ``[...]`` with "none". Without a
-        token of nonzero weight it is 0, with a graph.
+        token of nonzero weight it is 0, with a graph. With ``token_outputs``, a pair of it and them.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -140,6 +144,6 @@ class DistillationLoss(LossModule):
 
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, **arguments
-    ) -> torch.Tensor | LossComponents:
+    ) -> LossResult:
         """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""
         return distillation_loss(student_logits, teacher_logits, **{**self.options, **arguments})

@@ -9,7 +9,7 @@ from ..checks.options import block_options, given_options, head_options
 from ..checks.tokens import check_options
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import LossComponents
+from ..results import LossResult
 from .choices import LossModule, loss_result
 from .heads import NO_HEAD, linear_problem
 
@@ -37,7 +37,7 @@ def linear_distillation_loss(
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """:func:`distillation_loss` of two language-model heads, without their logits in memory.
 
     ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, a block at a time.
@@ -161,7 +161,7 @@ class LinearDistillationLoss(LossModule):
         teacher_hidden: torch.Tensor | None,
         teacher_weight: torch.Tensor | None,
         **arguments,
-    ) -> torch.Tensor | LossComponents:
+    ) -> LossResult:
         """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""
         return linear_distillation_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight,

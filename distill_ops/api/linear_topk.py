@@ -10,7 +10,8 @@ from ..checks.options import block_options, given_options, head_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import HeadOptions, LossComponents
+from ..problem import HeadOptions
+from ..results import LossResult
 from .choices import loss_result
 from .heads import NO_HEAD, linear_problem
 
@@ -36,7 +37,7 @@ def linear_topk_distillation_loss(
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
 
     ``softcap((hidden weight^T + bias) * logit_scale)`` are the student's logits, a block at a time.

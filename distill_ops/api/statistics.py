@@ -7,7 +7,8 @@ from ..checks.tokens import check_statistics
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
 from ..operators.statistics import distillation_statistics as operator
-from ..problem import DistillationStatistics, Options, StatisticsInputs
+from ..problem import Options, StatisticsInputs
+from ..results import DistillationStatistics
 from .choices import choose_backend, gradient_mode
 
 

@@ -10,7 +10,8 @@ from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
-from ..problem import DenseInputs, LossComponents, Options, TopKInputs
+from ..problem import DenseInputs, Options, TopKInputs
+from ..results import LossResult
 from .choices import choose_backend, gradient_mode, loss_result
 
 WITHOUT = ("infinities",)
@@ -24,7 +25,7 @@ def topk_distillation_loss(
     *,
     tail: str = "bucket",
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
 
     ``u * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.

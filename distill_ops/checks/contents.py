@@ -44,6 +44,11 @@ def of_loss(
         _weights(counted)
     if options.hard:
         _ids("labels", inputs.labels, options.n_cols, counted)
+    if "log_prob" in options.token_outputs:
+        ids, name = inputs.token_ids, "token_ids"
+        if ids is None:
+            ids, name = inputs.labels, "labels"
+        _ids(name, ids, options.n_cols, counted)
     if options.soft:
         _parameters(inputs.parameters, options, counted)
     _normalizer(inputs.normalizer, options, counted, inputs[0])

@@ -1,12 +1,14 @@
 """Checks of the options of a loss that need no tensor: when a call or a module is made."""
 
 import math
+from collections.abc import Collection
 
 import torch
 
 from ..arguments import LossArguments, LossOptions, loss_arguments
 from ..divergences.base import as_divergence
 from ..problem import BlockOptions, HeadOptions
+from ..results import TOKEN_OUTPUTS, asked
 from ..scalars import flag, integer, number, one_of, shown
 from .values import BACKENDS, LOGIT_DTYPES, check_ignore_index, check_share, check_temperature
 
@@ -17,6 +19,14 @@ OTHER_REDUCTIONS = {
     "batchmean": "'mean' is over the tokens, as batchmean of logits [tokens, vocab] is",
     "token": "'mean' is over the tokens",
     "tokenmean": "'mean' is over the tokens",
+}
+OTHER_OUTPUTS = {
+    "acceptancerate": "pass 'acceptance'",
+    "entropy": "pass 'student_entropy' or 'teacher_entropy'",
+    "entropies": "pass 'student_entropy', 'teacher_entropy'",
+    "logprobs": "pass 'log_prob'",
+    "logps": "pass 'log_prob'",
+    "top1agreement": "pass 'student_argmax', 'teacher_argmax' and compare them",
 }
 
 
@@ -41,6 +51,7 @@ def given_options(
             "gradient='forward' needs reduction='mean' or 'sum', got 'none', whose incoming "
             "gradients are not known before backward: use gradient='backward' or 'auto'"
         )
+    token_outputs = _token_outputs(a.token_outputs)
     weight, share = _weights(a.hard_label_weight, a.soft_weight)
     normalizer, vocab_size = a.normalizer, a.vocab_size
     if normalizer is not None:
@@ -59,7 +70,19 @@ def given_options(
         ignore_index=check_ignore_index(a.ignore_index),
         normalizer=normalizer,
         vocab_size=None if vocab_size is None else integer("vocab_size", vocab_size, 1),
+        token_outputs=token_outputs,
     )
+
+
+def _token_outputs(given) -> tuple[str, ...]:
+    """The names, each once, in the order of TokenOutputs."""
+    if isinstance(given, str) or not isinstance(given, Collection):
+        raise TypeError(
+            f"token_outputs must be a tuple of names, such as ('log_prob',), got {shown(given)}"
+        )
+    for name in given:
+        one_of("each of token_outputs", name, TOKEN_OUTPUTS, OTHER_OUTPUTS)
+    return asked(TOKEN_OUTPUTS, tuple(given))
 
 
 def _weights(hard: float, soft: float | None) -> tuple[float, float | None]:

@@ -3,6 +3,7 @@
 import torch
 
 from ..arguments import LossArguments
+from ..results import OF_WHOLE_TEACHER, asked
 from ..scalars import integer, one_of
 from .logits import check_teacher_given
 from .tokens import check_options
@@ -22,6 +23,12 @@ def check_topk(
     """Check the tensors of a loss and its top-k teacher; returns its arguments."""
     arguments = check_options(rows, arguments)
     one_of("tail", tail, TAILS)
+    unknown = asked(OF_WHOLE_TEACHER, arguments.token_outputs)
+    if unknown:
+        raise ValueError(
+            f"token_outputs={unknown} are of the teacher's whole row, of which {rows.name} comes with K "
+            f"log-probabilities: leave them out, or pass the teacher's logits to distillation_loss"
+        )
     for name, tensor in (("teacher_log_probs", teacher_log_probs), ("teacher_ids", teacher_ids)):
         check_teacher_given(name, tensor, arguments)
         if tensor is None:

@@ -7,6 +7,7 @@ import torch
 
 from ..arguments import LossArguments
 from ..divergences.base import Divergence, as_divergence
+from ..results import OF_TEACHER, asked
 from .logits import check_alone, check_logits, check_pair, check_teacher_given
 from .options import checked_normalizer
 from .values import (
@@ -100,7 +101,31 @@ def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
     if arguments.soft:
         check_parameters(arguments.divergence, rows)
     normalizer = _check_normalizer(arguments.normalizer, rows)
-    return arguments._replace(labels=labels, normalizer=normalizer)
+    ids = _check_outputs(rows, arguments)
+    return arguments._replace(labels=labels, normalizer=normalizer, token_ids=ids)
+
+
+def _check_outputs(rows: TokenRows, arguments: LossArguments) -> torch.Tensor | None:
+    """What the token outputs need; returns the ids as int64."""
+    given, ids = arguments.token_outputs, arguments.token_ids
+    of_teacher = asked(OF_TEACHER, given)
+    if of_teacher and not arguments.soft:
+        raise ValueError(
+            f"token_outputs={of_teacher} are of the teacher, who is not read where the divergence has no "
+            f"weight: leave them out, or call distillation_metrics"
+        )
+    if ids is not None:
+        if "log_prob" not in given:
+            raise ValueError(
+                f"token_ids are what token_outputs=('log_prob',) is of, got token_outputs={given}: add "
+                f"it, or leave token_ids out"
+            )
+        return _check_ids("token_ids", ids, rows)
+    if "log_prob" in given and arguments.labels is None:
+        raise ValueError(
+            "token_outputs=('log_prob',) needs labels= or token_ids=, whose log-probability it is"
+        )
+    return None
 
 
 def check_dense(

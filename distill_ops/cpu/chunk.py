@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 
 from ..divergences.base import Divergence
+from .outputs import ChunkOutputs
+from .rows import row_sums
 
 NEG_INF = float("-inf")
 
@@ -27,13 +29,6 @@ ClosedForm = Callable[["Chunk"], tuple[torch.Tensor, Write]]
 
 softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
-
-
-def row_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows: the same bits for a row alone, which PyTorch would split across threads."""
-    if values.shape[0] == 1:
-        return values.expand(2, -1).sum(-1)[:1]
-    return values.sum(-1)
 
 
 # How a chunk is done: as if every logit were finite; its closed form with guards; row by row
@@ -65,6 +60,7 @@ class Chunk:
     parameters: list[float | torch.Tensor]
     buffers: tuple[torch.Tensor, ...]
     guards: int
+    outputs: ChunkOutputs | None
 
     def divergence(self, form: ClosedForm | None) -> tuple[torch.Tensor, Write]:
         """Divergence of each row, by its closed form or else its own text, and what writes the
@@ -87,6 +83,8 @@ class Chunk:
         hard_loss = None
         if self.terms.hard:
             hard_loss, write_hard = self.cross_entropy()
+            if self.terms.divergence is None:
+                self.store_outputs()
             if out is not None:
                 write_hard(out if write is None else self.buffers[3])
                 if write is not None:
@@ -106,10 +104,69 @@ class Chunk:
         return buffer.copy_(logits).div_(temperature)
 
     def student_logits(self) -> torch.Tensor:
-        return self.logits(self.student, self.terms.temperature, self.buffers[0])
+        logits = self.logits(self.student, self.terms.temperature, self.buffers[0])
+        return self._see_argmax("student_argmax", self.student, logits)
 
     def teacher_logits(self) -> torch.Tensor:
-        return self.logits(self.teacher, self.terms.temperature, self.buffers[0])
+        logits = self.logits(self.teacher, self.terms.temperature, self.buffers[0])
+        return self._see_argmax("teacher_argmax", self.teacher, logits)
+
+    def _see_argmax(self, name: str, raw: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Of the logits as they came: a quotient may be the same of two. Of half precision it is not."""
+        if self.seen is not None:
+            self.outputs.argmax(name, raw if raw.dtype == logits.dtype else logits)
+        return logits
+
+    def store_outputs(self) -> None:
+        """Where all forms have shown what they show, and no gradient is over the logits yet."""
+        if self.outputs is not None:
+            self.outputs.store(self.student, self.teacher, self.terms.dtype)
+
+    @property
+    def seen(self) -> ChunkOutputs | None:
+        """Where token outputs go that a form without guards shows."""
+        return None if self.guards else self.outputs
+
+    def see_student(
+        self,
+        log_q: torch.Tensor,
+        q: torch.Tensor | None,
+        scratch: torch.Tensor,
+        room=None,
+        shift=0.0,
+    ) -> torch.Tensor | None:
+        """Tell of the student's logarithms, less ``shift``, and probabilities, which are made in ``room``
+        where an output needs them and there are none; returns them. ``scratch`` is written over."""
+        if self.seen is None:
+            return q
+        self.seen.log_prob(log_q, shift)
+        return self._see("student_entropy", log_q, q, scratch, room, shift)
+
+    def see_teacher(
+        self,
+        log_p: torch.Tensor,
+        p: torch.Tensor | None,
+        scratch: torch.Tensor,
+        room=None,
+        shift=0.0,
+    ) -> torch.Tensor | None:
+        """As :meth:`see_student`."""
+        if self.seen is None:
+            return p
+        return self._see("teacher_entropy", log_p, p, scratch, room, shift)
+
+    def _see(self, name: str, log, prob, scratch, room, shift) -> torch.Tensor | None:
+        if prob is None and self.seen.wants(name, "acceptance"):
+            prob = torch.exp(log, out=room)
+        self.seen.entropy(name, log, prob, shift, scratch)
+        return prob
+
+    def see_both(
+        self, q: torch.Tensor | None, p: torch.Tensor | None, scratch: torch.Tensor
+    ) -> None:
+        """Tell of both probabilities, as the two methods above return them."""
+        if self.seen is not None:
+            self.seen.both(q, p, self.student, scratch)
 
     def finite_log(self, log: torch.Tensor) -> torch.Tensor:
         """Logarithms of zeros as the lowest number: their probability makes them 0."""
@@ -120,7 +177,11 @@ class Chunk:
 
     def cross_entropy(self) -> tuple[torch.Tensor, Write]:
         _, work, log_q, *_ = self.buffers
-        torch.log_softmax(self.logits(self.student, 1.0, work), -1, out=log_q)
+        logits = self.logits(self.student, 1.0, work)
+        torch.log_softmax(logits, -1, out=log_q)
+        if self.terms.divergence is None and self.terms.temperature == 1:
+            self._see_argmax("student_argmax", self.student, logits)
+            self.see_student(log_q, None, self.buffers[3], self.buffers[4])
         labels = self.labels[:, None]
         loss = -log_q.gather(-1, labels).squeeze(-1)
 

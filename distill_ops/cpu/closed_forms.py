@@ -12,7 +12,8 @@ With ``D = sum(slope)`` the gradient is ``slope - q D``: the backward of log_sof
 import torch
 
 from ..divergences.base import is_number
-from .chunk import NEG_INF, Chunk, log_softmax_backward, row_sums, softmax_backward
+from .chunk import NEG_INF, Chunk, log_softmax_backward, softmax_backward
+from .rows import row_sums
 
 
 def _subtract_mean_slope(slope: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
@@ -31,25 +32,43 @@ def _subtract_mean(h: torch.Tensor, mean: torch.Tensor, scale, q: torch.Tensor, 
     softmax_backward(h, q, -1, q.dtype, grad_input=out)
 
 
+def _subtract_slope(
+    slope: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """``slope - q sum(slope)``, of q where a token output made it."""
+    if q is None:
+        log_softmax_backward(slope, log_q, -1, slope.dtype, out=out)
+    else:
+        torch.addcmul(slope, q, row_sums(slope)[:, None], value=-1, out=out)
+
+
 def soft_cross_entropy(chunk: Chunk):
-    work, log_q, p, *_ = chunk.buffers
+    work, log_q, p, log_p, room = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
-    torch.softmax(chunk.teacher_logits(), -1, out=p)
+    teacher = chunk.teacher_logits()
+    torch.softmax(teacher, -1, out=p)
+    if chunk.seen is not None and chunk.seen.wants("teacher_entropy"):
+        torch.sub(teacher, teacher.amax(-1, True), out=log_p)
+        chunk.see_teacher(log_p, p, work, shift=p.amax(-1, True).log_())
+    q = chunk.see_student(log_q, None, work, room)
+    chunk.see_both(q, p, work)
     chunk.finite_log(log_q)
     chunk.without_student_zeros(p)
     loss = row_sums(torch.mul(p, log_q, out=work)).neg_()
-    return loss, lambda out: log_softmax_backward(p.mul_(-chunk.scale), log_q, -1, p.dtype, out=out)
+    return loss, lambda out: _subtract_slope(p.mul_(-chunk.scale), log_q, q, out)
 
 
 def forward_kl(chunk: Chunk):
-    _, log_q, log_p, p, _ = chunk.buffers
+    work, log_q, log_p, p, room = chunk.buffers
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
     teacher = chunk.teacher_logits()
     torch.log_softmax(teacher, -1, out=log_p)
     torch.softmax(teacher, -1, out=p)
+    q = chunk.see_student(log_q, None, work, room)
+    chunk.see_both(q, chunk.see_teacher(log_p, p, work), work)
     chunk.without_student_zeros(p)
     loss = row_sums(chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).mul_(p))
-    return loss, lambda out: log_softmax_backward(p.mul_(-chunk.scale), log_q, -1, p.dtype, out=out)
+    return loss, lambda out: _subtract_slope(p.mul_(-chunk.scale), log_q, q, out)
 
 
 def _restricted_student(chunk: Chunk, buffer: torch.Tensor) -> torch.Tensor:
@@ -66,6 +85,8 @@ def reverse_kl(chunk: Chunk):
     torch.log_softmax(student, -1, out=log_q)
     torch.softmax(student, -1, out=q)
     torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    chunk.see_student(log_q, q, work)
+    chunk.see_both(q, chunk.see_teacher(log_p, None, work, other), work)
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     loss = row_sums(torch.mul(q, log_ratio, out=work))
@@ -79,6 +100,7 @@ def symmetric_kl(chunk: Chunk):
     torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
     torch.exp(log_q, out=q)
     torch.exp(log_p, out=p)
+    chunk.see_both(chunk.see_student(log_q, q, work), chunk.see_teacher(log_p, p, work), work)
     chunk.without_student_zeros(p)
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
@@ -110,6 +132,9 @@ def _paired(chunk: Chunk, of_teacher, of_student) -> tuple[torch.Tensor, ...]:
     log_m, log_q, log_p, q, p = chunk.buffers
     top_q = _softmax(chunk.student_logits(), q, log_q)
     top_p = _softmax(chunk.teacher_logits(), p, log_p)
+    chunk.see_student(log_q, q, log_m, shift=top_q)
+    chunk.see_teacher(log_p, p, log_m, shift=top_p)
+    chunk.see_both(q, p, log_m)
     log_ratio = chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).add_(top_p.sub_(top_q))
     if is_number(of_teacher, 0.5):
         # by what the mixture is below 1: where p and q are nearly equal, it rounds to 1
@@ -172,9 +197,17 @@ def skew_reverse_kl(chunk: Chunk):
 
 
 def total_variation(chunk: Chunk):
-    work, q, p, *_ = chunk.buffers
-    torch.softmax(chunk.student_logits(), -1, out=q)
-    torch.softmax(chunk.teacher_logits(), -1, out=p)
+    work, q, p, log, scratch = chunk.buffers
+    for see, logits, prob in (
+        (chunk.see_student, chunk.student_logits, q),
+        (chunk.see_teacher, chunk.teacher_logits, p),
+    ):
+        x = logits()
+        torch.softmax(x, -1, out=prob)
+        if chunk.seen is not None:
+            torch.sub(x, x.amax(-1, True), out=log)
+            see(log, prob, scratch, shift=prob.amax(-1, True).log_())
+    chunk.see_both(q, p, scratch)
     difference = torch.sub(q, p, out=p)
     loss = row_sums(torch.abs(difference, out=work)).mul_(0.5)
 
@@ -186,11 +219,13 @@ def total_variation(chunk: Chunk):
 
 
 def alpha_beta(chunk: Chunk):
-    cross, log_q, log_p, student, _ = chunk.buffers
+    cross, log_q, log_p, student, room = chunk.buffers
     alpha, beta = chunk.parameters
     total = alpha + beta
     torch.log_softmax(chunk.student_logits(), -1, out=log_q)
     torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    q = chunk.see_student(log_q, None, cross, student)
+    chunk.see_both(q, chunk.see_teacher(log_p, None, cross, room), cross)
     torch.mul(log_q, beta, out=student)
     torch.mul(log_p, alpha, out=cross).add_(student).exp_()
     torch.mul(log_q, total, out=student).exp_()

@@ -11,15 +11,16 @@ import torch
 
 from .chunk import GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 from .closed_forms import CLOSED_FORMS
+from .outputs import RowOutputs
 from .rows import CHUNK_ELEMENTS, GENERAL_ELEMENTS, N_BUFFERS, PerRow, kept_groups, rows_in_chunk
 
 
 class _Pass:
     """One call of :func:`dense`: what serves all its chunks, and the rows' sums so far."""
 
-    def __init__(self, terms, n_rows, n_cols, device, per_row: PerRow, inplace):
+    def __init__(self, terms, n_rows, n_cols, device, per_row: PerRow, inplace, outputs):
         self.terms, self.n_rows, self.n_cols, self.inplace = terms, n_rows, n_cols, inplace
-        self.per_row = per_row
+        self.per_row, self.outputs = per_row, outputs
         name = None if terms.divergence is None else terms.divergence.name
         self.form = CLOSED_FORMS.get(name)
         # below temperature 1 the division may overflow, which takes more care than theirs
@@ -48,7 +49,8 @@ class _Pass:
         """Losses and gradient of ``n`` rows whose places in the call are a slice or a tensor; returns
         the guards that it took."""
         buffers = self.buffers if n == self.size else tuple(b[:n] for b in self.buffers)
-        chunk = Chunk(self.terms, *group[:2], *self.per_row.at(places), buffers, guards)
+        outputs = None if self.outputs is None else self.outputs.at(places)
+        chunk = Chunk(self.terms, *group[:2], *self.per_row.at(places), buffers, guards, outputs)
         write, bad = None, ()
         if self.terms.divergence is not None:
             losses, write = chunk.divergence(self.form)
@@ -62,6 +64,8 @@ class _Pass:
                 bad = (~losses.isfinite()).nonzero().squeeze(-1)
                 # these rows come again: copied before a gradient overwrites them
                 again = [None if matrix is None else matrix[bad] for matrix in group]
+        if self.terms.divergence is not None:
+            chunk.store_outputs()
         hard_losses = chunk.finish(write, group[2], self.inplace)
         if hard_losses is not None:
             self.store(1, places, hard_losses)
@@ -95,10 +99,12 @@ def dense(
     weights: torch.Tensor | None,  # [N]; None: every row counts
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
+    outputs: RowOutputs | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
+    """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient`` and the ``outputs`` of
+    rows that count."""
     n_rows = student.numel() // student.shape[-1]
-    run = _Pass(terms, n_rows, n_cols, student.device, per_row, gradient is student)
+    run = _Pass(terms, n_rows, n_cols, student.device, per_row, gradient is student, outputs)
     keep = None if weights is None else weights != 0
     groups = kept_groups(
         keep, student, teacher, gradient=gradient, size=run.size, copies=not run.inplace

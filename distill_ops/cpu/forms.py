@@ -8,9 +8,11 @@ import torch
 from .. import problem
 from ..divergences.base import column_parameters
 from ..problem import Options, Tokens, TopKTeacher, parameters_of
+from ..results import OutputBuffers
 from .chunk import Terms
 from .dense import dense
 from .metrics import metrics
+from .outputs import RowOutputs
 from .rows import PerRow, kept_groups, per_row
 from .tokens import Buffers, fill_gradient, log_probs, tempered, write_gradient
 from .topk import topk
@@ -33,14 +35,18 @@ def tokens(inputs, options: Options) -> Tokens:
         over = options.denominator
     elif options.reduction == "mean":
         over = inputs.n_rows if weights is None else weights.sum()
-    return Tokens(labels, weights, over, parameters_of(inputs, options))
+    ids = None
+    if "log_prob" in options.token_outputs:
+        ids = labels if inputs.token_ids is None else inputs.token_ids.reshape(-1)
+    return Tokens(labels, weights, over, parameters_of(inputs, options), ids)
 
 
 def rows(
-    options: Options, tokens: Tokens, student, teacher, gradient, dtype, upstream=None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    options: Options, tokens: Tokens, student, teacher, gradient, dtype, upstream=None,
+    outputs: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Weighted losses ``[n]`` of rows of logits, and with a hard label their components ``[2, n]``;
-    fills ``gradient``, that of the reduced loss."""
+    fills ``gradient``, that of the reduced loss, and the token outputs of rows that count."""
     weights, over = tokens.weights, tokens.denominator
     scale = 1.0 / over if isinstance(over, torch.Tensor) or over != 0 else math.inf
     if upstream is not None:
@@ -61,7 +67,9 @@ def rows(
         tokens.labels, scale * (soft * options.divergence_scale / options.temperature), scale * hard,
         column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
-    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient)
+    wanted = dict(zip(options.token_outputs, outputs, strict=True)) if outputs else {}
+    seen = RowOutputs.of(wanted, tokens.ids, options) if wanted else None
+    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, seen)
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
@@ -90,10 +98,14 @@ def reduced(losses, components, options: Options, tokens: Tokens, leading):
 
 
 def loss(inputs: problem.DenseInputs | problem.TopKInputs, options: Options, made: str, gradient):
-    """Loss, components where asked for, and what is kept for the backward: nothing."""
-    of_rows = tokens(inputs, options)
-    found = rows(options, of_rows, inputs.student, inputs.teacher, gradient, inputs.dtype())
-    return *reduced(*found, options, of_rows, inputs.leading), None
+    """Loss, components and token outputs where asked for, and what is kept for the backward: nothing."""
+    of_rows, dtype = tokens(inputs, options), inputs.dtype()
+    outputs = OutputBuffers.of(options.token_outputs, inputs.n_rows, inputs.student, dtype)
+    found = rows(
+        options, of_rows, inputs.student, inputs.teacher, gradient, dtype, outputs=outputs.each()
+    )
+    found = reduced(*found, options, of_rows, inputs.leading)
+    return (*found, *outputs.shaped(inputs.leading)), None
 
 
 def gradient(

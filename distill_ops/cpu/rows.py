@@ -10,7 +10,15 @@ import torch
 CHUNK_ELEMENTS = 1 << 18  # of one buffer: 1 MiB in float32, so that a few fit the L2 caches
 GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
 N_BUFFERS = 5  # of a chunk: matrices in the working dtype
+LOWEST = -1e30  # a logarithm of 0: with room for a factor before it is multiplied by that 0
 BUFFER_BYTES = 24 << 20  # of all buffers together, whatever the vocabulary and thread count
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows: the same bits for a row alone, which PyTorch would split across threads."""
+    if values.shape[0] == 1:
+        return values.expand(2, -1).sum(-1)[:1]
+    return values.sum(-1)
 
 
 def rows_in_chunk(

@@ -2,10 +2,7 @@
 
 import torch
 
-from .chunk import row_sums
-from .rows import kept_groups, rows_in_chunk
-
-LOWEST = -1e30  # a logarithm of 0: with room for a factor before it is multiplied by that 0
+from .rows import LOWEST, kept_groups, row_sums, rows_in_chunk
 
 
 class Buffers:

@@ -9,10 +9,12 @@ import math
 
 import torch
 
-from .chunk import NEG_INF, Terms, row_sums
-from .rows import GENERAL_ELEMENTS, PerRow, kept_groups, rows_in_chunk
+from .chunk import NEG_INF, Terms
+from .outputs import ChunkOutputs, RowOutputs
+from .rows import GENERAL_ELEMENTS, LOWEST, PerRow, kept_groups, row_sums, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
+MOST_COLUMNS = 2**31 - 1
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
@@ -56,11 +58,15 @@ def _copy_outside(student: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -
     return out
 
 
-def _exponentials(x: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
-    """``exp((x - maximum) / temperature)``, over x."""
+def _exponentials(
+    x: torch.Tensor, maximum: torch.Tensor, temperature: float, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``exp((x - maximum) / temperature)``, over x; the exponents are ``kept``."""
     x.sub_(maximum)
     if temperature != 1:
         x.div_(temperature)
+    if kept is not None:
+        kept.copy_(x)
     return x.exp_()
 
 
@@ -69,10 +75,10 @@ class TopKChunk:
 
     def __init__(
         self, terms: Terms, tail: str, student: torch.Tensor, log_probs: torch.Tensor,
-        ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor],
+        ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor], outputs: ChunkOutputs | None,
     ):  # fmt: skip
         self.terms, self.student, self.ids, self.per_row = terms, student, ids, per_row
-        self.buffers = buffers
+        self.buffers, self.outputs, self.moment = buffers, outputs, None
         divergence = terms.divergence
         self.restrict = divergence.infinite_at_teacher_zero
         self.rest = tail == "bucket" or not self.restrict
@@ -80,6 +86,7 @@ class TopKChunk:
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
+        self.given = log_probs.to(terms.dtype).masked_fill(ids < 0, NEG_INF)
         self.log_p, self.good = _teacher(log_probs, ids, tail, student.shape[-1], terms.dtype)
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -93,13 +100,56 @@ class TopKChunk:
             if self.own_hard:
                 hard = self.buffers[1].copy_(outside) if self.rest else outside
             if self.rest:
-                self.rest_sum = row_sums(_exponentials(outside, shift, temperature))[:, None]
+                kept = self.buffers[2] if self._looks() else None
+                self.rest_sum = row_sums(_exponentials(outside, shift, temperature, kept))[:, None]
                 self.hard_sum = self.rest_sum
+                if kept is not None:
+                    self.moment = row_sums(kept.clamp_(min=LOWEST).mul_(outside))[:, None]
             if self.own_hard:
                 self.hard_sum = row_sums(_exponentials(hard, shift, 1.0))[:, None]
                 self.hard = hard
         loss = self._divergence()
-        return loss, self._cross_entropy() if self.terms.hard else None
+        hard_loss = self._cross_entropy() if self.terms.hard else None
+        if self.outputs is not None:
+            self._tell()
+        return loss, hard_loss
+
+    def _looks(self) -> bool:
+        """Whether an output is of the student's normaliser."""
+        return self.outputs is not None and self.outputs.wants("log_prob", "student_entropy")
+
+    def _tell(self) -> None:
+        """Store the token outputs: the student's are of its whole row, the teacher's of the K."""
+        outputs, log_p = self.outputs, self.given
+        outputs.add("teacher_mass", log_p.double().exp().sum(-1).to(self.terms.dtype))
+        if outputs.wants("teacher_argmax"):
+            top = log_p.amax(-1, keepdim=True)
+            ids = self.ids.masked_fill((log_p != top) | (self.ids < 0), MOST_COLUMNS).amin(-1)
+            unknown = ~top.isfinite()[:, 0] | (ids == MOST_COLUMNS)
+            outputs.found["teacher_argmax"] = ids.masked_fill(unknown, -1)
+        if outputs.wants("student_argmax"):
+            wide = self.student.dtype in (torch.float32, torch.float64)
+            outputs.argmax(
+                "student_argmax", self.student if wide else self.buffers[2].copy_(self.student)
+            )
+        if self._looks() and self.moment is not None:
+            rest_max, distance = self.rest_max, self.logits.clone()
+            maximum = torch.maximum(distance.amax(-1, keepdim=True), rest_max)
+            temperature = self.terms.temperature
+            distance.sub_(maximum).div_(temperature)
+            shift = ((rest_max - maximum) / temperature).clamp(min=LOWEST)
+            factor = torch.where(self.rest_sum > 0, shift.exp(), 1.0)
+            exponentials = distance.exp()
+            total = row_sums(exponentials)[:, None] + self.rest_sum * factor
+            moment = row_sums(exponentials.mul_(distance.clamp_(min=LOWEST)))[:, None]
+            moment += factor * (self.moment + self.rest_sum * shift)
+            outputs.add("student_entropy", (total.log() - moment / total).squeeze(-1))
+            if outputs.wants("log_prob"):
+                ignored = outputs.ids == outputs.call.ignore_index
+                logit = self.student.gather(-1, outputs.ids.masked_fill(ignored, 0)[:, None])
+                log_q = (logit.to(total.dtype) - maximum) / temperature - total.log()
+                outputs.add("log_prob", log_q.squeeze(-1).masked_fill(ignored, 0.0))
+        outputs.store(self.student, None, self.terms.dtype)
 
     def _divergence(self) -> torch.Tensor:
         """In float64, for the K and the rest are few: of a peaked row the gradient is a small difference
@@ -231,14 +281,17 @@ def topk(
     weights: torch.Tensor | None,  # [N]; None: every row counts
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
+    outputs: RowOutputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
+    """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient`` and the ``outputs`` of
+    rows that count."""
     n_rows = student.numel() // student.shape[-1]
     kind = {"dtype": terms.dtype, "device": student.device}
     additive = tail == "bucket" or terms.divergence.additive_at_teacher_zero
     elements = TOPK_ELEMENTS if additive else GENERAL_ELEMENTS
     size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads(), elements)
-    buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
+    several = 2 if outputs is None else 3
+    buffers = [torch.empty(size, n_cols, **kind) for _ in range(several)]
     losses = torch.zeros(n_rows, **kind)
     hard_losses = torch.zeros(n_rows, **kind) if terms.hard else None
     keep = None if weights is None else weights != 0
@@ -249,7 +302,7 @@ def topk(
         n = len(logits)
         chunk = TopKChunk(
             terms, tail, logits, log_probs[places], ids[places], per_row.at(places),
-            [b[:n] for b in buffers],
+            [b[:n] for b in buffers], None if outputs is None else outputs.at(places),
         )  # fmt: skip
         losses[places], hard = chunk.losses()
         if terms.hard:

@@ -10,7 +10,7 @@ import torch
 
 from ..api.dense import distillation_loss
 from ..checks.values import check_share
-from ..problem import LossComponents
+from ..results import LossComponents
 
 IGNORE_INDEX = -100  # MiniLLM's label of prompt and padding tokens
 

@@ -10,7 +10,8 @@ from ..heads.engine import Engine
 from ..heads.projection import Projection, logits_bytes
 from ..heads.select import on_device, select
 from ..problem import FORWARD, NO_GRADIENTS, Tokens, TopKTeacher, Wanted
-from .logits import loss_fakes
+from ..results import OutputBuffers
+from .logits import LOSS_OUTPUTS, loss_fakes
 from .path import path_of
 from .register import LossOperator, Plan
 
@@ -59,6 +60,9 @@ class LinearPass:
         n_rows, new = selection.n_rows, inputs.student_hidden.new_empty
         n_under_work = min(self.engine.blocks.rows, n_rows)
         self.index = selection.index
+        self.outputs = OutputBuffers.of(
+            self.options.token_outputs, n_rows, inputs.student_hidden, self.dtype, not self.triton
+        )
         if self.teacher is not None:
             self.teacher_logits = self.engine.buffer(n_under_work, logits_dtype)
         self.losses = new(n_rows, dtype=self.dtype)
@@ -81,16 +85,18 @@ class LinearPass:
             self.path.rows(
                 self.options, tokens, student, teacher,
                 gradient=gradient, losses=self.losses[rows], components=parts,
+                outputs=self.outputs.each(rows),
             )  # fmt: skip
         else:
             self.losses[rows], parts = self.path.rows(
-                self.options, tokens, student, teacher, gradient, self.dtype
-            )
+                self.options, tokens, student, teacher, gradient, self.dtype,
+                outputs=self.outputs.each(rows),
+            )  # fmt: skip
         if len(self.components):
             self.components[:, rows] = parts
 
-    def reduced(self, leading) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loss, and its components where asked for."""
+    def results(self, leading) -> tuple[torch.Tensor | None, ...]:
+        """The loss, its components and the token outputs where asked for."""
         losses, components = self.losses, self.components[: 2 if self.options.components else 0]
         if self.options.reduction == "none" and self.index is not None:  # to their own places
             n_rows = math.prod(leading)
@@ -98,7 +104,10 @@ class LinearPass:
             zeros = components.new_zeros((len(components), n_rows))
             components = zeros.index_copy_(1, self.index, components)
         loss, components = self.path.reduced(losses, components, self.options, self.tokens, leading)
-        return loss, components if self.options.components else None
+        outputs = self.outputs
+        if self.index is not None:
+            outputs = outputs.placed(self.index, math.prod(leading))
+        return loss, components if self.options.components else None, *outputs.shaped(leading)
 
 
 def forward(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan):
@@ -109,7 +118,7 @@ def forward(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: 
         wanted = Wanted(*plan.wanted) if plan.made == FORWARD else NO_GRADIENTS
         made = LinearPass(inputs, options, tokens, wanted)
         gradients = made.engine.run(made.row_loss)
-        return made.reduced(inputs.leading), gradients.of(hidden)
+        return made.results(inputs.leading), gradients.of(hidden)
 
 
 def gradient(
@@ -120,6 +129,7 @@ def gradient(
     with on_device(hidden):
         tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
         tokens = with_upstream(tokens, upstreams[0], inputs.n_rows, inputs.dtype())
+        options = options._replace(loss=options.loss._replace(token_outputs=()))
         made = LinearPass(inputs, options, tokens, Wanted(*plan.wanted))
         return made.engine.run(made.row_loss).of(hidden)
 
@@ -136,6 +146,6 @@ def fake(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Pla
 linear_loss = LossOperator(
     "linear_loss", problem.LinearInputs, problem.LinearOptions, forward=forward, gradient=gradient, fake=fake,
     check=contents.of_linear_loss,
-    students=("student_hidden", "student_weight", "student_bias"), outputs=2, kept=3,
+    students=("student_hidden", "student_weight", "student_bias"), outputs=LOSS_OUTPUTS, kept=3,
     references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
 )  # fmt: skip

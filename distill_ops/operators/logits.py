@@ -4,8 +4,11 @@ import torch
 
 from ..checks import contents
 from ..problem import BACKWARD, FORWARD, DenseInputs, Options, TopKInputs
+from ..results import OutputBuffers
 from .path import path_of
 from .register import LossOperator, Plan
+
+LOSS_OUTPUTS = 4  # loss, components, numbers and argmax of the tokens
 
 
 def empty_gradient(student: torch.Tensor) -> torch.Tensor:
@@ -16,14 +19,13 @@ def empty_gradient(student: torch.Tensor) -> torch.Tensor:
 
 
 def forward(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan, into=None):
-    """Loss and components; kept is the gradient, made here, or the statistics of the Triton path."""
+    """Loss, components and token outputs; kept is the gradient, made here, or the statistics of the Triton
+    path."""
     gradient = None
     if plan.made == FORWARD:
         gradient = empty_gradient(inputs.student) if into is None else into
-    loss, components, statistics = path_of(options.backend).loss(
-        inputs, options, plan.made, gradient
-    )
-    return (loss, components), (statistics if gradient is None else gradient,)
+    outputs, statistics = path_of(options.backend).loss(inputs, options, plan.made, gradient)
+    return outputs, (statistics if gradient is None else gradient,)
 
 
 def gradient(inputs, options: Options, plan: Plan, kept, upstreams, into=None):
@@ -32,11 +34,13 @@ def gradient(inputs, options: Options, plan: Plan, kept, upstreams, into=None):
     return (out,)
 
 
-def loss_fakes(inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loss and components of any form, for tracing."""
+def loss_fakes(inputs, options: Options) -> tuple[torch.Tensor | None, ...]:
+    """Loss, components and token outputs of any form, for tracing."""
     shape = inputs.leading if options.reduction == "none" else ()
     new, dtype = inputs[0].new_empty, inputs.dtype()
-    return new(shape, dtype=dtype), new((2, *shape), dtype=dtype) if options.components else None
+    components = new((2, *shape), dtype=dtype) if options.components else None
+    outputs = OutputBuffers.of(options.token_outputs, inputs.n_rows, inputs[0], dtype, filled=False)
+    return new(shape, dtype=dtype), components, *outputs.shaped(inputs.leading)
 
 
 def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
@@ -52,5 +56,5 @@ def loss_operator(name: str, inputs: type, **more) -> LossOperator:
     """The operator of a loss of logits with these tensors."""
     return LossOperator(
         name, inputs, Options, forward=forward, gradient=gradient, fake=fake, check=contents.of_loss,
-        students=("student",), outputs=2, kept=1, **more,
+        students=("student",), outputs=LOSS_OUTPUTS, kept=1, **more,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Needs neither Triton nor a GPU, differentiates by autograd and runs in float64: 
 every other path against it. It restates each formula instead of sharing the kernels' text.
 """
 
-from ..problem import DistillationStatistics, LossComponents
+from ..results import DistillationStatistics, LossComponents
 from .dense import distillation_loss
 from .linear import linear_distillation_loss, linear_token_log_probs
 from .tokens import (

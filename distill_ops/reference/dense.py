@@ -11,16 +11,12 @@ from ..checks.contents import of_loss
 from ..checks.options import given_options
 from ..checks.tokens import check_dense
 from ..divergences.base import Divergence
-from ..problem import DenseInputs, LossComponents, Options, working_dtype
+from ..problem import DenseInputs, Options, working_dtype
+from ..results import LossComponents, LossResult
+from .outputs import with_token_outputs
+from .rows import NEG_INF, no_maximum, times
 
-NEG_INF = float("-inf")
 WITHOUT = ("gradient", "backend")
-
-
-def times(probability: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
-    """``probability * log`` where a probability of 0 makes 0, in the gradient too."""
-    dead = probability == 0
-    return torch.where(dead, 0.0, probability * torch.where(dead, 0.0, log))
 
 
 def log_mixture(weight, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -91,11 +87,6 @@ def outcome_terms(
     return values(divergence, log_q, log_p).masked_fill(dropped, 0.0)
 
 
-def no_maximum(row: torch.Tensor) -> torch.Tensor:
-    """``[..., 1]``: whether a row has no finite maximum, and so no softmax."""
-    return ~row.detach().amax(-1, keepdim=True).isfinite()
-
-
 def student_log_probs(
     student: torch.Tensor,
     excluded: torch.Tensor,
@@ -147,7 +138,7 @@ def weighted_loss(
     terms: torch.Tensor | None,
     weights: torch.Tensor,
     arguments: LossArguments,
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """Sum the divergence's terms ``[..., outcomes]`` (None where it has no share), mix it with the
     hard-label loss of logits ``student [..., V]``, weigh the tokens and reduce."""
     reduction, labels, normalizer = arguments.reduction, arguments.labels, arguments.normalizer
@@ -193,7 +184,7 @@ def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """:func:`distill_ops.distillation_loss` in eager PyTorch, differentiable by autograd.
 
     ``u * divergence(q, p) + w * cross_entropy(label)``, q and p their softmax at T, u being ``1 - w``.
@@ -218,10 +209,11 @@ def distillation_loss(
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-    terms = None
+    terms = teacher = None
     if arguments.soft:
         teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
         terms = divergence_terms(
             student, teacher, arguments.divergence, arguments.temperature, arguments.infinities
         )
-    return weighted_loss(student, terms, weights, arguments)
+    loss = weighted_loss(student, terms, weights, arguments)
+    return with_token_outputs(loss, arguments, weights, student, teacher)

@@ -8,7 +8,8 @@ from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import given_options, head_options
 from ..checks.tokens import check_options, check_token_ids
 from ..checks.values import TokenRows
-from ..problem import LossComponents, working_dtype
+from ..problem import working_dtype
+from ..results import LossResult
 from .dense import distillation_loss, token_weights
 from .tokens import token_log_probs
 
@@ -52,7 +53,7 @@ def linear_distillation_loss(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
 
     ``softcap((hidden weight^T + bias) * logit_scale)`` are each model's logits, formed in full.

@@ -8,16 +8,11 @@ from ..checks.contents import of_statistics, of_tokens
 from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
-from ..problem import (
-    DistillationStatistics,
-    Options,
-    StatisticsInputs,
-    TokenInputs,
-    TokenOptions,
-    working_dtype,
-)
+from ..problem import Options, StatisticsInputs, TokenInputs, TokenOptions, working_dtype
+from ..results import DistillationStatistics
 from ..scalars import flag
-from .dense import divergence_terms, log_mixture, no_maximum, times
+from .dense import divergence_terms, log_mixture
+from .rows import entropy, no_maximum
 
 
 def _read(logits: torch.Tensor, ignored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -31,7 +26,7 @@ def _of_tokens(log_q: torch.Tensor, token_ids: torch.Tensor, ignored: torch.Tens
 
 
 def _entropy(log_q: torch.Tensor, ignored: torch.Tensor) -> torch.Tensor:
-    return -times(log_q.exp(), log_q).sum(-1).masked_fill(ignored, 0.0)
+    return entropy(log_q).masked_fill(ignored, 0.0)
 
 
 def token_log_probs(

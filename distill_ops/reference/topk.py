@@ -12,14 +12,11 @@ from ..checks.options import given_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
-from ..problem import LossComponents, Options, TopKInputs, working_dtype
-from .dense import (
-    NEG_INF,
-    outcome_terms,
-    student_log_probs,
-    token_weights,
-    weighted_loss,
-)
+from ..problem import Options, TopKInputs, working_dtype
+from ..results import LossResult
+from .dense import outcome_terms, student_log_probs, token_weights, weighted_loss
+from .outputs import with_token_outputs
+from .rows import NEG_INF
 
 WITHOUT = ("infinities", "gradient", "backend")
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
@@ -91,7 +88,7 @@ def topk_distillation_loss(
     *,
     tail: str = "bucket",
     **options: Unpack[LossOptions],
-) -> torch.Tensor | LossComponents:
+) -> LossResult:
     """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
 
     ``u * divergence(q, p) + w * cross_entropy(label)``, of q and p over the K and the rest.
@@ -122,9 +119,11 @@ def topk_distillation_loss(
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
-    terms = None
+    terms = slots = None
     if arguments.soft:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
         terms = topk_terms(student, log_p, ids, tail, arguments.divergence, arguments.temperature)
-    return weighted_loss(student, terms, weights, arguments)
+        slots = log_p.masked_fill(ids < 0, NEG_INF), ids
+    loss = weighted_loss(student, terms, weights, arguments)
+    return with_token_outputs(loss, arguments, weights, student, slots=slots)

@@ -18,6 +18,7 @@ from tests.support.forms import FORMS, HEADS, LOGITS, LOSSES, SLOTS, K, V, tenso
 # --- options of every loss -------------------------------------------------------------------------
 
 HALF = {"hard_label_weight": 0.5}
+LOG_PROB = {"token_outputs": ["log_prob"]}
 OPTIONS = [  # options, error, words
     ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
     ({"temperature": 10**400}, ValueError, "temperature must be a positive number.*bits"),
@@ -42,6 +43,18 @@ OPTIONS = [  # options, error, words
     ({"soft_weight": 0.0, "hard_label_weight": 0.0}, ValueError, "leave no loss"),
     ({"soft_weight": 1.0, "hard_label_weight": 2.0, "labels": None}, ValueError, "=2.0 needs labels"),
     ({"weight_soft_loss": 0.5}, TypeError, "'weight_soft_loss': pass soft_weight="),
+    ({"token_outputs": "log_prob"}, TypeError, r"token_outputs must be a tuple of names.*'log_prob'"),
+    ({"token_outputs": None}, TypeError, "token_outputs must be a tuple of names"),
+    ({"token_outputs": ("logprobs",)}, ValueError, "'logprobs': pass 'log_prob'"),
+    ({"token_outputs": ["teacher_mas"]}, ValueError, "did you mean 'teacher_mass'"),
+    ({"token_outputs": [0]}, ValueError, "each of token_outputs must be one of"),
+    ({"token_outputs": ["log_prob"], "labels": None}, ValueError, "needs labels= or token_ids="),
+    ({"token_ids": torch.zeros(4).long()}, ValueError, "token_ids are what token_outputs="),
+    ({"token_ids": torch.zeros(3).long(), **LOG_PROB}, ValueError, "token_ids must have the leading"),
+    ({"token_ids": torch.zeros(4), **LOG_PROB}, TypeError, "token_ids must be int64 or int32"),
+    ({"token_ids": torch.full((4,), V), **LOG_PROB}, ValueError, rf"token_ids must lie in \[0, {V}\)"),
+    ({"labels": torch.full((4,), V), **LOG_PROB}, ValueError, rf"labels must lie in \[0, {V}\)"),
+    ({"token_outputs": ["teacher_mass"], "hard_label_weight": 1.0, "labels": torch.ones(4).long()}, ValueError, "of the teacher, who"),
     ({"scale_by_temperature_squared": "false"}, TypeError, "scale_by.* True or False, got 'false'"),
     ({"scale_by_temperature_squared": 1}, TypeError, "scale_by.* must be True or False, got 1"),
     ({"return_components": "false"}, TypeError, "return_components must be True or False"),
@@ -152,6 +165,10 @@ SINGLE = [
 ]  # fmt: skip
 for form in TOPK:
     SINGLE += [
+        of_form(
+            form, "a whole teacher's output", ValueError, "of the teacher's whole row.*leave them out",
+            token_outputs=("acceptance",),
+        ),
         of_form(form, "tail", ValueError, "tail must be one of .*did you mean 'bucket'", tail="buckets"),
         of_form(
             form, "repeated ids", ValueError, "teacher_ids must be unique",

@@ -152,7 +152,7 @@ def fake_calls(monkeypatch, forward, mode):
     calls = run_bodies(monkeypatch, mode)
 
     def backward():
-        operator, inputs, options, plan, (loss, _), kept = calls[0]
+        operator, inputs, options, plan, (loss, *_), kept = calls[0]
         upstream = torch.empty(loss.shape, device="cuda")
         if mode == BACKWARD:
             operator.gradient(inputs, options, plan, kept, [upstream])

@@ -12,6 +12,7 @@ from tests.support.mutations_host import CHECKS, CPU_PATH
 from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
+from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
@@ -29,5 +30,6 @@ MUTATIONS = [
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
     *ROW_STATISTICS,
+    *TOKEN_OUTPUTS,
     *TEACHER_STORES,
 ]

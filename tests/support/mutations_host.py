@@ -83,7 +83,7 @@ CPU_PATH = [
         f"{SEMANTICS}infinite_logits_propagate[torch-ForwardKL()-padding]",
     ),
     Mutation(
-        "host: a lone row is split among threads", sources.CPU_CHUNK,
+        "host: a lone row is split among threads", sources.CPU_ROWS,
         "if values.shape[0] == 1:", "if False:",
         f"{DETERMINISM}a_lone_row_is_not_split_among_threads[ForwardKL()]",
     ),

@@ -93,7 +93,7 @@ SWEEPS = [
         f"{DENSE}logits_far_from_zero[triton-SoftCrossEntropy()--30000.0]",
     ),
     Mutation(
-        "no guard of a tile of -inf", sources.KERNELS_SWEEPS,
+        "no guard of a tile of -inf", sources.KERNELS_RUNNING,
         "safe_m = finite_or_zero(new_m)", "safe_m = new_m",
         f"{SEMANTICS}infinite_logits_are_dropped[triton-forward-ForwardKL()-first_tiles]",
     ),

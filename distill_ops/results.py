@@ -1,0 +1,161 @@
+"""What users get beside a tensor, in types."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class LossComponents(NamedTuple):
+    """A loss and its two parts, detached and reduced like it, for logging (nats).
+
+    Example:
+        >>> import torch, distill_ops
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4)
+        >>> losses = distill_ops.distillation_loss(
+        ...     student, teacher, labels=torch.tensor([3]), divergence="forward_kl",
+        ...     hard_label_weight=0.5, return_components=True,
+        ... )
+        >>> losses.loss.backward()
+        >>> round(losses.divergence.item(), 4), round(losses.hard_label.item(), 4)  # log(4)
+        (0.0, 1.3863)
+    """
+
+    loss: torch.Tensor
+    divergence: torch.Tensor
+    hard_label: torch.Tensor
+
+
+class TokenOutputs(NamedTuple):
+    """What a loss found of each token beside it: those of ``token_outputs=``, each ``[...]``, None else.
+
+    Of whole rows at the loss's temperature, without a gradient; nats, float32 (float64 for float64
+    inputs), the two argmax int64. 0 where the token's weight is 0, and -1 for its argmax; NaN and -1 of a
+    row without a softmax.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+        >>> loss, outputs = distill_ops.distillation_loss(
+        ...     logits, logits, token_outputs=("student_argmax", "acceptance")
+        ... )
+        >>> outputs.student_argmax.tolist(), round(outputs.acceptance.item(), 4), outputs.log_prob
+        ([2], 1.0, None)
+    """
+
+    log_prob: torch.Tensor | None = None  # the student's, of the label or token_ids=
+    student_entropy: torch.Tensor | None = None
+    teacher_entropy: torch.Tensor | None = None
+    student_argmax: torch.Tensor | None = None  # the most likely token; the first of equals
+    teacher_argmax: torch.Tensor | None = None
+    acceptance: torch.Tensor | None = (
+        None  # sum(min(p, q)): of speculative decoding (arXiv:2211.17192)
+    )
+    teacher_mass: torch.Tensor | None = None  # sum(p) over the K, or where the student's q is not 0
+
+
+LossResult = (
+    torch.Tensor
+    | LossComponents
+    | tuple[torch.Tensor, TokenOutputs]
+    | tuple[LossComponents, TokenOutputs]
+)
+
+TOKEN_OUTPUTS = TokenOutputs._fields
+OF_TEACHER = "teacher_entropy", "teacher_argmax", "acceptance", "teacher_mass"
+OF_WHOLE_TEACHER = "teacher_entropy", "acceptance"  # a top-k teacher does not have them
+ARGMAX = "student_argmax", "teacher_argmax"
+NUMBERS = tuple(name for name in TOKEN_OUTPUTS if name not in ARGMAX)
+
+
+def asked(names: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of these token outputs that are given."""
+    return tuple(name for name in names if name in given)
+
+
+class DistillationStatistics(NamedTuple):
+    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
+
+    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, -100])
+        >>> found = distill_ops.distillation_statistics(logits, logits, ids)
+        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.top1_agreement.tolist()
+        ([-1.3863, 0.0], [True, False])
+    """
+
+    divergence: torch.Tensor
+    student_log_prob: torch.Tensor  # of the token's id
+    teacher_log_prob: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
+
+
+class DistillationMetrics(NamedTuple):
+    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
+
+    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits = torch.zeros(3, 4)
+        >>> metrics = distill_ops.distillation_metrics(logits, logits)
+        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
+        ([1.0, 1.0, 1.0], 1.3863)
+    """
+
+    forward_kl: torch.Tensor  # KL(teacher || student)
+    reverse_kl: torch.Tensor  # KL(student || teacher)
+    jensen_shannon: torch.Tensor  # beta 0.5
+    total_variation: torch.Tensor
+    expected_acceptance: torch.Tensor  # sum(min(p, q)): of speculative decoding (arXiv:2211.17192)
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
+
+
+class OutputBuffers(NamedTuple):
+    """Where a path puts the token outputs of n tokens."""
+
+    names: tuple[str, ...]  # those that are asked for, in the order of TokenOutputs
+    numbers: torch.Tensor | None  # [a, n]
+    argmax: torch.Tensor | None  # [b, n] int64
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...],
+        n_rows: int,
+        like: torch.Tensor,
+        dtype: torch.dtype,
+        filled=True,
+    ) -> "OutputBuffers":
+        """``filled``: those of tokens without weight, until they are written."""
+        found = []
+        for kind, kept_in, fill in ((NUMBERS, dtype, 0), (ARGMAX, torch.int64, -1)):
+            several = len(asked(kind, names))
+            buffer = like.new_empty((several, n_rows), dtype=kept_in) if several else None
+            found.append(buffer.fill_(fill) if several and filled else buffer)
+        return cls(names, *found)
+
+    def each(self, rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+        """Those of some tokens, ``[n]`` each, in the order of the names."""
+        numbers, argmax = (iter(()) if x is None else iter(x) for x in self[1:])
+        return tuple(next(argmax if name in ARGMAX else numbers)[rows] for name in self.names)
+
+    def placed(self, index: torch.Tensor, n_rows: int) -> "OutputBuffers":
+        """Among ``n_rows`` tokens, of which these are those of the index."""
+        if not self.names:
+            return self
+        like = self.argmax if self.numbers is None else self.numbers
+        out = OutputBuffers.of(self.names, n_rows, like, like.dtype)
+        for target, values in zip(out[1:], self[1:], strict=True):
+            if target is not None:
+                target.index_copy_(1, index, values)
+        return out
+
+    def shaped(self, leading: torch.Size) -> tuple[torch.Tensor | None, ...]:
+        """Numbers and argmax of the tokens ``leading``."""
+        return tuple(x if x is None else x.view(-1, *leading) for x in self[1:])

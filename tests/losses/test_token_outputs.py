@@ -1,0 +1,206 @@
+"""What losses tell of each token beside them, on every path, against the reference in float64."""
+
+import pytest
+import torch
+
+from tests.support.cases import DIVERGENCES
+from tests.support.helpers import assert_close, make_logits, topk_of
+
+pytest.importorskip("triton")
+
+from distill_ops.kernels import outputs
+
+from distill_ops import (
+    AlphaBeta,
+    LossComponents,
+    ReverseKL,
+    SkewReverseKL,
+    SoftCrossEntropy,
+    TokenOutputs,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_topk_distillation_loss,
+    reference,
+    topk_distillation_loss,
+)
+from distill_ops.results import ARGMAX, OF_TEACHER, OF_WHOLE_TEACHER, TOKEN_OUTPUTS
+
+INF = float("inf")
+OF_TOPK = tuple(name for name in TOKEN_OUTPUTS if name not in OF_WHOLE_TEACHER)
+OF_STUDENT = tuple(name for name in TOKEN_OUTPUTS if name not in OF_TEACHER)
+
+
+def assert_outputs(found, function, *tensors, **options):
+    """``found`` is as the reference has it in float64, within twice the error that it has in float32."""
+    wide = lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+    truth = function(*map(wide, tensors), **{name: wide(x) for name, x in options.items()})[1]
+    eager = function(*tensors, **options)[1]
+    for name, ours, theirs, true in zip(TOKEN_OUTPUTS, found, eager, truth, strict=True):
+        if name not in options["token_outputs"]:
+            assert ours is None
+        elif name in ARGMAX:
+            assert ours.dtype == torch.int64
+            assert torch.equal(ours.cpu(), true.cpu()), name
+        else:
+            assert not ours.requires_grad
+            assert_close(name, ours, theirs, true)
+
+
+def test_names_are_the_kernels():
+    assert TokenOutputs._fields == outputs.NAMES == TOKEN_OUTPUTS
+    assert outputs.bits(TOKEN_OUTPUTS) == 2 ** len(TOKEN_OUTPUTS) - 1
+
+
+ROWS = ("plain", "student -inf", "teacher -inf", "both", "not finite")
+
+
+def make_rows(kind, device, shape=(5, 37)):
+    student, teacher = make_logits(shape, device=device)
+    if kind in ("student -inf", "both"):
+        student[0, 3] = student[2, 1:] = -INF
+        student[3] = -INF
+    if kind in ("teacher -inf", "both"):
+        teacher[0, 3] = teacher[1, :30] = -INF
+    if kind == "not finite":
+        student[1, 4], student[2, 0], teacher[3, 5], teacher[0] = INF, torch.nan, torch.nan, -INF
+    return student, teacher
+
+
+@pytest.mark.covering("divergence.operands rows", "divergence gradient", "rows gradient")
+@pytest.mark.parametrize("gradient", [None, "forward", "backward"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_dense(divergence, rows, gradient, backend, device):
+    student, teacher = make_rows(rows, device)
+    labels = torch.tensor([3, 1, -100, 2, 36], device=device)
+    options = {
+        "divergence": divergence, "labels": labels, "temperature": 2.0, "token_outputs": TOKEN_OUTPUTS,
+    }  # fmt: skip
+    leaf = student.clone().requires_grad_(gradient is not None)
+    made = {"gradient": gradient or "auto", "backend": backend}
+    loss, found = distillation_loss(leaf, teacher, **options, **made)
+    assert_outputs(found, reference.distillation_loss, student, teacher, **options)
+    options.pop("token_outputs")
+    alone = student.clone().requires_grad_(gradient is not None)
+    expected = distillation_loss(alone, teacher, **options, **made)
+    assert torch.equal(loss.nan_to_num(), expected.nan_to_num())
+    if gradient:
+        loss.backward()
+        expected.backward()
+        assert_close("gradient", leaf.grad, alone.grad, alone.grad.double())
+
+
+# several tiles of columns, rows that begin anywhere; the largest logit in the first and last columns
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_cols", [1031, 4096])
+def test_shapes(n_cols, dtype, backend, device):
+    student, teacher = make_logits((3, n_cols), dtype=dtype, device=device)
+    student[0, 0], student[1, -1], student[2, 7] = 12.0, 12.0, 12.0
+    student[2, -3] = 12.0  # of equals the first
+    teacher[:, 5] = teacher[:, 600] = 14.0
+    ids = torch.tensor([0, n_cols - 1, 600], device=device)
+    options = {"token_ids": ids, "token_outputs": TOKEN_OUTPUTS, "divergence": "jensen_shannon"}
+    _, found = distillation_loss(student, teacher, backend=backend, **options)
+    assert found.student_argmax.tolist() == [0, n_cols - 1, 7]
+    assert found.teacher_argmax.tolist() == [5, 5, 5]
+    assert_outputs(found, reference.distillation_loss, student, teacher, **options)
+
+
+@pytest.mark.parametrize("name", TOKEN_OUTPUTS)
+def test_each_alone(name, backend, device):
+    """What one needs does not hang on what another does."""
+    student, teacher = make_rows("student -inf", device)
+    options = {
+        "token_outputs": [name], "divergence": "total_variation",
+        "loss_mask": torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0], device=device),
+    }  # fmt: skip
+    if name == "log_prob":
+        options["token_ids"] = torch.tensor([3, 0, 0, 2, 999], device=device)
+    teacher[4] = torch.nan  # of weight 0
+    leaf = student.clone().requires_grad_()
+    _, found = distillation_loss(leaf, teacher, backend=backend, **options)
+    assert_outputs(found, reference.distillation_loss, student, teacher, **options)
+    assert getattr(found, name)[4] == (-1 if name in ARGMAX else 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_without_a_divergence(temperature, backend, device):
+    student, _ = make_rows("student -inf", device)
+    student[3] = 0.0
+    options = {
+        "labels": torch.tensor([1, 0, 0, -100, 2], device=device), "hard_label_weight": 1.0,
+        "temperature": temperature, "token_outputs": OF_STUDENT, "return_components": True,
+    }  # fmt: skip
+    for inplace in (False, True):
+        logits = (student.clone().requires_grad_() * 1.0).view_as(student)
+        losses, found = distillation_loss(logits, None, inplace=inplace, backend=backend, **options)
+        assert isinstance(losses, LossComponents)
+        assert_outputs(found, reference.distillation_loss, student, None, **options)
+
+
+TAILS = ("bucket", "renormalize", "ignore")
+
+
+@pytest.mark.covering("divergence tail", "tail gradient", "hard divergence", "rows divergence")
+@pytest.mark.parametrize("rows", ["plain", "student -inf", "not finite"])
+@pytest.mark.parametrize("hard", [0.0, 0.4])
+@pytest.mark.parametrize("gradient", [None, "forward", "backward"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    "divergence", [SoftCrossEntropy(), ReverseKL(), AlphaBeta(0.2, 0.7)], ids=str
+)
+def test_topk(divergence, tail, gradient, hard, rows, backend, device):
+    student, teacher = make_rows(rows, device)
+    log_p, ids = topk_of(teacher.nan_to_num(0, 1, 0), 6)
+    ids[0, 2], log_p[2, 1], log_p[3] = -1, -INF, log_p[3, 5].clone()  # equals: the smallest id
+    options = {
+        "divergence": divergence, "tail": tail, "hard_label_weight": hard, "temperature": 2.0,
+        "labels": torch.tensor([3, int(ids[1, 0]), -100, 2, 36], device=device),
+        "token_outputs": OF_TOPK,
+    }  # fmt: skip
+    leaf = student.clone().requires_grad_(gradient is not None)
+    made = {"gradient": gradient or "auto", "backend": backend}
+    loss, found = topk_distillation_loss(leaf, log_p, ids, **options, **made)
+    oracle = reference.topk_distillation_loss
+    assert_outputs(found, oracle, student, log_p, teacher_ids=ids, **options)
+    options.pop("token_outputs")
+    expected = topk_distillation_loss(student, log_p, ids, backend=backend, **options)
+    assert torch.equal(loss.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("kept_tokens", [None, 5])
+def test_linear(kept_tokens, backend, device):
+    """Several blocks, tokens of weight 0, at their own places; both heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 7), (40, 7), (2, 4, 7), (40, 7)
+    tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    labels = torch.arange(8, device=device).view(2, 4) * 5
+    labels[0, 1] = labels[1, 3] = labels[1, 0] = -100
+    options = {"labels": labels, "divergence": SkewReverseKL(0.2), "token_outputs": TOKEN_OUTPUTS}
+    leaf = tensors[0].clone().requires_grad_()
+    for gradient in ("forward", "backward"):
+        loss, found = linear_distillation_loss(
+            leaf, *tensors[1:], gradient=gradient, memory_budget=3000, kept_tokens=kept_tokens,
+            backend=backend, **options,
+        )  # fmt: skip
+        loss.backward()
+        assert_outputs(found, reference.linear_distillation_loss, *tensors, **options)
+    log_p, ids = topk_of(tensors[2] @ tensors[3].t(), 5)
+    options["token_outputs"] = OF_TOPK
+    _, found = linear_topk_distillation_loss(
+        *tensors[:2], log_p, ids, memory_budget=3000, backend=backend, **options
+    )
+    logits = tensors[0] @ tensors[1].t()
+    oracle = reference.topk_distillation_loss
+    assert_outputs(found, oracle, logits, log_p, teacher_ids=ids, **options)
+
+
+def test_an_ignored_id_among_tokens_that_count(backend, device):
+    student, teacher = make_logits((3, 21), device=device)
+    ids = torch.tensor([4, -100, 20], device=device)
+    _, found = distillation_loss(
+        student, teacher, token_ids=ids, token_outputs=["log_prob"], backend=backend
+    )
+    expected = student.log_softmax(-1)[torch.arange(3), ids.clamp(min=0)]
+    expected[1] = 0.0
+    torch.testing.assert_close(found.log_prob, expected)
