@@ -115,6 +115,23 @@ class LinearTokenOptions(NamedTuple):
     blocks: BlockOptions
 
 
+class StatisticsOptions(NamedTuple):
+    """The options of the statistics of tokens."""
+
+    loss: Options
+    coefficients: tuple[float | None, ...]  # empty: no loss; None: among the tensors
+
+
+class LinearStatisticsOptions(NamedTuple):
+    """The options of the statistics of tokens of hidden states."""
+
+    loss: Options
+    student: HeadOptions
+    teacher: HeadOptions
+    blocks: BlockOptions
+    coefficients: tuple[float | None, ...]  # empty: no loss; None: among the tensors
+
+
 class MetricsOptions(NamedTuple):
     """The options of the metrics."""
 
@@ -265,10 +282,33 @@ class StatisticsInputs(NamedTuple):
     teacher: torch.Tensor  # [..., V]
     ids: torch.Tensor  # [...]
     parameters: list[torch.Tensor]  # each [] or [...]
+    coefficients: list[torch.Tensor]  # each [] or [...]: of the loss, where there is one
 
     leading = DenseInputs.leading
     n_rows = DenseInputs.n_rows
     dtype = DenseInputs.dtype
+
+
+class LinearStatisticsInputs(NamedTuple):
+    """The tensors of the statistics of tokens of hidden states."""
+
+    student_hidden: torch.Tensor  # [..., d]
+    student_weight: torch.Tensor  # [V, d]
+    student_bias: torch.Tensor | None  # [V]
+    teacher_hidden: torch.Tensor  # [..., d of its own]
+    teacher_weight: torch.Tensor
+    teacher_bias: torch.Tensor | None
+    ids: torch.Tensor  # [...]
+    parameters: list[torch.Tensor]  # each [] or [...]
+    coefficients: list[torch.Tensor]  # each [] or [...]
+
+    leading = LinearInputs.leading
+    n_rows = DenseInputs.n_rows
+    student = LinearInputs.student
+    teacher = LinearInputs.teacher
+
+    def dtype(self) -> torch.dtype:
+        return working_dtype(*self.student, *self.teacher)
 
 
 class MetricsInputs(NamedTuple):
@@ -335,47 +375,3 @@ class LossComponents(NamedTuple):
     loss: torch.Tensor
     divergence: torch.Tensor
     hard_label: torch.Tensor
-
-
-class DistillationStatistics(NamedTuple):
-    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
-
-    ``divergence``, ``student_log_prob`` and ``student_entropy`` are differentiable.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, -100])
-        >>> found = distill_ops.distillation_statistics(logits, logits, ids)
-        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.top1_agreement.tolist()
-        ([-1.3863, 0.0], [True, False])
-    """
-
-    divergence: torch.Tensor
-    student_log_prob: torch.Tensor  # of the token's id
-    teacher_log_prob: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
-
-
-class DistillationMetrics(NamedTuple):
-    """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
-
-    A divergence that is infinite (one model excludes a token that the other does not) is +inf.
-
-    Example:
-        >>> import torch, distill_ops
-        >>> logits = torch.zeros(3, 4)
-        >>> metrics = distill_ops.distillation_metrics(logits, logits)
-        >>> metrics.expected_acceptance.tolist(), round(metrics.student_entropy[0].item(), 4)
-        ([1.0, 1.0, 1.0], 1.3863)
-    """
-
-    forward_kl: torch.Tensor  # KL(teacher || student)
-    reverse_kl: torch.Tensor  # KL(student || teacher)
-    jensen_shannon: torch.Tensor  # beta 0.5
-    total_variation: torch.Tensor
-    expected_acceptance: torch.Tensor  # sum(min(p, q)): of speculative decoding (arXiv:2211.17192)
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals

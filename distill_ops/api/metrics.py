@@ -5,7 +5,8 @@ import torch
 from ..checks.logits import check_pair
 from ..checks.values import check_temperature
 from ..operators.metrics import distillation_metrics as operator
-from ..problem import DistillationMetrics, MetricsInputs, MetricsOptions
+from ..problem import MetricsInputs, MetricsOptions
+from ..results import DistillationMetrics
 from .choices import choose_backend
 
 

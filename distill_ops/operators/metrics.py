@@ -2,7 +2,8 @@
 
 import torch
 
-from ..problem import DistillationMetrics, MetricsInputs, MetricsOptions
+from ..problem import MetricsInputs, MetricsOptions
+from ..results import DistillationMetrics
 from .path import path_of
 from .register import LossOperator, Plan
 

@@ -8,7 +8,7 @@ from tests.support import ROOT
 
 # from the lowest; those of a line do not see each other
 LAYERS = (
-    ("kernels", "scalars"), ("language", "divergences"), ("arguments",), ("problem",), ("row_statistics",),
+    ("kernels", "scalars"), ("language", "divergences"), ("arguments",), ("problem", "results"), ("row_statistics",),
     ("checks",), ("reference", "cpu", "gpu"), ("heads",), ("operators",), ("api",),
     ("teacher", "analysis"), ("integrations",),
 )  # fmt: skip
@@ -58,7 +58,15 @@ def test_imports_go_down(module):
             assert not across, f"{module} imports {other}, another form"
     if layer == "reference":
         sees = {other.split(".")[1] for other in imported(module, MODULES[module])}
-        assert sees <= {"reference", "problem", "arguments", "scalars", "checks", "divergences"}
+        assert sees <= {
+            "reference",
+            "problem",
+            "arguments",
+            "scalars",
+            "checks",
+            "divergences",
+            "results",
+        }
 
 
 def test_one_registration():
