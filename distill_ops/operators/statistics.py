@@ -48,7 +48,7 @@ def upstream_rows(inputs: Inputs, options: AnyOptions, upstreams) -> torch.Tenso
     """``[OUTPUTS, n]``, of the upstream gradients of the loss and of the outputs; one may be None."""
     of_loss, of_outputs = upstreams
     rows = None if of_outputs is None else of_outputs.reshape(OUTPUTS, -1)
-    if of_loss is not None:
+    if options.coefficients and of_loss is not None:
         through = times(coefficient_rows(inputs, options), of_loss)
         rows = through if rows is None else rows + through
     return rows.contiguous()
