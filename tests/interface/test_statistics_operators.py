@@ -8,7 +8,7 @@ from distill_ops import SymmetricKL
 from distill_ops.api import choices
 from distill_ops.operators import transforms
 from tests.support.forms import FORMS, N, tensors_of
-from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
+from tests.support.operators import call_of, opcheck_of_the_gradient, opcheck_of_the_loss
 
 FUNCTIONS = "distillation_statistics", "linear_distillation_statistics"
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -50,6 +50,16 @@ def test_opcheck(case, backend, device):
     opcheck_of_the_loss(function, *positional, **options)
     if not given or dtype == torch.float16:
         opcheck_of_the_gradient(function, *positional, **options)
+
+
+@each_function
+def test_the_loss_alone_is_differentiable(name):
+    """Where the forward makes the gradient, which is the loss's."""
+    _, positional, named = arguments_of(name, "cpu")
+    call = call_of(getattr(distill_ops, name), *positional, coefficients=factors(), **named)
+    loss, *others = call.operator.op(*call.arguments())
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in others)
 
 
 @each_function

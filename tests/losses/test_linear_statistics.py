@@ -340,10 +340,13 @@ def test_peak_memory(coefficients):
     assert peak >= gradients + budget // 4  # what is measured is there
 
 
-def test_a_budget_that_holds_no_token():
-    pair = make_pair((2,), N_COLS)
-    with pytest.raises(ValueError, match="memory_budget=3 is too small.* take [0-9]+"):
-        linear_distillation_statistics(*pair[:4], torch.tensor([1, 2]), memory_budget=3)
+def test_a_budget_that_holds_the_logits_of_the_student_alone():
+    """A token takes its hidden states and logits of both models: 4 bytes an entry."""
+    pair, ids = make_pair((2,), N_COLS), torch.tensor([1, 2])
+    least = 4 * (16 + N_COLS + 24 + N_COLS)
+    linear_distillation_statistics(*pair[:4], ids, memory_budget=least)
+    with pytest.raises(ValueError, match=f"is too small: .* take {least} bytes"):
+        linear_distillation_statistics(*pair[:4], ids, memory_budget=least - 1)
 
 
 def test_float64(device, backend):

@@ -13,6 +13,7 @@ from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
+from tests.support.mutations_statistics import STATISTICS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
@@ -29,5 +30,6 @@ MUTATIONS = [
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
     *ROW_STATISTICS,
+    *STATISTICS,
     *TEACHER_STORES,
 ]
