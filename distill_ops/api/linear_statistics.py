@@ -38,8 +38,7 @@ def linear_distillation_statistics(
     """:func:`distillation_statistics` of two language-model heads, without their logits in memory.
 
     ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
-    Hidden states ``[..., d]``, heads ``[V, d]`` and ids ``[...]`` go in;
-    :class:`DistillationStatistics` of ``[...]`` comes out.
+    Hidden states ``[..., d]``, heads and ids ``[...]`` go in, :class:`DistillationStatistics` comes out.
 
     Example:
         >>> import torch, distill_ops
