@@ -77,8 +77,8 @@ def linear_distillation_statistics(
             and the entropy, a :class:`StatisticsCoefficients`. The call makes the loss, which is the sum
             over tokens, and its gradients in the forward, which keeps them for one backward. Where
             products or tensors of the student are float16 the backward makes them, by six products: the
-            forward would not know ``GradScaler``'s scale. A token whose coefficients are 0 is computed
-            all the same, for its statistics; ``ignore_index`` leaves one out.
+            forward would not know ``GradScaler``'s scale. A token whose coefficients are 0 has its
+            hidden states read all the same, for its statistics; ``ignore_index`` leaves one out.
         logits_dtype, memory_budget: as in :func:`linear_distillation_loss`.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
 

@@ -58,8 +58,8 @@ def distillation_statistics(
                 sum over tokens of ``c_d divergence + c_l log q_id + c_h student_entropy``
 
             and its gradient in the forward, as :func:`distillation_loss` does (float16 logits: in the
-            backward). A term whose coefficient is 0 is left out, be it infinite; a token that is
-            ignored counts 0 whatever its coefficients hold.
+            backward). A term whose coefficient is 0 is left out, be it infinite: where all three are,
+            the gradient of the row is 0. A token that is ignored counts 0 whatever its coefficients hold.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
 
     Returns:

@@ -6,7 +6,7 @@ from .. import problem
 from ..checks import contents
 from ..heads.engine import Engine, Gradients
 from ..heads.projection import Projection, logits_bytes
-from ..heads.select import on_device, select
+from ..heads.select import on_device, placed, select
 from ..problem import (
     BACKWARD,
     FORWARD,
@@ -21,6 +21,7 @@ from .register import LossOperator, Plan
 from .statistics import (
     OTHERWISE,
     OUTPUTS,
+    asking,
     coefficient_rows,
     fakes,
     kept_shapes,
@@ -64,13 +65,6 @@ class StatisticsPass:
         parameters = [x for x in tokens.parameters if isinstance(x, torch.Tensor)]
         return StatisticsInputs(student, teacher, tokens.labels, parameters, [])
 
-    def placed(self, found: torch.Tensor | None) -> torch.Tensor | None:
-        """Results ``[..., n]`` of the selected tokens at their places among all."""
-        index = self.selection.index
-        if index is None or found is None:
-            return found
-        return found.new_zeros((*found.shape[:-1], self.n_tokens)).index_copy_(-1, index, found)
-
     def chosen(self, of_tokens: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
         """Of all tokens the selected ones."""
         index = self.selection.index
@@ -98,24 +92,28 @@ class StatisticsPass:
             )
             if gradient is not None:
                 upstream = coefficients[:, rows]
-                self.path.statistics_gradient(inputs, self.options, of_rows, upstream, gradient)
+                asked = asking(inputs, self.options, upstream)
+                self.path.statistics_gradient(asked, self.options, of_rows, upstream, gradient)
             for target, values in zip(kept, of_rows, strict=True):
                 if target is not None:
                     target[rows] = values
 
         gradients = self.engine.run(store)
-        return *map(self.placed, (outputs, agreement)), [*map(self.placed, kept)], gradients
+        outputs, agreement, *kept = (
+            None if x is None else placed(x, self.selection, self.n_tokens)
+            for x in (outputs, agreement, *kept)
+        )
+        return outputs, agreement, kept, gradients
 
     def gradients(self, kept, upstream: torch.Tensor) -> Gradients:
         """For upstream gradients ``[OUTPUTS, n]``."""
         kept, upstream = [*map(self.chosen, kept)], self.chosen(upstream, 1)
 
         def write(logits, rows, gradient):
-            inputs = self.of_rows(logits, rows)
+            part = upstream[:, rows]
+            inputs = asking(self.of_rows(logits, rows), self.options, part)
             of_rows = [x if x is None or x.numel() == 0 else x[rows] for x in kept]
-            self.path.statistics_gradient(
-                inputs, self.options, of_rows, upstream[:, rows], gradient
-            )
+            self.path.statistics_gradient(inputs, self.options, of_rows, part, gradient)
 
         return self.engine.run(write)
 

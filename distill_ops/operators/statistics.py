@@ -11,6 +11,7 @@ from ..problem import (
     NO_GRADIENT,
     LinearStatisticsInputs,
     LinearStatisticsOptions,
+    Options,
     StatisticsInputs,
     StatisticsOptions,
 )
@@ -42,6 +43,14 @@ def times(coefficients: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def loss_of(outputs: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """``[]``: the sum over tokens of outputs ``[OUTPUTS, ...]`` times their coefficients."""
     return times(coefficients, outputs.view(OUTPUTS, -1)).sum()
+
+
+def asking(inputs: StatisticsInputs, options: Options, upstream: torch.Tensor) -> StatisticsInputs:
+    """The inputs of a gradient for ``[OUTPUTS, n]``: a token for which all of it is 0 is ignored, so that
+    its row is not read and its gradient is 0 whatever the row holds."""
+    ids = inputs.ids.reshape(-1)
+    ids = torch.where((upstream == 0).all(0), options.ignore_index, ids)
+    return inputs._replace(ids=ids.view(inputs.leading))
 
 
 def upstream_rows(inputs: Inputs, options: AnyOptions, upstreams) -> torch.Tensor:
@@ -85,7 +94,8 @@ def forward(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
     coefficients = coefficient_rows(inputs, options)
     if plan.made == FORWARD:
         made = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
-        path.statistics_gradient(inputs, options.loss, kept, coefficients, made)
+        asked = asking(inputs, options.loss, coefficients)
+        path.statistics_gradient(asked, options.loss, kept, coefficients, made)
         kept = made, None
     return (loss_of(outputs, coefficients), outputs, agreement), kept
 
@@ -93,6 +103,8 @@ def forward(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
 def gradient(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan, kept, upstreams):
     out = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
     upstream = upstream_rows(inputs, options, upstreams)
+    if options.coefficients:
+        inputs = asking(inputs, options.loss, upstream)
     path_of(options.loss.backend).statistics_gradient(inputs, options.loss, kept, upstream, out)
     return (out,)
 

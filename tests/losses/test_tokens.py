@@ -197,6 +197,22 @@ def test_a_loss_of_coefficients(divergence, dtype, backend, device):
     assert leaf.grad.abs().sum() > 0
 
 
+def test_a_row_that_no_coefficient_asks_for_takes_no_gradient(backend, device):
+    """Its statistics are made all the same: here they are NaN."""
+    student, teacher = make_logits((3, 40), device=device)
+    student[1], ids = math.nan, make_ids((3,), 40, device=device, ignored=False)
+    student.requires_grad_()
+    asked = torch.tensor([1.0, 0.0, 2.0], device=device)
+    loss, found = distill_ops.distillation_statistics(
+        student, teacher, ids, coefficients=(asked, -asked, None), backend=backend
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert found.divergence.isnan().tolist() == [False, True, False]
+    assert student.grad.isfinite().all()
+    assert student.grad.any(-1).tolist() == [True, False, True]
+
+
 def test_statistics_of_odd_rows(backend, device):
     student, teacher, ids = odd_rows()
     arguments = (teacher.to(device), ids.to(device))

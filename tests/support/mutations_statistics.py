@@ -50,9 +50,14 @@ STATISTICS = [
         f"{LINEAR}blocks[torch-tensors-None-5]",
     ),
     Mutation(
-        "linear statistics: of the tokens that count at the front", sources.OPERATORS_LINEAR_STATISTICS,
-        "index_copy_(-1, index, found)", "index_copy_(-1, index.argsort(), found)",
+        "linear statistics: of the tokens that count at the front", sources.HEADS_SELECT,
+        "index_copy_(-1, selection.index, found)", "index_copy_(-1, selection.index.argsort(), found)",
         f"{LINEAR}blocks[torch-statistics-None-5]",
+    ),
+    Mutation(
+        "statistics: a row that no coefficient asks for is read", sources.OPERATORS_STATISTICS,
+        "torch.where((upstream == 0).all(0), options.ignore_index, ids)", "ids",
+        f"{DENSE}a_row_that_no_coefficient_asks_for_takes_no_gradient[torch]",
     ),
     Mutation(
         "linear statistics: every block takes the first one's coefficients",
