@@ -7,6 +7,7 @@ from .analysis.verify import DivergenceReport, check_divergence
 from .api.dense import DistillationLoss, distillation_loss
 from .api.estimators import reverse_kl_estimate
 from .api.linear import LinearDistillationLoss, linear_distillation_loss
+from .api.linear_statistics import linear_distillation_statistics
 from .api.linear_tokens import linear_token_log_probs
 from .api.linear_topk import linear_topk_distillation_loss
 from .api.metrics import distillation_metrics
@@ -27,7 +28,13 @@ from .divergences.built_in import (
     TotalVariation,
 )
 from .divergences.declared import declare_divergence
-from .results import DistillationMetrics, DistillationStatistics, LossComponents, TokenOutputs
+from .results import (
+    DistillationMetrics,
+    DistillationStatistics,
+    LossComponents,
+    StatisticsCoefficients,
+    TokenOutputs,
+)
 from .teacher.contents import rows_written
 from .teacher.dataset import TeacherTopKDataset
 from .teacher.sampler import BlockSampler
@@ -52,6 +59,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
+    "StatisticsCoefficients",
     "SymmetricKL",
     "TeacherTopK",
     "TeacherTopKDataset",
@@ -63,6 +71,7 @@ __all__ = [
     "distillation_metrics",
     "distillation_statistics",
     "linear_distillation_loss",
+    "linear_distillation_statistics",
     "linear_token_log_probs",
     "linear_topk_distillation_loss",
     "mixture_token_log_probs",

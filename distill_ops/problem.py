@@ -116,6 +116,23 @@ class LinearTokenOptions(NamedTuple):
     blocks: BlockOptions
 
 
+class StatisticsOptions(NamedTuple):
+    """The options of the statistics of tokens."""
+
+    loss: Options
+    coefficients: tuple[float | None, ...]  # empty: no loss; None: among the tensors
+
+
+class LinearStatisticsOptions(NamedTuple):
+    """The options of the statistics of tokens of hidden states."""
+
+    loss: Options
+    student: HeadOptions
+    teacher: HeadOptions
+    blocks: BlockOptions
+    coefficients: tuple[float | None, ...]  # empty: no loss; None: among the tensors
+
+
 class MetricsOptions(NamedTuple):
     """The options of the metrics."""
 
@@ -269,10 +286,33 @@ class StatisticsInputs(NamedTuple):
     teacher: torch.Tensor  # [..., V]
     ids: torch.Tensor  # [...]
     parameters: list[torch.Tensor]  # each [] or [...]
+    coefficients: list[torch.Tensor]  # each [] or [...]: of the loss, where there is one
 
     leading = DenseInputs.leading
     n_rows = DenseInputs.n_rows
     dtype = DenseInputs.dtype
+
+
+class LinearStatisticsInputs(NamedTuple):
+    """The tensors of the statistics of tokens of hidden states."""
+
+    student_hidden: torch.Tensor  # [..., d]
+    student_weight: torch.Tensor  # [V, d]
+    student_bias: torch.Tensor | None  # [V]
+    teacher_hidden: torch.Tensor  # [..., d of its own]
+    teacher_weight: torch.Tensor
+    teacher_bias: torch.Tensor | None
+    ids: torch.Tensor  # [...]
+    parameters: list[torch.Tensor]  # each [] or [...]
+    coefficients: list[torch.Tensor]  # each [] or [...]
+
+    leading = LinearInputs.leading
+    n_rows = DenseInputs.n_rows
+    student = LinearInputs.student
+    teacher = LinearInputs.teacher
+
+    def dtype(self) -> torch.dtype:
+        return working_dtype(*self.student, *self.teacher)
 
 
 class MetricsInputs(NamedTuple):

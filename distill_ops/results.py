@@ -93,6 +93,27 @@ class DistillationStatistics(NamedTuple):
     top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
 
 
+class StatisticsCoefficients(NamedTuple):
+    """What a loss multiplies the three differentiable statistics by: a number, a 0-d tensor, one a token
+    ``[...]``, or None for none; constants.
+
+    Example:
+        >>> import torch, distill_ops
+        >>> logits, ids = torch.zeros(2, 4), torch.tensor([3, 0])
+        >>> advantages = torch.tensor([1.0, -0.5])
+        >>> coefficients = distill_ops.StatisticsCoefficients(log_prob=-advantages, entropy=-0.01)
+        >>> loss, _ = distill_ops.distillation_statistics(
+        ...     logits, logits, ids, coefficients=coefficients
+        ... )
+        >>> round(loss.item(), 4)  # 0.5 log(4) - 0.02 log(4)
+        0.6654
+    """
+
+    divergence: float | torch.Tensor | None = None
+    log_prob: float | torch.Tensor | None = None
+    entropy: float | torch.Tensor | None = None
+
+
 class DistillationMetrics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 

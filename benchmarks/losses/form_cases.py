@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from distill_ops import reference, teacher_topk
 
 HARD_LABEL = "cross_entropy"  # the hard label alone
-LINEAR = ("linear", "linear_topk", "linear_tokens")
+LINEAR = ("linear", "linear_topk", "linear_tokens", "linear_statistics")
+STATISTICS = ("statistics", "linear_statistics")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class FormCase:
-    form: str  # "linear", "topk", "linear_topk", "tokens", "statistics", "linear_tokens"
+    form: str  # of LINEAR, or "topk", "tokens", "statistics"
     loss: str
     tokens: int
     hidden: int | None  # of the student; the teacher's is the same
@@ -64,7 +65,7 @@ class FormCase:
 
     @property
     def has_teacher_head(self) -> bool:
-        return self.form == "linear" and self.loss != HARD_LABEL
+        return self.form in ("linear", "linear_statistics") and self.loss != HARD_LABEL
 
     def smaller(self) -> "FormCase":
         return replace(self, tokens=min(self.tokens, 64))
@@ -83,6 +84,7 @@ def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str
     return [
         FormCase("linear_topk", "forward_kl", linear_tokens, hidden, vocab, 64, dtype),
         FormCase("linear_tokens", "log_prob", linear_tokens, hidden, vocab, None, dtype),
+        FormCase("linear_statistics", "reverse_kl", linear_tokens, hidden, vocab, None, dtype),
         FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
         FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
         FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
@@ -149,13 +151,15 @@ def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
     logits = eager_logits(case, t)
     if case.loss == HARD_LABEL:
         return F.cross_entropy(logits, t.labels)
-    if case.form == "linear":
+    teacher = t.teacher
+    if case.has_teacher_head:
         teacher = (t.teacher_hidden @ t.teacher_weight.t()).to(logits.dtype)
+    if case.form == "linear":
         return reference.distillation_loss(logits, teacher, divergence=case.loss)
     if case.k:
         return reference.topk_distillation_loss(logits, t.log_probs, t.ids, divergence=case.loss)
-    if case.form == "statistics":
-        found = reference.distillation_statistics(logits, t.teacher, t.labels, divergence=case.loss)
+    if case.form in STATISTICS:
+        found = reference.distillation_statistics(logits, teacher, t.labels, divergence=case.loss)
         return (found.divergence + found.student_log_prob + found.student_entropy).mean()
     log_probs, entropies = reference.token_log_probs(logits, t.labels, return_entropy=True)
     return (log_probs + entropies).mean()

@@ -36,6 +36,12 @@ def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
     if case.form == "linear":
         heads = (t.hidden, t.weight, t.teacher_hidden, t.teacher_weight)
         return distill_ops.linear_distillation_loss(*heads, divergence=case.loss)
+    if case.form == "linear_statistics":
+        heads = (t.hidden, t.weight, t.teacher_hidden, t.teacher_weight)
+        loss, _ = distill_ops.linear_distillation_statistics(
+            *heads, t.labels, divergence=case.loss, coefficients=(1 / len(t.labels),) * 3
+        )
+        return loss
     if case.form == "linear_topk":
         return distill_ops.linear_topk_distillation_loss(
             t.hidden, t.weight, t.log_probs, t.ids, divergence=case.loss

@@ -99,8 +99,9 @@ def statistics_launches(
     """The statistics kernel's launches for one forward and one backward."""
     student, teacher = (_meta(n_rows, n_cols, dtype=dtype) for _ in range(2))
     ids = _meta(n_rows, dtype=torch.int64)
-    inputs = problem.StatisticsInputs(student, teacher, ids, divergence.tensors)
-    options = Options.of(LossArguments(divergence, reduction="none"), n_cols, "triton")
+    inputs = problem.StatisticsInputs(student, teacher, ids, divergence.tensors, [])
+    loss = Options.of(LossArguments(divergence, reduction="none"), n_cols, "triton")
+    options = problem.StatisticsOptions(loss, ())
     return _recorded(distillation_statistics, inputs, options, BACKWARD, target)
 
 

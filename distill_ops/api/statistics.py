@@ -2,13 +2,12 @@
 
 import torch
 
-from ..arguments import LossArguments
-from ..checks.tokens import check_statistics
+from ..checks.statistics import check_statistics
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
 from ..operators.statistics import distillation_statistics as operator
-from ..problem import Options, StatisticsInputs
-from ..results import DistillationStatistics
+from ..problem import Options, StatisticsInputs, StatisticsOptions
+from ..results import DistillationStatistics, StatisticsCoefficients
 from .choices import choose_backend, gradient_mode
 
 
@@ -20,8 +19,9 @@ def distillation_statistics(
     divergence: Divergence | str = ReverseKL(),
     temperature: float = 1.0,
     ignore_index: int = -100,
+    coefficients: StatisticsCoefficients | None = None,
     backend: str = "auto",
-) -> DistillationStatistics:
+) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """Divergence, log-probabilities, entropies and agreement of both models, token by token.
 
     ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
@@ -51,29 +51,59 @@ def distillation_statistics(
         divergence: a :class:`Divergence` or its name; infinite terms are dropped, as
             :func:`distill_ops.distillation_loss` does by default.
         temperature: T above, positive, of all results.
+        coefficients: where the weights of the three are known before (advantages, masks): a
+            :class:`StatisticsCoefficients`, or a tuple of three in its order, each a number, a 0-d tensor,
+            one a token ``[...]``, or None for none; constants, finite. The call then makes the loss
+
+                sum over tokens of ``c_d divergence + c_l log q_id + c_h student_entropy``
+
+            and its gradient in the forward, as :func:`distillation_loss` does (float16 logits: in the
+            backward). A term whose coefficient is 0 is left out, be it infinite: where all three are,
+            the gradient of the row is 0. A token that is ignored counts 0 whatever its coefficients hold.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
 
     Returns:
         :class:`DistillationStatistics`, each ``[...]``, nats, float32 (float64 for float64 logits).
         A row of NaN, of +inf, or all -inf makes what depends on it NaN.
+        With ``coefficients`` a pair: the 0-d loss, which is differentiable, and the statistics, detached.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative.
+        RuntimeError: from backward, on a second derivative; on a second backward of a loss whose
+            gradient the forward made.
     """
-    (ids, temperature, ignore_index), divergence = check_statistics(
-        student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
+    checked = check_statistics(
+        student_logits,
+        teacher_logits,
+        token_ids,
+        divergence,
+        temperature,
+        ignore_index,
+        coefficients,
     )
     backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
-    arguments = LossArguments(
-        divergence, temperature=temperature, reduction="none", ignore_index=ignore_index
+    options = StatisticsOptions(Options.of(checked.loss, checked.n_cols, backend), checked.numbers)
+    parameters = checked.loss.divergence.tensors
+    inputs = StatisticsInputs(
+        student_logits, teacher_logits, checked.ids, parameters, checked.tensors
     )
-    options = Options.of(arguments, student_logits.shape[-1], backend)
-    inputs = StatisticsInputs(student_logits, teacher_logits, ids, divergence.tensors)
-    made = gradient_mode("backward", "none", student_logits)
-    outputs, agreement = operator("distillation_statistics", inputs, options, made)
-    found, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy = outputs.unbind(0)
-    return DistillationStatistics(
-        found, student_log_prob, teacher_log_prob.detach(), student_entropy,
+    made = gradient_mode("auto" if checked.coefficients else "backward", "sum", student_logits)
+    outputs = operator("distillation_statistics", inputs, options, made)
+    return statistics_result(outputs, checked.coefficients)
+
+
+def statistics_result(
+    outputs: tuple[torch.Tensor | None, ...], coefficients: tuple[float | torch.Tensor, ...]
+) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
+    """What the user gets of an operator's outputs; beside a loss the statistics are detached."""
+    loss, of_tokens, agreement = outputs
+    if coefficients:
+        of_tokens = of_tokens.detach()
+    divergence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy = (
+        of_tokens.unbind(0)
+    )
+    found = DistillationStatistics(
+        divergence, student_log_prob, teacher_log_prob.detach(), student_entropy,
         teacher_entropy.detach(), agreement,
     )  # fmt: skip
+    return (loss, found) if coefficients else found

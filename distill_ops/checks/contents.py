@@ -12,14 +12,18 @@ from ..problem import (
     DenseInputs,
     LinearInputs,
     LinearOptions,
+    LinearStatisticsInputs,
+    LinearStatisticsOptions,
     LinearTokenInputs,
     LinearTokenOptions,
     Options,
     StatisticsInputs,
+    StatisticsOptions,
     TokenInputs,
     TokenOptions,
     TopKInputs,
 )
+from ..results import StatisticsCoefficients
 from .values import readable
 
 # a logsumexp of 32 to 64 in bfloat16 is up to 1/8 off, and the logarithm of every probability with it;
@@ -66,12 +70,16 @@ def of_linear_loss(inputs: LinearInputs, options: LinearOptions) -> None:
     of_loss(inputs, options.loss, options.blocks.kept_tokens)
 
 
-def of_statistics(inputs: StatisticsInputs, options: Options) -> None:
-    """Ids and parameters."""
-    _token_ids(inputs.ids, options.n_cols, options.ignore_index)
+def of_statistics(
+    inputs: StatisticsInputs | LinearStatisticsInputs,
+    options: StatisticsOptions | LinearStatisticsOptions,
+) -> None:
+    """Ids, parameters, and the coefficients of a loss."""
+    _token_ids(inputs.ids, options.loss.n_cols, options.loss.ignore_index)
     if readable(inputs.ids):
-        counted = Counted(None, inputs.ids, options.ignore_index)
-        _parameters(inputs.parameters, options, counted)
+        counted = Counted(None, inputs.ids, options.loss.ignore_index)
+        _parameters(inputs.parameters, options.loss, counted)
+        _coefficients(inputs.coefficients, options.coefficients, counted)
 
 
 def of_tokens(inputs: TokenInputs, options: TokenOptions) -> None:
@@ -143,6 +151,25 @@ def _parameters(tensors: list[torch.Tensor], options: Options, counted: Counted)
             raise ValueError(
                 f"{name} of {kind.name}, a tensor, must hold values {domain.text(domain.tensor_ends)}, "
                 f"got {value[outside].flatten()[0].item()}"
+            )
+
+
+def _coefficients(
+    tensors: list[torch.Tensor], numbers: tuple[float | None, ...], counted: Counted
+) -> None:
+    """They are finite, but of a token that does not count, which may have any."""
+    names = [
+        name
+        for name, number in zip(StatisticsCoefficients._fields, numbers, strict=False)
+        if number is None
+    ]
+    for name, value in zip(names, tensors, strict=True):
+        bad = ~value.isfinite()
+        if value.dim():
+            bad = bad & counted.kept(bad)
+        if bad.any():
+            raise ValueError(
+                f"coefficients.{name} must hold finite numbers, got {value[bad].flatten()[0].item()}"
             )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..arguments import LossArguments
-from ..divergences.base import Divergence, as_divergence
+from ..divergences.base import Divergence
 from ..results import OF_TEACHER, asked
 from .logits import check_alone, check_logits, check_pair, check_teacher_given
 from .options import checked_normalizer
@@ -146,23 +146,6 @@ def check_token_log_probs(
 ) -> CheckedTokens:
     check_logits("logits", logits)
     return check_token_ids(TokenRows("logits", logits), token_ids, temperature, ignore_index)
-
-
-def check_statistics(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    divergence: Divergence | str,
-    temperature: float,
-    ignore_index: int,
-) -> tuple[CheckedTokens, Divergence]:
-    """Check the arguments of ``distillation_statistics``; the divergence is the routed one."""
-    rows = TokenRows("student_logits", student_logits)
-    check_pair(student_logits, teacher_logits, None)
-    checked = check_token_ids(rows, token_ids, temperature, ignore_index)
-    divergence = as_divergence(divergence)
-    check_parameters(divergence, rows)
-    return checked, divergence
 
 
 def check_mixture(

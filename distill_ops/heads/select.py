@@ -36,6 +36,14 @@ def select(
     return tokens._replace(weights=weights), Selection(bound, index, weights == 0)
 
 
+def placed(found: torch.Tensor, selection: Selection, n_tokens: int) -> torch.Tensor:
+    """Results ``[..., n]`` of the selected tokens at their places among all; 0 at the others'."""
+    if selection.index is None:
+        return found
+    everywhere = found.new_zeros((*found.shape[:-1], n_tokens))
+    return everywhere.index_copy_(-1, selection.index, found)
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device."""
     kind = device.type

@@ -16,12 +16,6 @@ def as_tuple(results) -> tuple[torch.Tensor, ...]:
     return (results,) if isinstance(results, torch.Tensor) else tuple(results)
 
 
-def mark_constant(ctx, operator, outputs) -> None:
-    """Those that have no derivative."""
-    constant = [x for x in outputs[operator.differentiable :] if x is not None]
-    ctx.mark_non_differentiable(*constant)
-
-
 class Direct(torch.autograd.Function):
     """An operator's forward and backward without the dispatcher between."""
 
@@ -31,7 +25,7 @@ class Direct(torch.autograd.Function):
         outputs, kept = operator.forward(inputs, options, plan)
         operator.keep(ctx, inputs, options, plan, outputs, kept)
         ctx.operator = operator
-        mark_constant(ctx, operator, outputs)
+        ctx.mark_non_differentiable(*operator.constants(plan.made, outputs))
         return tuple(outputs)
 
     @staticmethod
@@ -64,7 +58,7 @@ class InPlace(torch.autograd.Function):
             ctx.save_for_backward(inputs[0])
         else:
             saving.save(ctx, inputs, kept)
-        mark_constant(ctx, operator, outputs)
+        ctx.mark_non_differentiable(*operator.constants(made, outputs))
         return tuple(outputs)
 
     @staticmethod
@@ -73,7 +67,7 @@ class InPlace(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, *others
         function, reference, made, backend = ctx.called
-        saving.check_backward(ctx, function, reference)
+        saving.check_backward(ctx, function, reference, operator.otherwise)
         if is_batched(upstream) or torch._C._functorch.is_batchedtensor(upstream):
             raise NotImplementedError(
                 f"{function} with inplace=True has one gradient, which it overwrites: pass "

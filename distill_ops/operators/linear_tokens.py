@@ -6,7 +6,7 @@ from .. import problem
 from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection
-from ..heads.select import on_device, select
+from ..heads.select import on_device, placed, select
 from ..kernels.launch import TOKEN_STATISTICS
 from ..problem import BACKWARD, NO_GRADIENTS, TokenInputs, Tokens, Wanted
 from .path import path_of
@@ -36,13 +36,6 @@ class TokenPass:
         logits_dtype = torch.float64 if wide else blocks.logits_dtype
         self.engine = Engine(student, logits_dtype, wanted, blocks.memory_budget, 0)
 
-    def placed(self, found: torch.Tensor) -> torch.Tensor:
-        """Results of the selected tokens at their places among all."""
-        index = self.selection.index
-        return (
-            found if index is None else found.new_zeros(self.n_tokens).index_copy_(0, index, found)
-        )
-
     def log_probs(self, keep: bool) -> tuple[torch.Tensor | None, ...]:
         """Log-probabilities and entropies ``[n]`` of all tokens; what the gradient needs."""
         n, new = self.selection.n_rows, self.ids.new_empty
@@ -61,9 +54,9 @@ class TokenPass:
 
         self.engine.run(store)
         if entropies is not None:
-            entropies = self.placed(entropies)
+            entropies = placed(entropies, self.selection, self.n_tokens)
             kept = entropies.clone() if keep and not self.triton else kept
-        return self.placed(found), entropies, kept
+        return placed(found, self.selection, self.n_tokens), entropies, kept
 
     def gradients(self, kept, upstreams):
         index = self.selection.index

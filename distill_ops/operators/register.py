@@ -60,6 +60,7 @@ class LossOperator:
         inplace: ``forward`` and ``gradient`` take ``into=``, the first input, and write the gradient
             there: ``{name}_`` and ``{name}_gradient_`` are operators too.
         references: for a function without a namesake in ``distill_ops.reference``, what serves.
+        otherwise: what a user does to call the backward again where the forward makes the gradient.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class LossOperator:
         differentiable: int = 1,
         inplace: bool = False,
         references: dict[str, str] | None = None,
+        otherwise: str = "pass gradient='backward' without inplace",
         namespace: str = "distill_ops",
     ):
         self.name, self.inputs, self.options = name, inputs, options
         self.forward, self.gradient, self.fake, self.check = forward, gradient, fake, check
         self.students, self.n_outputs, self.n_kept = students, outputs, kept
         self.differentiable, self.references = differentiable, references or {}
-        self.namespace = namespace
+        self.otherwise, self.namespace = otherwise, namespace
         self.code = code_of(options), code_of(Plan)
         tensors = schema_of(inputs)
         lists = ["str[] choices", "float[] numbers", "SymInt[] sizes"]
@@ -239,7 +241,7 @@ class LossOperator:
         problem, options, plan, _ = self.unpacked(inputs)
         output = as_tuple(output)
         self.keep(ctx, problem, options, plan, output[: self.n_outputs], output[self.n_outputs :])
-        ctx.mark_non_differentiable(*output[self.differentiable :])
+        ctx.mark_non_differentiable(*self.constants(plan.made, output))
 
     def _backward(self, ctx, *upstreams):
         found = dict(zip(self.students, self.differentiate(ctx, upstreams), strict=True))
@@ -247,6 +249,12 @@ class LossOperator:
         # PyTorch wants an entry for each tensor of a list, too
         gradients = [found.get(name) if n is None else [None] * n for name, n in fields]
         return *gradients, None, None, None
+
+    def constants(self, made: str, results: tuple) -> list[torch.Tensor]:
+        """Those of outputs, and of what is kept, that have no derivative: all but the first where the
+        forward makes the gradient."""
+        n = 1 if made == FORWARD else self.differentiable
+        return [x for x in results[n:] if x is not None]
 
     def keep(self, ctx, inputs, options, plan: Plan, outputs, kept) -> None:
         """Save what the backward needs."""
@@ -266,7 +274,7 @@ class LossOperator:
         if all(upstream is None for upstream in upstreams):
             return (None,) * len(self.students)
         plan, options = ctx.plan, ctx.options
-        saving.check_backward(ctx, plan.function, self.reference(plan))
+        saving.check_backward(ctx, plan.function, self.reference(plan), self.otherwise)
         if plan.made == FORWARD:
             gradients = saving.scaled(ctx, upstreams[0], plan.wanted, backend_of(options))
         else:

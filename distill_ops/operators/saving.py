@@ -60,9 +60,9 @@ def saved(ctx, kind: type) -> tuple:
     return kind(*inputs), list(tensors)
 
 
-def check_backward(ctx, function: str, reference: str) -> None:
+def check_backward(ctx, function: str, reference: str, otherwise: str) -> None:
     """Refuse a backward that is to be differentiated (operators without a formula of their own would
-    leave a wrong one unnoticed), or whose gradient was used up."""
+    leave a wrong one unnoticed), or whose gradient was used up; ``otherwise`` says what serves then."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function} has no second derivative: its backward was called with "
@@ -71,14 +71,13 @@ def check_backward(ctx, function: str, reference: str) -> None:
     if ctx.spent:
         raise RuntimeError(
             f"{function} was called with a gradient made in the forward (or inplace=True), "
-            "which the first backward used up: pass gradient='backward' without inplace to call "
-            "backward again (retain_graph=True)"
+            f"which the first backward used up: {otherwise} to call backward again (retain_graph=True)"
         )
 
 
 def scaled(ctx, upstream: torch.Tensor, wanted, backend: str) -> list[torch.Tensor | None]:
     """The gradients that the forward made and kept, times the incoming one."""
-    gradients = list(ctx.saved_tensors)
+    gradients = list(ctx.saved_tensors)[: len(wanted)]
     if watched((upstream,)) or is_batched(upstream):  # leave the saved tensors alone
         return [x * upstream if want else None for x, want in zip(gradients, wanted, strict=True)]
     ctx.spent = True

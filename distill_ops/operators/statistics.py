@@ -1,42 +1,123 @@
-"""The operator of the statistics of tokens."""
+"""The operator of the statistics of tokens, and what it shares with that of hidden states: the loss that
+coefficients make of them, and the upstream gradients."""
 
 import torch
 
 from ..checks import contents
 from ..kernels.launch import STATISTICS, TOKEN_STATISTICS
-from ..problem import BACKWARD, Options, StatisticsInputs
+from ..problem import (
+    BACKWARD,
+    FORWARD,
+    NO_GRADIENT,
+    LinearStatisticsInputs,
+    LinearStatisticsOptions,
+    Options,
+    StatisticsInputs,
+    StatisticsOptions,
+)
 from .path import path_of
 from .register import LossOperator, Plan
 
 OUTPUTS = 5  # divergence, both log-probabilities, both entropies
+OTHERWISE = "leave coefficients out, and weigh the statistics"
+DIFFERENTIABLE = 0, 1, 3  # the divergence, the student's log-probability and entropy
+
+Inputs = StatisticsInputs | LinearStatisticsInputs
+AnyOptions = StatisticsOptions | LinearStatisticsOptions
 
 
-def forward(inputs: StatisticsInputs, options: Options, plan: Plan):
-    """``[OUTPUTS, ...]``, and the agreement ``[...]``."""
-    path = path_of(options.backend)
-    outputs, agreement, kept = path.statistics_of_tokens(inputs, options, plan.made == BACKWARD)
-    return (outputs, agreement), kept
+def coefficient_rows(inputs: Inputs, options: AnyOptions) -> torch.Tensor:
+    """``[OUTPUTS, n]``: what the loss multiplies the outputs by, 0 where the token is ignored."""
+    ids, tensors = inputs.ids.reshape(-1), iter(inputs.coefficients)
+    rows = ids.new_zeros((OUTPUTS, len(ids)), dtype=inputs.dtype())
+    for i, number in zip(DIFFERENTIABLE, options.coefficients, strict=True):
+        rows[i] = next(tensors).reshape(-1) if number is None else number
+    return rows.masked_fill_(ids == options.loss.ignore_index, 0.0)
 
 
-def gradient(inputs: StatisticsInputs, options: Options, plan: Plan, kept, upstreams):
+def times(coefficients: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The product; 0 where the coefficient is, be the value infinite."""
+    return torch.where(coefficients == 0, 0.0, coefficients * values)
+
+
+def loss_of(outputs: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """``[]``: the sum over tokens of outputs ``[OUTPUTS, ...]`` times their coefficients."""
+    return times(coefficients, outputs.view(OUTPUTS, -1)).sum()
+
+
+def asking(inputs: StatisticsInputs, options: Options, upstream: torch.Tensor) -> StatisticsInputs:
+    """The inputs of a gradient for ``[OUTPUTS, n]``: a token for which all of it is 0 is ignored, so that
+    its row is not read and its gradient is 0 whatever the row holds."""
+    ids = inputs.ids.reshape(-1)
+    ids = torch.where((upstream == 0).all(0), options.ignore_index, ids)
+    return inputs._replace(ids=ids.view(inputs.leading))
+
+
+def upstream_rows(inputs: Inputs, options: AnyOptions, upstreams) -> torch.Tensor:
+    """``[OUTPUTS, n]``, of the upstream gradients of the loss and of the outputs; one may be None."""
+    of_loss, of_outputs = upstreams
+    rows = None if of_outputs is None else of_outputs.reshape(OUTPUTS, -1)
+    if options.coefficients and of_loss is not None:
+        through = times(coefficient_rows(inputs, options), of_loss)
+        rows = through if rows is None else rows + through
+    return rows.contiguous()
+
+
+def kept_shapes(n_rows: int, backend: str) -> tuple[tuple[int, ...] | None, ...]:
+    """Of what a path keeps of the rows for a gradient made in the backward."""
+    if backend == "triton":
+        return (n_rows, STATISTICS), (n_rows, TOKEN_STATISTICS)
+    return None, (n_rows,)
+
+
+def fakes(inputs: Inputs, options: AnyOptions, plan: Plan):
+    """The outputs, and what is kept for a gradient made in the backward."""
+    new, dtype = inputs[0].new_empty, inputs.dtype()
+    kept = None, None
+    if plan.made == BACKWARD:
+        shapes = kept_shapes(inputs.n_rows, options.loss.backend)
+        kept = tuple(None if shape is None else new(shape, dtype=dtype) for shape in shapes)
+    loss = new((), dtype=dtype) if options.coefficients else None
+    outputs = new((OUTPUTS, *inputs.leading), dtype=dtype)
+    return (loss, outputs, new(inputs.leading, dtype=torch.bool)), kept
+
+
+def forward(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
+    """The loss ``[]`` where there are coefficients, ``[OUTPUTS, ...]``, and the agreement ``[...]``; kept
+    is the gradient, made here, or what it needs of the rows."""
+    path = path_of(options.loss.backend)
+    outputs, agreement, kept = path.statistics_of_tokens(
+        inputs, options.loss, plan.made != NO_GRADIENT
+    )
+    if not options.coefficients:
+        return (None, outputs, agreement), kept
+    coefficients = coefficient_rows(inputs, options)
+    if plan.made == FORWARD:
+        made = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
+        asked = asking(inputs, options.loss, coefficients)
+        path.statistics_gradient(asked, options.loss, kept, coefficients, made)
+        kept = made, None
+    return (loss_of(outputs, coefficients), outputs, agreement), kept
+
+
+def gradient(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan, kept, upstreams):
     out = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
-    upstream = upstreams[0].reshape(OUTPUTS, -1).contiguous()
-    path_of(options.backend).statistics_gradient(inputs, options, kept, upstream, out)
+    upstream = upstream_rows(inputs, options, upstreams)
+    if options.coefficients:
+        inputs = asking(inputs, options.loss, upstream)
+    path_of(options.loss.backend).statistics_gradient(inputs, options.loss, kept, upstream, out)
     return (out,)
 
 
-def fake(inputs: StatisticsInputs, options: Options, plan: Plan):
-    new, dtype, n_rows = inputs.student.new_empty, inputs.dtype(), inputs.n_rows
-    kept = None, None
-    if plan.made == BACKWARD:
-        triton = options.backend == "triton"
-        sizes = [(n_rows, STATISTICS), (n_rows, TOKEN_STATISTICS)] if triton else [None, n_rows]
-        kept = tuple(None if size is None else new(size, dtype=dtype) for size in sizes)
-    outputs = new((OUTPUTS, *inputs.leading), dtype=dtype)
-    return (outputs, new(inputs.leading, dtype=torch.bool)), kept
+def fake(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
+    outputs, kept = fakes(inputs, options, plan)
+    if plan.made == FORWARD:
+        kept = inputs.student.new_empty(inputs.student.shape), None
+    return outputs, kept
 
 
 distillation_statistics = LossOperator(
-    "distillation_statistics", StatisticsInputs, Options, forward=forward, gradient=gradient,
-    fake=fake, check=contents.of_statistics, students=("student",), outputs=2, kept=2,
+    "distillation_statistics", StatisticsInputs, StatisticsOptions, forward=forward, gradient=gradient,
+    fake=fake, check=contents.of_statistics, students=("student",), outputs=3, kept=2, differentiable=2,
+    otherwise=OTHERWISE,
 )  # fmt: skip

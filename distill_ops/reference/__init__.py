@@ -6,7 +6,11 @@ every other path against it. It restates each formula instead of sharing the ker
 
 from ..results import DistillationStatistics, LossComponents
 from .dense import distillation_loss
-from .linear import linear_distillation_loss, linear_token_log_probs
+from .linear import (
+    linear_distillation_loss,
+    linear_distillation_statistics,
+    linear_token_log_probs,
+)
 from .tokens import (
     distillation_statistics,
     mixture_token_log_probs,
@@ -20,6 +24,7 @@ __all__ = [
     "distillation_loss",
     "distillation_statistics",
     "linear_distillation_loss",
+    "linear_distillation_statistics",
     "linear_token_log_probs",
     "mixture_token_log_probs",
     "token_log_probs",

@@ -6,12 +6,15 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, with_loss_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import given_options, head_options
+from ..checks.statistics import both_heads, check_linear_statistics
 from ..checks.tokens import check_options, check_token_ids
 from ..checks.values import TokenRows
+from ..divergences.base import Divergence
+from ..divergences.built_in import ReverseKL
 from ..problem import working_dtype
-from ..results import LossResult
+from ..results import DistillationStatistics, LossResult, StatisticsCoefficients
 from .dense import distillation_loss, token_weights
-from .tokens import token_log_probs
+from .tokens import statistics_of, token_log_probs
 
 WITHOUT = ("infinities", "gradient", "backend")
 
@@ -137,3 +140,54 @@ def linear_token_log_probs(
         logits, checked.ids, temperature=checked.temperature, ignore_index=checked.ignore_index,
         return_entropy=return_entropy,
     )  # fmt: skip
+
+
+def linear_distillation_statistics(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    student_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    divergence: Divergence | str = ReverseKL(),
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    coefficients: StatisticsCoefficients | None = None,
+) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
+    """:func:`distill_ops.linear_distillation_statistics` in eager PyTorch, differentiable by autograd.
+
+    ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
+    Hidden states ``[..., d]``, heads ``[V, d]`` and ids ``[...]`` go in, results of ``[...]`` come out.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops import reference
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+        >>> found = reference.linear_distillation_statistics(
+        ...     hidden, weight, hidden, weight, torch.tensor([0, 1])
+        ... )
+        >>> [round(x, 4) for x in found.student_log_prob.tolist()], found.divergence.tolist()
+        ([-0.6803, -0.3064], [0.0, 0.0])
+
+    Arguments, result and errors are those of :func:`distill_ops.linear_distillation_statistics`, without
+    those that say how it is computed.
+    """
+    heads = both_heads(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    student = student_hidden, student_weight, student_bias
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    checked = check_linear_statistics(
+        student, teacher, token_ids, divergence, temperature, ignore_index, vocab_size, coefficients
+    )
+    dtype, unread = working_dtype(*student, *teacher), checked.ids == checked.loss.ignore_index
+    logits, of_teacher = (
+        head_logits(*tensors, *head, unread, checked.n_cols, dtype)
+        for tensors, head in zip((student, teacher), heads, strict=True)
+    )
+    return statistics_of(logits, of_teacher.detach(), checked)

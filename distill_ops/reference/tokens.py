@@ -3,13 +3,20 @@
 import torch
 import torch.nn.functional as F
 
-from ..arguments import LossArguments
 from ..checks.contents import of_statistics, of_tokens
-from ..checks.tokens import check_mixture, check_statistics, check_token_log_probs
+from ..checks.statistics import CheckedStatistics, check_statistics
+from ..checks.tokens import check_mixture, check_token_log_probs
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
-from ..problem import Options, StatisticsInputs, TokenInputs, TokenOptions, working_dtype
-from ..results import DistillationStatistics
+from ..problem import (
+    Options,
+    StatisticsInputs,
+    StatisticsOptions,
+    TokenInputs,
+    TokenOptions,
+    working_dtype,
+)
+from ..results import DistillationStatistics, StatisticsCoefficients
 from ..scalars import flag
 from .dense import divergence_terms, log_mixture
 from .rows import entropy, no_maximum
@@ -73,7 +80,8 @@ def distillation_statistics(
     divergence: Divergence | str = ReverseKL(),
     temperature: float = 1.0,
     ignore_index: int = -100,
-) -> DistillationStatistics:
+    coefficients: StatisticsCoefficients | None = None,
+) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.
 
     ``divergence(q, p)``, ``log q_id``, ``log p_id``, ``-sum(q log q)``, ``-sum(p log p)``; in nats.
@@ -91,20 +99,35 @@ def distillation_statistics(
     Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
     (docs/semantics.md, section 12), without ``backend``.
     """
-    (token_ids, temperature, ignore_index), divergence = check_statistics(
-        student_logits, teacher_logits, token_ids, divergence, temperature, ignore_index
+    checked = check_statistics(
+        student_logits,
+        teacher_logits,
+        token_ids,
+        divergence,
+        temperature,
+        ignore_index,
+        coefficients,
     )
-    arguments = LossArguments(
-        divergence, temperature=temperature, reduction="none", ignore_index=ignore_index
+    return statistics_of(student_logits, teacher_logits, checked)
+
+
+def statistics_of(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, checked: CheckedStatistics
+) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
+    """Of logits ``[..., n_cols]`` with checked arguments, for what they hold is looked at here."""
+    token_ids, arguments = checked.ids, checked.loss
+    inputs = StatisticsInputs(
+        student_logits, teacher_logits, token_ids, arguments.divergence.tensors, checked.tensors
     )
-    inputs = StatisticsInputs(student_logits, teacher_logits, token_ids, divergence.tensors)
-    of_statistics(inputs, Options.of(arguments, student_logits.shape[-1], "torch"))
-    dtype, ignored = working_dtype(student_logits, teacher_logits), token_ids == ignore_index
+    options = StatisticsOptions(Options.of(arguments, checked.n_cols, "torch"), checked.numbers)
+    of_statistics(inputs, options)
+    dtype = working_dtype(student_logits, teacher_logits)
+    ignored, temperature = token_ids == arguments.ignore_index, arguments.temperature
     student, teacher = (_read(x, ignored, dtype) for x in (student_logits, teacher_logits))
-    terms = divergence_terms(student, teacher, divergence, temperature)
+    terms = divergence_terms(student, teacher, arguments.divergence, temperature)
     log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     no_answer = (no_maximum(student) | no_maximum(teacher)).squeeze(-1) | ignored
-    return DistillationStatistics(
+    found = DistillationStatistics(
         terms.sum(-1).masked_fill(ignored, 0.0),
         _of_tokens(log_q, token_ids, ignored),
         _of_tokens(log_p, token_ids, ignored),
@@ -112,6 +135,16 @@ def distillation_statistics(
         _entropy(log_p, ignored),
         (student.argmax(-1) == teacher.argmax(-1)) & ~no_answer,
     )
+    if not checked.coefficients:
+        return found
+    loss = 0.0
+    weighted = found.divergence, found.student_log_prob, found.student_entropy
+    for factor, values in zip(checked.coefficients, weighted, strict=True):
+        factor = torch.as_tensor(factor, dtype=dtype, device=values.device)
+        without = (factor == 0) | ignored
+        factor = factor.expand_as(values).masked_fill(ignored, 0.0)
+        loss = loss + (factor * values.masked_fill(without, 0.0)).sum()
+    return loss, DistillationStatistics(*(x.detach() for x in found))
 
 
 def mixture_token_log_probs(

@@ -1,5 +1,5 @@
-"""The elementwise kernels of a head, and the dense kernel on its blocks, compiled for GPUs that are not
-here; their launch choices."""
+"""The elementwise kernels of a head, and the dense and the statistics kernel on its blocks, compiled for
+GPUs that are not here; their launch choices."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from distill_ops.kernels import launch
 from distill_ops.kernels import logits as logits_kernels
 from distill_ops.kernels.sweeps import TAIL
 
-from distill_ops import linear_distillation_loss
+from distill_ops import linear_distillation_loss, linear_distillation_statistics
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import count
 from distill_ops.api import choices
@@ -107,3 +107,32 @@ def test_dense_kernel_on_blocks(divergence, logits_dtype, monkeypatch):
         assert all(".128" in opcode for opcode in loads)
         # four columns of a float32 tile are 8 bytes of gradient
         assert loop.narrow_accesses == (loop.stores if logits_dtype == WIDE else 0)
+
+
+@pytest.mark.parametrize("logits_dtype", some([WIDE, HALF], [HALF]), ids=str)
+def test_statistics_kernel_on_blocks(logits_dtype, monkeypatch):
+    """Its forward and its gradient launch, one after the other: the aligned form at an odd vocabulary,
+    without a stack; the gradient beside the logits, or in their place."""
+    target = aot.TARGETS["sm_90"]
+    monkeypatch.setattr(choices, "INTERPRETED", True)  # the Triton path without a GPU
+    monkeypatch.setattr(transforms, "dispatches", lambda *_: False)
+    empty = lambda *shape: torch.empty(*shape, dtype=HALF, device="meta")
+    hidden, weight = empty(4096, 64).requires_grad_(), empty(50257, 64).requires_grad_()
+    ids = torch.empty(4096, dtype=torch.int64, device="meta")
+    launches = aot.record(
+        lambda: linear_distillation_statistics(
+            hidden, weight, empty(4096, 64), empty(50257, 64), ids, logits_dtype=logits_dtype,
+            coefficients=(1.0, 0.5, None), backend="triton",
+        ), target.facts,
+    )  # fmt: skip
+    launches = [launch for launch in launches if launch.kernel.__name__ == "statistics_kernel"]
+    assert [x.arguments["WRITE_GRADIENT"] for x in launches[:4]] == [False, True, False, True]
+    for launched in launches[:2]:
+        assert launched.arguments["ENDS"] == TAIL.value
+        stack, loops = stack_and_loops(launched, target)
+        assert stack == 0
+        loops = [x for x in loops if x.special and x.bytes_loaded]
+        assert loops
+        assert all(loop.barriers == 0 for loop in loops)
+        for loop in loops:  # four columns of a float32 tile are 8 bytes of gradient
+            assert loop.narrow_accesses <= (loop.stores if logits_dtype == WIDE else 0)

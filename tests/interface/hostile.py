@@ -13,6 +13,7 @@ import distill_ops
 from distill_ops import reference
 from distill_ops.integrations import minillm
 from tests.interface.hostile_kinds import KINDS, MASK_AND_LABELS, Hostile, of_form
+from tests.interface.hostile_statistics import STATISTICS
 from tests.support.forms import FORMS, HEADS, LOGITS, LOSSES, SLOTS, K, V, tensors_of
 
 # --- options of every loss -------------------------------------------------------------------------
@@ -220,7 +221,7 @@ for form in LINEAR:
             form, "a weight of vectors", ValueError, f"{side}weight must be", **{f"{side}weight": torch.zeros(5)}
         ),
     ]  # fmt: skip
-    if not side:
+    if form not in LOSSES:
         continue
     SINGLE += [
         of_form(form, "kept_tokens=0", ValueError, "kept_tokens must be at least 1", kept_tokens=0),
@@ -402,4 +403,11 @@ MORE += [
     for options, error, words in OPTIONS
     if "backend" not in options
 ]
-CASES = [*KINDS, *MASK_AND_LABELS, *LOSS_OPTIONS, *SINGLE, *(Hostile(*case) for case in MORE)]
+CASES = [
+    *KINDS,
+    *MASK_AND_LABELS,
+    *LOSS_OPTIONS,
+    *SINGLE,
+    *STATISTICS,
+    *(Hostile(*case) for case in MORE),
+]

@@ -16,6 +16,7 @@ MOST_HOPS = {
     "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
     "linear_topk_distillation_loss": 7, "token_log_probs": 6, "linear_token_log_probs": 8,
     "distillation_statistics": 6, "distillation_metrics": 6,
+    "linear_distillation_statistics": 8,
 }  # fmt: skip
 
 

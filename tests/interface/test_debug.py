@@ -64,7 +64,7 @@ def wrong_of(form: str) -> dict:
         found = found | {"too many": ({"kept_tokens": 2}, "kept_tokens=2 must bound")}
     if form == "mixture_token_log_probs":
         found["weight"] = {"teacher_weight": torch.full((4,), 1.5)}, "teacher_weight must lie in"
-    if form == "distillation_statistics":
+    if form.endswith("distillation_statistics"):
         found["parameter"] = WRONG["parameter"]
     return found
 
@@ -118,6 +118,26 @@ def as_on_a_gpu():
         mock.patch.object(tokens, "readable", return_value=False),
     ):
         yield
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.endswith("statistics")])
+def test_coefficients_are_looked_at_in_debug_mode(form):
+    """Without it a NaN among them shows in the loss."""
+    tensors = tensors_of(form)
+    values = torch.tensor([0.5, 1.0, math.nan, 1.0])
+    given = lambda of: FORMS[form].function(
+        *(of(tensors[key]) for key in FORMS[form].positional),
+        coefficients=(None, of(values), 0.1), backend="torch",
+    )  # fmt: skip
+    distill_ops.set_debug(True)
+    try:
+        words = "coefficients.log_prob must hold finite numbers, got nan"
+        with computing(Computed()), pytest.raises(ValueError, match=words):
+            given(on_gpu)
+    finally:
+        distill_ops.set_debug(False)
+    with as_on_a_gpu():
+        assert given(lambda x: x)[0].isnan()
 
 
 SHOWS = [  # never a finite number that is wrong

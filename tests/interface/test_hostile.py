@@ -55,7 +55,8 @@ def test_the_table():
         "reference"
     }
     results = {
-        "DistillationMetrics", "DistillationStatistics", "LossComponents", "TeacherTopK", "TokenOutputs",
+        "DistillationMetrics", "DistillationStatistics", "LossComponents", "StatisticsCoefficients",
+        "TeacherTopK", "TokenOutputs",
     }  # fmt: skip
     elsewhere = {"check_divergence", "DivergenceReport"}  # tests/losses/test_declared.py
     stored = {name for name in functions if "teacher" in name.lower() or name in STORES}

@@ -124,6 +124,6 @@ def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, back
     call = call_of(topk_distillation_loss, student, *others, backend=backend, **options).detached()
     (loss, *_), (gradient,) = call.results()
     inputs = call.inputs._replace(student=call.inputs.student.clone())
-    (again, _), _ = call.operator.forward(inputs, *call[2:], into=inputs.student)
+    (again, *_), _ = call.operator.forward(inputs, *call[2:], into=inputs.student)
     assert torch.equal(again, loss)
     assert torch.equal(inputs.student, gradient)

@@ -9,7 +9,6 @@ import torch
 from distill_ops import SymmetricKL, linear_distillation_loss
 from distill_ops.api import heads
 from distill_ops.cpu import forms
-from distill_ops.heads import engine
 from distill_ops.heads.blocks import CPU_BUDGET, Blocks, split
 from distill_ops.operators import linear as operator
 from tests.support import ROOT
@@ -17,6 +16,7 @@ from tests.support.cases import BOOL_MASK, FLOAT_MASK
 from tests.support.helpers import assert_close
 from tests.support.linear_cases import (
     CAPPED,
+    blocks_of,
     check,
     make_pair,
     run,
@@ -119,10 +119,6 @@ def test_blocks_that_do_not_divide_the_tokens(n_rows, softcap, backend, device):
         torch.testing.assert_close(ours.loss, whole.loss, rtol=1e-6, atol=0)
         for name, gradient in ours.gradients.items():
             torch.testing.assert_close(gradient, whole.gradients[name], rtol=2e-5, atol=2e-6)
-
-
-def blocks_of(monkeypatch, tokens, rows):
-    monkeypatch.setattr(engine, "split", lambda *_, **__: Blocks(tokens, rows))
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])

@@ -11,7 +11,7 @@ from distill_ops import linear_token_log_probs, linear_topk_distillation_loss, r
 from distill_ops.divergences.built_in import BUILT_IN
 from distill_ops.reference.linear import head_logits
 from tests.support.declared import renyi_like
-from tests.support.helpers import assert_close, to_float64
+from tests.support.linear_cases import hold, leaves, weighted_sum
 from tests.support.operators import opcheck_of_the_gradient, opcheck_of_the_loss
 
 DIVERGENCES = [*(kind() for kind in BUILT_IN.values()), renyi_like()]
@@ -43,42 +43,6 @@ def make_slots(n_rows, n_cols, k, *, device="cpu"):
     if k > 1 and n_rows > 1:
         ids[1, -1] = -1
     return log_probs.to(device), ids.to(device)
-
-
-def leaves(tensors, double):
-    made = [x if x is None or not double else to_float64(x) for x in tensors]
-    return [None if x is None else x.detach().clone().requires_grad_() for x in made]
-
-
-def weighted_sum(outputs):
-    generator, total = torch.Generator().manual_seed(9), 0.0
-    for x in outputs:
-        factor = torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.5
-        total = total + (x * factor.to(x)).sum()
-    return total
-
-
-def hold(ours, theirs, tensors):
-    """Both functions of (hidden, weight, bias): results, and gradients of all of them."""
-    found = []
-    for function, double in ((ours, False), (theirs, False), (theirs, True)):
-        students = leaves(tensors, double)
-        outputs = function(*students)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        weighted_sum(outputs).backward()
-        grads = [x.grad for x in students if x is not None]
-        found.append([*(x.detach() for x in outputs), *grads])
-    for i, (mine, eager, truth) in enumerate(zip(*found, strict=True)):
-        assert mine.shape == truth.shape
-        if truth.numel() == 0:
-            continue
-        if tensors[0].dtype == torch.float32:
-            # products round too, in another order: eager's error, or 2e-6 of the largest entry
-            error, its_error = (mine - truth).abs().max(), (eager - truth).abs().max()
-            assert error <= 2 * its_error + 2e-6 * truth.abs().max(), f"result {i}: {error}"
-        else:
-            assert_close(f"result {i}", mine, eager, truth)
-    return found[0]
 
 
 def of_logits(hidden, weight, bias, unread, logit_scale=1.0, softcap=None):

@@ -4,20 +4,10 @@ import pytest
 import torch
 
 from distill_ops import linear_distillation_loss
-from distill_ops.heads import projection
 from tests.support.cases import FLOAT_MASK, LABELS
-from tests.support.linear_cases import check, make_pair, run
+from tests.support.linear_cases import check, count_products, make_pair, run
 
 pytest.importorskip("triton")
-
-
-def count_products(monkeypatch):
-    calls = []
-    original = projection.multiply
-    monkeypatch.setattr(
-        projection, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))
-    )
-    return calls
 
 
 FROZEN = {

@@ -168,6 +168,51 @@ def test_statistics_with_zeros(divergence, backend, device):
     hold("distillation_statistics", student, teacher, ids, scales=True, **options)
 
 
+@pytest.mark.covering("divergence dtype")
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_of_coefficients(divergence, dtype, backend, device):
+    """The statistics and the gradient are the same bits as of the statistics weighed afterwards, though
+    it is made in the forward; an ignored token's coefficients are not looked at."""
+    whole, teacher = (x[:, :-1] for x in make_logits((3, 3, 130), dtype=dtype, device=device))
+    ids = make_ids((3, 2), 130, device=device)
+    draw = torch.Generator().manual_seed(2)
+    advantages, mask = (torch.randn(3, 2, generator=draw).to(device) for _ in range(2))
+    mask = mask > 0
+    given = mask, advantages.masked_fill(ids == -100, math.nan), torch.tensor(-0.1, device=device)
+    options = {"divergence": divergence, "temperature": 0.8, "backend": backend}
+    leaf, other = (whole.detach().clone().requires_grad_() for _ in range(2))
+    call = distill_ops.distillation_statistics
+    loss, found = call(leaf, teacher, ids, coefficients=given, **options)
+    loss.backward()
+    expected = call(other, teacher, ids, **options)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert not any(x.requires_grad for x in found)
+    terms = expected.divergence, expected.student_log_prob, expected.student_entropy
+    factors = mask.float(), advantages, given[2]
+    total = sum((x * y).sum() for x, y in zip(factors, terms, strict=True))
+    torch.testing.assert_close(loss, total)
+    total.backward()
+    assert torch.equal(leaf.grad, other.grad)
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_a_row_that_no_coefficient_asks_for_takes_no_gradient(backend, device):
+    """Its statistics are made all the same: here they are NaN."""
+    student, teacher = make_logits((3, 40), device=device)
+    student[1], ids = math.nan, make_ids((3,), 40, device=device, ignored=False)
+    student.requires_grad_()
+    asked = torch.tensor([1.0, 0.0, 2.0], device=device)
+    loss, found = distill_ops.distillation_statistics(
+        student, teacher, ids, coefficients=(asked, -asked, None), backend=backend
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert found.divergence.isnan().tolist() == [False, True, False]
+    assert student.grad.isfinite().all()
+    assert student.grad.any(-1).tolist() == [True, False, True]
+
+
 def test_statistics_of_odd_rows(backend, device):
     student, teacher, ids = odd_rows()
     arguments = (teacher.to(device), ids.to(device))

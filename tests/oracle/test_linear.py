@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from distill_ops import reference
-from distill_ops.reference import linear_distillation_loss, linear_token_log_probs
+from distill_ops.reference import (
+    linear_distillation_loss,
+    linear_distillation_statistics,
+    linear_token_log_probs,
+)
 from tests.support.cases import DIVERGENCES, OPTIONS, TOKENS
 
 INF = math.inf
@@ -165,6 +169,26 @@ def test_a_bias_of_minus_infinity_masks_a_column(divergence):
     assert padded.item() == pytest.approx(short.item(), rel=1e-13)
     for ours, theirs in zip(torch.autograd.grad(padded, student.tensors), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-15)
+
+
+def test_the_loss_of_coefficients_by_numbers():
+    """q = (1/4, 3/4), p = (1/2, 1/2), the second token ignored; also the gradient of log q_id alone."""
+    hidden = torch.tensor([[math.log(3.0)], [math.nan]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    ids = torch.tensor([1, -100])
+    teacher = torch.zeros(2, 1, dtype=torch.float64), weight
+    call = lambda given: linear_distillation_statistics(
+        hidden, weight, *teacher, ids, coefficients=given, divergence="reverse_kl"
+    )
+    log_q = math.log(0.25), math.log(0.75)
+    entropy = -(0.25 * log_q[0] + 0.75 * log_q[1])
+    kl = math.log(2.0) - entropy
+    loss, found = call((2.0, torch.tensor([-3.0, math.nan]), torch.tensor(0.5)))
+    assert loss.item() == pytest.approx(2 * kl - 3 * log_q[1] + 0.5 * entropy, abs=1e-12)
+    assert found.divergence.tolist() == pytest.approx([kl, 0.0], abs=1e-12)
+    assert not found.divergence.requires_grad
+    (gradient,) = torch.autograd.grad(call((None, 1.0, None))[0], hidden)
+    assert gradient.flatten().tolist() == pytest.approx([0.25, 0.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

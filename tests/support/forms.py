@@ -69,6 +69,10 @@ FORMS = {
         ("hidden", "weight", "token_ids"), ("bias",), ("hidden", "weight", "bias"), outputs=2,
         of_token=True,
     ),
+    "linear_distillation_statistics": Form(
+        distill_ops.linear_distillation_statistics, (*HEADS, "token_ids"), BIASES, HEAD, outputs=4,
+        of_token=True,
+    ),
     "mixture_token_log_probs": Form(
         distill_ops.mixture_token_log_probs, (*LOGITS, "token_ids", "teacher_weight"), (),
         LOGITS[:1], of_token=True,

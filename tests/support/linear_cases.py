@@ -6,6 +6,7 @@ import torch
 
 from distill_ops import linear_distillation_loss, reference
 from distill_ops.heads import engine, products, projection
+from distill_ops.heads.blocks import Blocks
 from distill_ops.reference.linear import head_logits
 from tests.support.cases import TOKENS
 from tests.support.helpers import assert_close, condition, moved, to_float64
@@ -122,6 +123,42 @@ def check(pair, names=None, **options) -> Outcome:
     return ours
 
 
+def leaves(tensors, double):
+    made = [x if x is None or not double else to_float64(x) for x in tensors]
+    return [None if x is None else x.detach().clone().requires_grad_() for x in made]
+
+
+def weighted_sum(outputs):
+    generator, total = torch.Generator().manual_seed(9), 0.0
+    for x in outputs:
+        factor = torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.5
+        total = total + (x * factor.to(x)).sum()
+    return total
+
+
+def hold(ours, theirs, tensors):
+    """Both functions of (hidden, weight, bias): results, and gradients of all of them."""
+    found = []
+    for function, double in ((ours, False), (theirs, False), (theirs, True)):
+        students = leaves(tensors, double)
+        outputs = function(*students)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weighted_sum(outputs).backward()
+        grads = [x.grad for x in students if x is not None]
+        found.append([*(x.detach() for x in outputs), *grads])
+    for i, (mine, eager, truth) in enumerate(zip(*found, strict=True)):
+        assert mine.shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        if tensors[0].dtype == torch.float32:
+            # products round too, in another order: eager's error, or 2e-6 of the largest entry
+            error, its_error = (mine - truth).abs().max(), (eager - truth).abs().max()
+            assert error <= 2 * its_error + 2e-6 * truth.abs().max(), f"result {i}: {error}"
+        else:
+            assert_close(f"result {i}", mine, eager, truth)
+    return found[0]
+
+
 def multiply_as_on_gpu(out, a, b, alpha=1.0, add=False):
     """Half-precision operands, summed in float32, with a result in either."""
     product = a.float() @ b.float() if a.dtype in products.HALF else a @ b
@@ -135,3 +172,18 @@ def use_gpu_products(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda device: True)
     if not torch.cuda.is_available():
         monkeypatch.setattr(projection, "multiply", multiply_as_on_gpu)
+
+
+def count_products(monkeypatch) -> list:
+    """The shapes of the products' results, as they are made."""
+    calls = []
+    original = projection.multiply
+    monkeypatch.setattr(
+        projection, "multiply", lambda *a, **k: (calls.append(a[0].shape), original(*a, **k))
+    )
+    return calls
+
+
+def blocks_of(monkeypatch, tokens, rows):
+    """Let the engine take blocks of so many tokens, so many rows under work."""
+    monkeypatch.setattr(engine, "split", lambda *_, **__: Blocks(tokens, rows))

@@ -14,6 +14,7 @@ from tests.support.mutations_linear import LINEAR_FORM
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
+from tests.support.mutations_statistics import STATISTICS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
@@ -31,5 +32,6 @@ MUTATIONS = [
     *TOPK_MUTATIONS,
     *ROW_STATISTICS,
     *TOKEN_OUTPUTS,
+    *STATISTICS,
     *TEACHER_STORES,
 ]

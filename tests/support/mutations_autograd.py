@@ -72,8 +72,7 @@ GPU_HOST_CODE_AND_AUTOGRAD = [
     ),
     Mutation(
         "components require grad", sources.OPERATORS_FUNCTIONS,
-        "constant = [x for x in outputs[operator.differentiable :] if x is not None]",
-        "constant = []",
+        "ctx.mark_non_differentiable(*operator.constants(plan.made, outputs))", "pass",
         f"{DENSE}components[torch-(0.3, None)-mean]",
     ),
     Mutation(

@@ -64,13 +64,13 @@ DIFFERENTIATION = [
         "tests/interface/test_registration.py::test_modes_see_the_operator",
     ),
     Mutation(
-        "differentiable outputs are marked as constants", sources.OPERATORS_FUNCTIONS,
-        "outputs[operator.differentiable :] if x is not None", "outputs[1:] if x is not None",
+        "differentiable outputs are marked as constants", sources.OPERATORS_REGISTER,
+        "results[n:] if x is not None", "results[1:] if x is not None",
         "tests/losses/test_tokens.py::test_one_entropy_alone_gives_its_gradient[torch]",
     ),
     Mutation(
         "differentiable outputs of an operator are marked as constants", sources.OPERATORS_REGISTER,
-        "*output[self.differentiable :])", "*output)",
+        "*self.constants(plan.made, output))", "*output)",
         f"{REGISTRATION}autograd[True-forward]",
     ),
     Mutation(

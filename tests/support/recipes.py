@@ -56,10 +56,13 @@ def of_linear() -> dict:
 def of_tokens() -> dict:
     """Logits of a sequence of 7 tokens, and what a policy step has of the 6 that follow one."""
     ids = batch(shape=(2, 7))["ids"]
+    student, teacher = causal_model(0), causal_model(1, hidden_size=48)
     return {
         "input_ids": ids,
-        "student_logits": causal_model(0)(ids).logits,
-        "teacher_logits": causal_model(1)(ids).logits.detach(),
+        "student": student,
+        "teacher": teacher,
+        "student_logits": student(ids).logits,
+        "teacher_logits": teacher(ids).logits.detach(),
         "advantages": torch.ones(2, 6),
         "old_log_prob": torch.full((2, 6), -4.0),
         "mask": torch.ones(2, 6, dtype=torch.bool),
