@@ -22,6 +22,17 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+class Tail(NamedTuple):
+    """What becomes of the columns outside a top-k teacher's K; None: there is no such teacher."""
+
+    name: str | None = None
+    mass_terms: bool = False  # whether "drop" adds what makes a KL the generalised KL
+    log_prob_floor: float | None = None  # of both models' log-probabilities
+
+
+NO_TAIL = Tail()
+
+
 class Options(NamedTuple):
     """The options of a loss, checked."""
 
@@ -39,23 +50,29 @@ class Options(NamedTuple):
     n_cols: int
     ignore_index: int
     components: bool  # whether they are asked for
+    mass_terms: bool  # of a top-k teacher, as in Tail
+    log_prob_floor: float | None
 
     @classmethod
     def of(
-        cls, arguments: LossArguments, n_cols: int, backend: str, tail: str | None = None
+        cls, arguments: LossArguments, n_cols: int, backend: str, tail: Tail = NO_TAIL
     ) -> "Options":
         """Of checked arguments."""
         a, temperature = arguments, arguments.temperature
         given = None if isinstance(a.normalizer, torch.Tensor) else a.normalizer
         return cls(
-            a.divergence.name, a.reduction, a.infinities, backend, tail, temperature,
+            a.divergence.name, a.reduction, a.infinities, backend, tail.name, temperature,
             temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, a.share, given,
-            a.divergence.numbers, n_cols, a.ignore_index,
-            a.return_components and a.hard,
+            a.divergence.numbers, n_cols, a.ignore_index, a.return_components and a.hard,
+            tail.mass_terms, tail.log_prob_floor,
         )  # fmt: skip
 
     soft, hard = LossArguments.soft, LossArguments.hard
     share = property(lambda self: self.soft_weight)
+
+    @property
+    def tail_options(self) -> Tail:
+        return Tail(self.tail, self.mass_terms, self.log_prob_floor)
 
     def kind(self) -> type[Divergence] | None:
         """The divergence's class, which has its facts; None where it has no part in the loss."""

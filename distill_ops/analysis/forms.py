@@ -17,7 +17,7 @@ from ..operators.register import LossOperator, Plan
 from ..operators.statistics import distillation_statistics
 from ..operators.tokens import token_log_probs
 from ..operators.topk import topk_loss
-from ..problem import BACKWARD, Options
+from ..problem import BACKWARD, Options, Tail
 from . import aot, sass
 
 
@@ -102,14 +102,16 @@ def statistics_launches(
 
 def topk_launches(
     divergence: Divergence, n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
-    tail: str = "bucket", gradient: str = "forward", hard_label_weight: float = 0.0,
-    temperature: float = 1.0, vocab_size: int | None = None, n_rows: int = 4096,
+    tail: str = "bucket", mass_terms: bool = False, log_prob_floor: float | None = None,
+    gradient: str = "forward", hard_label_weight: float = 0.0, temperature: float = 1.0,
+    vocab_size: int | None = None, n_rows: int = 4096,
 ) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
     arguments = LossArguments(
         divergence, temperature=temperature, hard_label_weight=hard_label_weight
     )
-    options = Options.of(arguments, vocab_size or n_cols, "triton", tail)
+    given = Tail(tail, mass_terms, log_prob_floor)
+    options = Options.of(arguments, vocab_size or n_cols, "triton", given)
     labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
     slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
     inputs = problem.TopKInputs(

@@ -3,7 +3,7 @@
 import torch
 
 from ..arguments import LossArguments
-from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
+from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options, Tail
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
 Head = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -16,7 +16,7 @@ def linear_problem(
     teacher: Head,
     teacher_options: HeadOptions,
     slots: tuple[torch.Tensor | None, torch.Tensor | None],  # of a top-k teacher
-    tail: str | None,
+    tail: Tail,
     n_cols: int,
     arguments: LossArguments,
     blocks: BlockOptions,

@@ -9,7 +9,7 @@ from ..checks.options import block_options, given_options, head_options
 from ..checks.tokens import check_options
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import LossComponents
+from ..problem import NO_TAIL, LossComponents
 from .choices import LossModule, loss_result
 from .heads import NO_HEAD, linear_problem
 
@@ -115,8 +115,8 @@ def linear_distillation_loss(
         check_no_teacher(teacher_bias, teacher_options)
     arguments = check_options(rows, arguments)
     inputs, options, made = linear_problem(
-        student, student_options, teacher, teacher_options, (None, None), None, n_cols, arguments,
-        blocks,
+        student, student_options, teacher, teacher_options, (None, None), NO_TAIL, n_cols,
+        arguments, blocks,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

@@ -54,7 +54,7 @@ def rows(
     )
     if isinstance(teacher, TopKTeacher):
         slots = teacher.log_probs, teacher.ids.long()
-        compute = functools.partial(topk, terms, options.tail, student, *slots)
+        compute = functools.partial(topk, terms, options.tail_options, student, *slots)
     else:
         compute = functools.partial(dense, terms, student, teacher)
     per_row = PerRow(

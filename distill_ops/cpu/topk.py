@@ -9,11 +9,28 @@ import math
 
 import torch
 
+from ..divergences.base import Divergence
+from ..problem import Tail
 from .chunk import NEG_INF, Terms, row_sums
 from .rows import GENERAL_ELEMENTS, PerRow, kept_groups, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
+
+
+def without_repeats(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The ids, -1 in slots of -inf whose id stands in a slot above -inf too, or in an earlier one."""
+    zero = log_probs == NEG_INF
+    if not zero.any():
+        return ids
+    # by id, and of one id those above -inf first
+    order = zero.to(torch.uint8).argsort(dim=-1, stable=True)
+    order = order.gather(-1, ids.gather(-1, order).argsort(dim=-1, stable=True))
+    in_order = ids.gather(-1, order)
+    again = zero.gather(-1, order)
+    again[:, 1:] &= in_order[:, 1:] == in_order[:, :-1]
+    again[:, 0] = False
+    return in_order.masked_fill_(again, -1).gather(-1, order.argsort(-1))
 
 
 def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
@@ -35,7 +52,7 @@ def _teacher(
     if tail == "bucket":
         rest = (1 - total).clamp(min=LEAST_REST).log().to(dtype)
         rest.masked_fill_(used.sum(-1, keepdim=True) == n_cols, NEG_INF)
-    elif tail == "renormalize":
+    elif tail in ("renormalize", "restrict"):
         total = torch.logsumexp(log_p, -1, keepdim=True)
         good &= total > NEG_INF
         log_p = log_p - total
@@ -64,23 +81,31 @@ def _exponentials(x: torch.Tensor, maximum: torch.Tensor, temperature: float) ->
     return x.exp_()
 
 
+def _mass_factor(divergence: type[Divergence], parameters: list) -> float | torch.Tensor:
+    """Of ``q - p`` in the generalised KL that a divergence is."""
+    if divergence.moment == "symmetric":
+        return 1 - 2 * parameters[0]
+    return 1.0 if divergence.moment == "forward" else -1.0
+
+
 class TopKChunk:
     """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
 
     def __init__(
-        self, terms: Terms, tail: str, student: torch.Tensor, log_probs: torch.Tensor,
+        self, terms: Terms, tail: Tail, student: torch.Tensor, log_probs: torch.Tensor,
         ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor],
     ):  # fmt: skip
+        ids = without_repeats(log_probs, ids)
         self.terms, self.student, self.ids, self.per_row = terms, student, ids, per_row
-        self.buffers = buffers
-        divergence = terms.divergence
-        self.restrict = divergence.infinite_at_teacher_zero
-        self.rest = tail == "bucket" or not self.restrict
-        self.each = self.rest and tail != "bucket" and not divergence.additive_at_teacher_zero
+        self.tail, self.buffers = tail, buffers
+        divergence, spread = terms.divergence, tail.name in ("renormalize", "ignore")
+        self.restrict = divergence.infinite_at_teacher_zero and tail.log_prob_floor is None
+        self.rest = tail.name in ("bucket", "drop") or (spread and not self.restrict)
+        self.each = self.rest and spread and not divergence.additive_at_teacher_zero
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
-        self.log_p, self.good = _teacher(log_probs, ids, tail, student.shape[-1], terms.dtype)
+        self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1], terms.dtype)
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Divergence and cross-entropy of each row."""
@@ -127,6 +152,8 @@ class TopKChunk:
             of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
+        if self.tail.name == "drop":
+            value[:, -1], slope[:, -1] = 0, 0
         good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
         self.poison = torch.where(good, 0.0, math.nan).to(self.terms.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
@@ -139,16 +166,23 @@ class TopKChunk:
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope by the rules for infinities (semantics.md, section 3)."""
-        divergence, lowest = self.terms.divergence, torch.finfo(log_q.dtype).min
+        divergence, floor = self.terms.divergence, self.tail.log_prob_floor
         teacher_zero = log_p == NEG_INF
         dead = student_zero & teacher_zero
-        if divergence.infinite_at_teacher_zero:
+        if self.restrict:
             dead = dead | teacher_zero
-        if divergence.infinite_at_student_zero:
+        if divergence.infinite_at_student_zero and floor is None:
             dead = dead | student_zero
+        lowest = torch.finfo(log_q.dtype).min if floor is None else floor
         logs = [log.clamp(min=lowest) for log in (log_q, log_p)]
-        terms = divergence.on_columns(*logs, self.per_row.parameters)
-        return tuple(x.masked_fill(dead, 0.0) for x in terms)
+        value, slope = divergence.on_columns(*logs, self.per_row.parameters)
+        if self.tail.mass_terms:
+            q, p = (log.exp() for log in logs)
+            factor = _mass_factor(divergence, self.per_row.parameters)
+            value, slope = value + factor * (q - p), slope + factor * q
+        if floor is not None:
+            slope = slope.masked_fill(log_q < floor, 0.0)
+        return value.masked_fill(dead, 0.0), slope.masked_fill(dead, 0.0)
 
     def _terms_outside(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
@@ -223,7 +257,7 @@ class TopKChunk:
 
 def topk(
     terms: Terms,
-    tail: str,
+    tail: Tail,
     student: torch.Tensor,  # [..., V]
     log_probs: torch.Tensor,  # [N, K]
     ids: torch.Tensor,  # [N, K] int64
@@ -235,8 +269,8 @@ def topk(
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
     kind = {"dtype": terms.dtype, "device": student.device}
-    additive = tail == "bucket" or terms.divergence.additive_at_teacher_zero
-    elements = TOPK_ELEMENTS if additive else GENERAL_ELEMENTS
+    each = tail.name in ("renormalize", "ignore") and not terms.divergence.additive_at_teacher_zero
+    elements = GENERAL_ELEMENTS if each else TOPK_ELEMENTS
     size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads(), elements)
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(2)]
     losses = torch.zeros(n_rows, **kind)

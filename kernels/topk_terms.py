@@ -1,0 +1,76 @@
+"""The terms of a top-k row's outcomes, a vector of lanes: the K slots, then the rest. What is asked for
+beside ``terms.py``'s: a rest without a term, a floor of log-probabilities, the masses of a KL. And which
+slots repeat an id.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import INFINITY, LOG2E, uncancelled
+from .terms import column_terms
+
+# The divergence whose masses are added, ``factor * (q - p)``: factor 1, -1, or by its weight between
+NO_MASSES, FORWARD, REVERSE, SYMMETRIC = map(tl.constexpr, range(4))
+MASSES = {"forward": 1, "reverse": 2, "symmetric": 3}  # by Formula.moment
+
+
+@triton.jit
+def repeated(zero, token_id, log_probs, ids, lane, k):
+    """Of the slots of log-probability -inf (``zero``) those whose id stands in a slot above -inf, or in
+    an earlier one: one slot an id remains, the same whatever the threads' order."""
+    again = zero & (lane < 0)
+    for i in range(k):
+        after = tl.where(tl.load(log_probs + i).to(tl.float32) == -INFINITY, i, -1)
+        again = again | (zero & (lane > after) & (token_id == tl.load(ids + i)))
+    return again
+
+
+@triton.jit
+def floored(y, log_p, l, floor):
+    """Exponents and the teacher's logarithms, none below the floor but where both probabilities are 0;
+    and where the student's was."""
+    zero = (y == -INFINITY) & (log_p == -INFINITY)
+    lowest = floor + tl.log(l)
+    below = (y < lowest) & (zero == 0)
+    log_p = tl.where((log_p < floor) & (zero == 0), floor, log_p)
+    return tl.where(below, lowest, y), log_p, below
+
+
+@triton.jit
+def outcome_terms(
+    y, log_p, l, lane, k, log_prob_floor, row_values, VALUE_AND_SLOPE: tl.constexpr,
+    OPERANDS: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, LEFT_OUT: tl.constexpr,
+    MASSES: tl.constexpr, HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Value, slope and student probability of outcomes of exponents ``y``, whose exponentials add up to
+    ``l``, and of the teacher's ``log_p``. LEFT_OUT: the rest, lane k, has a probability alone.
+
+    A student that is restricted (RESTRICT) comes so; of a left out rest p is 0 and q is not."""
+    one = tl.cast(1.0, tl.float32)
+    own_y = y
+    if HAS_FLOOR:
+        y, log_p, below = floored(y, log_p, l, log_prob_floor)
+    value, slope, q = column_terms(
+        y, log_p, lane <= k, (one * 0.0, l, one * 0.0, one, one), row_values, VALUE_AND_SLOPE,
+        OPERANDS, False, False, True, DROP, RESTRICT and not LEFT_OUT, False,
+    )  # fmt: skip
+    if MASSES:
+        dead = (y == -INFINITY) & (log_p == -INFINITY)
+        if DROP:
+            dead = y == -INFINITY
+        difference = tl.exp2(log_p * LOG2E) - q  # p - q
+        difference = uncancelled(difference, log_p - (y - tl.log(l)), q)
+        factor = one
+        if MASSES == REVERSE:
+            factor = -one
+        elif MASSES == SYMMETRIC:
+            factor = 1.0 - 2.0 * row_values[0]
+        value -= tl.where(dead, 0.0, factor * difference)
+        slope += tl.where(dead, 0.0, factor * q)
+    if HAS_FLOOR:
+        slope = tl.where(below, 0.0, slope)
+        q = tl.where(below, tl.exp2(own_y * LOG2E) * tl.fdiv(1.0, l), q)
+    if LEFT_OUT:
+        value = tl.where(lane == k, 0.0, value)
+        slope = tl.where(lane == k, 0.0, slope)
+    return value, slope, q
