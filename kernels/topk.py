@@ -33,7 +33,7 @@ from .rows import (
 from .sweeps import PEELED, fill_zero, finite_or_zero
 from .terms import SMALLEST
 from .topk_outside import clear, mark, spread, sum_outside, terms_outside, unmark
-from .topk_terms import MASSES, outcome_terms, repeated
+from .topk_terms import MASSES, outcome_terms, without_repeats
 
 STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
 
@@ -63,7 +63,7 @@ def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
     log_p = tl.where(given & (token_id != -1) & (used == 0), float("nan"), log_p)
     zero = used & (log_p == -INFINITY)
     if tl.sum(zero.to(tl.int32), axis=0) > 0:  # servers pad with ids that they gave before
-        used = used & (repeated(zero, token_id, log_probs, ids, lane, k) == 0)
+        used = without_repeats(used, zero, token_id, log_probs, ids, lane, k)
     log_p_rest = -INFINITY
     if TAIL == BUCKET:
         # in float64: of a confident teacher float32's rounding of the sum would be all that is left

@@ -15,14 +15,13 @@ MASSES = {"forward": 1, "reverse": 2, "symmetric": 3}  # by Formula.moment
 
 
 @triton.jit
-def repeated(zero, token_id, log_probs, ids, lane, k):
-    """Of the slots of log-probability -inf (``zero``) those whose id stands in a slot above -inf, or in
-    an earlier one: one slot an id remains, the same whatever the threads' order."""
-    again = zero & (lane < 0)
+def without_repeats(used, zero, token_id, log_probs, ids, lane, k):
+    """The used slots without those of log-probability -inf (``zero``) whose id stands in a slot above
+    -inf, or in an earlier one: of each id one remains, whatever the threads' order."""
     for i in range(k):
         after = tl.where(tl.load(log_probs + i).to(tl.float32) == -INFINITY, i, -1)
-        again = again | (zero & (lane > after) & (token_id == tl.load(ids + i)))
-    return again
+        used = used & ((zero & (lane > after) & (token_id == tl.load(ids + i))) == 0)
+    return used
 
 
 @triton.jit

@@ -34,7 +34,7 @@ KLS = [ForwardKL(), ReverseKL(), SymmetricKL(0.3), JensenShannon(0.0)]
 # --- a floor of log-probabilities ----------------------------------------------------------------
 
 
-@pytest.mark.covering("divergence.operands tail", "divergence")
+@pytest.mark.covering("divergence", "divergence.operands tail")
 @by_floored
 @by_name
 def test_floor(divergence, tail, backend, device):
@@ -45,7 +45,7 @@ def test_floor(divergence, tail, backend, device):
     assert ours.gradient.sum(-1).abs().max() < 1e-6
 
 
-@pytest.mark.covering("divergence.operands tail", "divergence")
+@pytest.mark.covering("divergence.operands", "tail")
 @by_floored
 @by_name
 def test_nothing_is_infinite_above_a_floor(divergence, tail, backend, device):
@@ -77,6 +77,7 @@ def test_a_floor_that_binds_nowhere_changes_nothing(divergence, tail, backend, d
 # --- mass terms ----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("divergence", "floor")
 @pytest.mark.parametrize("floor", [None, -3.0])
 @pytest.mark.parametrize("divergence", KLS, ids=str)
 def test_mass_terms(divergence, floor, backend, device):
@@ -140,7 +141,7 @@ REPEATS = [
 ]
 
 
-@pytest.mark.covering("divergence tail", "gradient")
+@pytest.mark.covering("divergence", "tail gradient")
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore", "restrict", "drop"])
 @pytest.mark.parametrize("divergence", SOME, ids=str)
