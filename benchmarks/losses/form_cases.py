@@ -47,12 +47,14 @@ class FormCase:
     vocab: int
     k: int | None
     dtype: str
+    tail: str = "bucket"  # of a top-k teacher
 
     @property
     def name(self) -> str:
+        loss = self.loss if self.tail == "bucket" else f"{self.loss} {self.tail}"
         sizes = [self.tokens, *([self.hidden] if self.hidden else []), self.vocab]
         slots = f" K={self.k}" if self.k else ""
-        return f"{self.form} {self.loss} {'x'.join(map(str, sizes))}{slots} {self.dtype}"
+        return f"{self.form} {loss} {'x'.join(map(str, sizes))}{slots} {self.dtype}"
 
     @property
     def n_products(self) -> int:
@@ -85,6 +87,7 @@ def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str
         FormCase("linear_tokens", "log_prob", linear_tokens, hidden, vocab, None, dtype),
         FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
         FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
+        FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype, "restrict"),
         FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
         FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
     ]
@@ -153,7 +156,9 @@ def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
         teacher = (t.teacher_hidden @ t.teacher_weight.t()).to(logits.dtype)
         return reference.distillation_loss(logits, teacher, divergence=case.loss)
     if case.k:
-        return reference.topk_distillation_loss(logits, t.log_probs, t.ids, divergence=case.loss)
+        return reference.topk_distillation_loss(
+            logits, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
+        )
     if case.form == "statistics":
         found = reference.distillation_statistics(logits, t.teacher, t.labels, divergence=case.loss)
         return (found.divergence + found.student_log_prob + found.student_entropy).mean()
