@@ -13,6 +13,7 @@ from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
+from tests.support.mutations_tails import TAILS_MUTATIONS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
@@ -28,6 +29,7 @@ MUTATIONS = [
     *TOKENS_AND_MOMENTS,
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
+    *TAILS_MUTATIONS,
     *ROW_STATISTICS,
     *TEACHER_STORES,
 ]
