@@ -38,19 +38,19 @@ def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
 
 
 def _teacher(
-    log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int, dtype: torch.dtype
+    log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
-    distribution, ``[n, 1]``."""
+    distribution, ``[n, 1]``. In float64: of a confident teacher's rest, and of a student who is near
+    the teacher, float32's rounding of the sum would be all that is left."""
     used = ids >= 0
-    log_p = log_probs.to(dtype).masked_fill(~used, NEG_INF)
-    # float64: of a confident teacher float32's rounding of the sum would be all that is left
-    total = log_p.double().exp().sum(-1, keepdim=True)
+    log_p = log_probs.double().masked_fill(~used, NEG_INF)
+    total = log_p.exp().sum(-1, keepdim=True)
     # an id below -1 is nobody's slot: on a GPU, where ids are not looked at, it shows in the result
     good = (total < math.inf) & (ids >= -1).all(-1, keepdim=True)
     rest = torch.full_like(log_p[:, :1], NEG_INF)
     if tail == "bucket":
-        rest = (1 - total).clamp(min=LEAST_REST).log().to(dtype)
+        rest = (1 - total).clamp(min=LEAST_REST).log()
         rest.masked_fill_(used.sum(-1, keepdim=True) == n_cols, NEG_INF)
     elif tail in ("renormalize", "restrict"):
         total = torch.logsumexp(log_p, -1, keepdim=True)
@@ -105,7 +105,7 @@ class TopKChunk:
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
-        self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1], terms.dtype)
+        self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1])
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Divergence and cross-entropy of each row."""
@@ -129,7 +129,7 @@ class TopKChunk:
     def _divergence(self) -> torch.Tensor:
         """In float64, for the K and the rest are few: of a peaked row the gradient is a small difference
         of their terms."""
-        temperature, log_p = self.terms.temperature, self.log_p.double()
+        temperature, log_p = self.terms.temperature, self.log_p
         x = self.logits.double()
         if self.restrict:
             x = x.masked_fill(log_p[:, :-1] == NEG_INF, NEG_INF)
