@@ -54,7 +54,8 @@ def clamped(y):
 
 @triton.jit
 def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
-    """Log-probabilities of the slots, of the rest, and whether they make a distribution."""
+    """Of the slots: ids, which are used, and exponents whose exponentials over ``l`` are p; the rest's
+    logarithm, ``l``, and whether they make a distribution."""
     given = lane < k
     token_id = tl.load(ids + lane, mask=given, other=-1)
     used = (token_id >= 0) & (token_id < n_cols)
@@ -65,6 +66,7 @@ def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
     if tl.sum(zero.to(tl.int32), axis=0) > 0:  # servers pad with ids that they gave before
         used = without_repeats(used, zero, token_id, log_probs, ids, lane, k)
     log_p_rest = -INFINITY
+    l = tl.cast(1.0, tl.float32)
     if TAIL == BUCKET:
         # in float64: of a confident teacher float32's rounding of the sum would be all that is left
         total = tl.sum(tl.exp(log_p.to(tl.float64)), axis=0)
@@ -77,9 +79,10 @@ def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
         total = tl.sum(tl.exp(log_p - m), axis=0)
         good = total < INFINITY
         if TAIL == RENORMALIZE:
-            log_p -= m + tl.log(total)
+            log_p -= m
+            l = total
             good = good & (total > 0.0)
-    return token_id, used, log_p, log_p_rest, good
+    return token_id, used, log_p, log_p_rest, l, good
 
 
 @triton.jit
@@ -170,7 +173,7 @@ def topk_kernel(
         if weight != 0.0:
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
             slots = tl.cast(row, tl.int64) * k
-            token_id, used, log_p, log_p_rest, good = read_teacher(
+            token_id, used, log_p, log_p_rest, l_t, good = read_teacher(
                 log_probs_ptr + slots, ids_ptr + slots, lane, k, n_cols, TAIL
             )
             position = (token_id + lead).to(tl.int32)
@@ -210,7 +213,7 @@ def topk_kernel(
             if SWEPT:
                 unmark(words, position, used)
             value, slope, q = outcome_terms(
-                y, tl.where(lane == k, log_p_rest, log_p), l, lane, k, log_prob_floor, row_values,
+                y, tl.where(lane == k, log_p_rest, log_p), l, l_t, lane, k, log_prob_floor, row_values,
                 VALUE_AND_SLOPE, OPERANDS, DROP, RESTRICT, LEFT_OUT, MASSES, HAS_FLOOR,
             )  # fmt: skip
             # a row without a softmax, in either model, must not vanish among the dropped terms

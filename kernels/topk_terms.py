@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .math import INFINITY, LOG2E, uncancelled
-from .terms import column_terms
+from .terms import column_terms, log_quotient
 
 # The divergence whose masses are added, ``factor * (q - p)``: factor 1, -1, or by its weight between
 NO_MASSES, FORWARD, REVERSE, SYMMETRIC = map(tl.constexpr, range(4))
@@ -25,40 +25,40 @@ def without_repeats(used, zero, token_id, log_probs, ids, lane, k):
 
 
 @triton.jit
-def floored(y, log_p, l, floor):
-    """Exponents and the teacher's logarithms, none below the floor but where both probabilities are 0;
-    and where the student's was."""
-    zero = (y == -INFINITY) & (log_p == -INFINITY)
-    lowest = floor + tl.log(l)
-    below = (y < lowest) & (zero == 0)
-    log_p = tl.where((log_p < floor) & (zero == 0), floor, log_p)
-    return tl.where(below, lowest, y), log_p, below
+def floored(y_s, y_t, l_s, l_t, floor):
+    """Exponents of both, none of a logarithm below the floor but where both probabilities are 0; and
+    where the student's was."""
+    zero = (y_s == -INFINITY) & (y_t == -INFINITY)
+    lowest, lowest_t = floor + tl.log(l_s), floor + tl.log(l_t)
+    below = (y_s < lowest) & (zero == 0)
+    y_t = tl.where((y_t < lowest_t) & (zero == 0), lowest_t, y_t)
+    return tl.where(below, lowest, y_s), y_t, below
 
 
 @triton.jit
 def outcome_terms(
-    y, log_p, l, lane, k, log_prob_floor, row_values, VALUE_AND_SLOPE: tl.constexpr,
+    y_s, y_t, l_s, l_t, lane, k, log_prob_floor, row_values, VALUE_AND_SLOPE: tl.constexpr,
     OPERANDS: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, LEFT_OUT: tl.constexpr,
     MASSES: tl.constexpr, HAS_FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Value, slope and student probability of outcomes of exponents ``y``, whose exponentials add up to
-    ``l``, and of the teacher's ``log_p``. LEFT_OUT: the rest, lane k, has a probability alone.
+    """Value, slope and student probability of outcomes whose probabilities are ``exp(y_s) / l_s`` and
+    ``exp(y_t) / l_t``. LEFT_OUT: the rest, lane k, has a probability alone.
 
     A student that is restricted (RESTRICT) comes so; of a left out rest p is 0 and q is not."""
     one = tl.cast(1.0, tl.float32)
-    own_y = y
+    own_y = y_s
     if HAS_FLOOR:
-        y, log_p, below = floored(y, log_p, l, log_prob_floor)
+        y_s, y_t, below = floored(y_s, y_t, l_s, l_t, log_prob_floor)
     value, slope, q = column_terms(
-        y, log_p, lane <= k, (one * 0.0, l, one * 0.0, one, one), row_values, VALUE_AND_SLOPE,
+        y_s, y_t, lane <= k, (one * 0.0, l_s, one * 0.0, l_t, one), row_values, VALUE_AND_SLOPE,
         OPERANDS, False, False, True, DROP, RESTRICT and not LEFT_OUT, False,
     )  # fmt: skip
     if MASSES:
-        dead = (y == -INFINITY) & (log_p == -INFINITY)
+        dead = (y_s == -INFINITY) & (y_t == -INFINITY)
         if DROP:
-            dead = y == -INFINITY
-        difference = tl.exp2(log_p * LOG2E) - q  # p - q
-        difference = uncancelled(difference, log_p - (y - tl.log(l)), q)
+            dead = y_s == -INFINITY
+        difference = tl.exp2(y_t * LOG2E) * tl.fdiv(1.0, l_t) - q  # p - q
+        difference = uncancelled(difference, (y_t - y_s) + log_quotient(l_s, l_t), q)
         factor = one
         if MASSES == REVERSE:
             factor = -one
@@ -68,7 +68,7 @@ def outcome_terms(
         slope += tl.where(dead, 0.0, factor * q)
     if HAS_FLOOR:
         slope = tl.where(below, 0.0, slope)
-        q = tl.where(below, tl.exp2(own_y * LOG2E) * tl.fdiv(1.0, l), q)
+        q = tl.where(below, tl.exp2(own_y * LOG2E) * tl.fdiv(1.0, l_s), q)
     if LEFT_OUT:
         value = tl.where(lane == k, 0.0, value)
         slope = tl.where(lane == k, 0.0, slope)

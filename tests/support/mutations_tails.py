@@ -30,7 +30,7 @@ TAILS_MUTATIONS = [
     ),
     Mutation(
         "tails: the gradient is spread by the floored probability", sources.KERNELS_TOPK_TERMS,
-        "q = tl.where(below, tl.exp2(own_y * LOG2E) * tl.fdiv(1.0, l), q)", "pass",
+        "q = tl.where(below, tl.exp2(own_y * LOG2E) * tl.fdiv(1.0, l_s), q)", "pass",
         f"{TAILS}floor[triton-SymmetricKL(weight=0.3)-bucket]",
     ),
     Mutation(
@@ -39,7 +39,7 @@ TAILS_MUTATIONS = [
     ),
     Mutation(
         "tails: a dropped term leaves its masses", sources.KERNELS_TOPK_TERMS,
-        '            dead = y == -INFINITY\n', "            pass\n",
+        '            dead = y_s == -INFINITY\n', "            pass\n",
         f"{TAILS}mass_terms[triton-ForwardKL()-None]",
     ),
     Mutation(
