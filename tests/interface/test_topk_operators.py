@@ -10,7 +10,7 @@ from tests.support.operators import call_of, opcheck_of_the_gradient, opcheck_of
 
 pytest.importorskip("triton")
 
-from distill_ops import JensenShannon, SkewForwardKL, topk_distillation_loss
+from distill_ops import ForwardKL, JensenShannon, SkewForwardKL, topk_distillation_loss
 
 OPTIONS = {
     "forward": {},
@@ -20,7 +20,10 @@ OPTIONS = {
     "hard": {"labels": LABELS, "hard_label_weight": 0.5, "return_components": True},
     "normalizer": {"normalizer": torch.tensor(7.0)},
     "parameters": {"divergence": JensenShannon(torch.full(TOKENS, 0.3))},
-}
+    "drop": {
+        "divergence": ForwardKL(), "tail": "drop", "mass_terms": True, "log_prob_floor": -9.0,
+    },
+}  # fmt: skip
 
 
 def make_topk(shape=(*TOKENS, 33), k=5, device="cpu"):
