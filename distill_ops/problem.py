@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import LossArguments
+from .arguments import NO_TAIL, LossArguments, Tail
 from .divergences.base import DIVERGENCES, Divergence
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 
@@ -20,17 +20,6 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """Of sums and results: float32, or float64 where a tensor is."""
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if wide else torch.float32
-
-
-class Tail(NamedTuple):
-    """What becomes of the columns outside a top-k teacher's K; None: there is no such teacher."""
-
-    name: str | None = None
-    mass_terms: bool = False  # whether "drop" adds what makes a KL the generalised KL
-    log_prob_floor: float | None = None  # of both models' log-probabilities
-
-
-NO_TAIL = Tail()
 
 
 class Options(NamedTuple):

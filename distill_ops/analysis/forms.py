@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import problem
-from ..arguments import LossArguments
+from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
 from ..kernels import dense, topk
 from ..operators.dense import dense_loss
@@ -17,7 +17,7 @@ from ..operators.register import LossOperator, Plan
 from ..operators.statistics import distillation_statistics
 from ..operators.tokens import token_log_probs
 from ..operators.topk import topk_loss
-from ..problem import BACKWARD, Options, Tail
+from ..problem import BACKWARD, Options
 from . import aot, sass
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..arguments import LossArguments
-from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options, Tail
+from ..arguments import LossArguments, Tail
+from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
 Head = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

@@ -3,13 +3,13 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import NO_TAIL, LossOptions, with_loss_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import block_options, given_options, head_options
 from ..checks.tokens import check_options
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import NO_TAIL, LossComponents
+from ..problem import LossComponents
 from .choices import LossModule, loss_result
 from .heads import NO_HEAD, linear_problem
 

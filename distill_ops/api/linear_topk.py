@@ -3,14 +3,14 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
 from ..checks.options import block_options, given_options, head_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
-from ..problem import HeadOptions, LossComponents, Tail
+from ..problem import HeadOptions, LossComponents
 from .choices import loss_result
 from .heads import NO_HEAD, linear_problem
 

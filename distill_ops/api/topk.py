@@ -3,14 +3,14 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.logits import check_alone
 from ..checks.options import given_options
 from ..checks.slots import check_topk
 from ..checks.values import TokenRows
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
-from ..problem import DenseInputs, LossComponents, Options, Tail, TopKInputs
+from ..problem import DenseInputs, LossComponents, Options, TopKInputs
 from .choices import choose_backend, gradient_mode, loss_result
 
 WITHOUT = ("infinities",)

@@ -1,12 +1,12 @@
-"""Checks of a top-k teacher: the slots that hold its log-probabilities and ids."""
+"""Checks of a top-k teacher: the slots that hold its log-probabilities and ids, and its tail; and which
+slots repeat an id."""
 
 import math
 
 import torch
 
-from ..arguments import LossArguments
+from ..arguments import NO_TAIL, LossArguments, Tail
 from ..divergences.base import Divergence
-from ..problem import NO_TAIL, Tail
 from ..scalars import flag, integer, number, one_of
 from .logits import check_teacher_given
 from .tokens import check_options
@@ -85,3 +85,16 @@ def check_tail(tail: Tail, divergence: Divergence) -> Tail:
                 f"which every column outside the K would get this log-probability"
             )
     return Tail(name, mass_terms, floor)
+
+
+def without_repeats(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The ids ``[..., K]``, -1 in slots of -inf whose id stands in a slot above -inf too, or in an earlier
+    one."""
+    zero = log_probs == -math.inf
+    # by id, and of one id those above -inf first
+    order = zero.to(torch.uint8).argsort(dim=-1, stable=True)
+    order = order.gather(-1, ids.gather(-1, order).argsort(dim=-1, stable=True))
+    in_order, zero = ids.gather(-1, order), zero.gather(-1, order)
+    again = zero[..., 1:] & (in_order[..., 1:] == in_order[..., :-1])
+    again = torch.cat([torch.zeros_like(zero[..., :1]), again], -1)
+    return in_order.masked_fill(again, -1).gather(-1, order.argsort(dim=-1))

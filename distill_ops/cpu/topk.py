@@ -9,28 +9,13 @@ import math
 
 import torch
 
+from ..arguments import Tail
 from ..divergences.base import Divergence
-from ..problem import Tail
 from .chunk import NEG_INF, Terms, row_sums
 from .rows import GENERAL_ELEMENTS, PerRow, kept_groups, rows_in_chunk
 
 TOPK_ELEMENTS = 1 << 20  # of a chunk: some work is done once a chunk or row, whatever its columns
 LEAST_REST = 2.0**-24  # of the teacher's tail
-
-
-def without_repeats(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The ids, -1 in slots of -inf whose id stands in a slot above -inf too, or in an earlier one."""
-    zero = log_probs == NEG_INF
-    if not zero.any():
-        return ids
-    # by id, and of one id those above -inf first
-    order = zero.to(torch.uint8).argsort(dim=-1, stable=True)
-    order = order.gather(-1, ids.gather(-1, order).argsort(dim=-1, stable=True))
-    in_order = ids.gather(-1, order)
-    again = zero.gather(-1, order)
-    again[:, 1:] &= in_order[:, 1:] == in_order[:, :-1]
-    again[:, 0] = False
-    return in_order.masked_fill_(again, -1).gather(-1, order.argsort(-1))
 
 
 def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
@@ -95,7 +80,6 @@ class TopKChunk:
         self, terms: Terms, tail: Tail, student: torch.Tensor, log_probs: torch.Tensor,
         ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor],
     ):  # fmt: skip
-        ids = without_repeats(log_probs, ids)
         self.terms, self.student, self.ids, self.per_row = terms, student, ids, per_row
         self.tail, self.buffers = tail, buffers
         divergence, spread = terms.divergence, tail.name in ("renormalize", "ignore")

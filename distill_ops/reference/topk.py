@@ -5,14 +5,14 @@ import math
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.contents import of_loss
 from ..checks.logits import check_alone
 from ..checks.options import given_options
-from ..checks.slots import check_topk
+from ..checks.slots import check_topk, without_repeats
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
-from ..problem import LossComponents, Options, Tail, TopKInputs, working_dtype
+from ..problem import LossComponents, Options, TopKInputs, working_dtype
 from .dense import (
     NEG_INF,
     dropped_terms,
@@ -87,16 +87,6 @@ def _mass_factor(divergence: Divergence, dtype: torch.dtype) -> float | torch.Te
     return 1.0 if divergence.name == "forward_kl" else -1.0
 
 
-def _without_repeats(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The ids, -1 in slots of -inf whose id stands in a slot above -inf too, or in an earlier one."""
-    slot, zero = torch.arange(ids.shape[-1], device=ids.device), log_p == NEG_INF
-    again = torch.zeros_like(zero)
-    for i in range(ids.shape[-1]):
-        serves = ~zero[..., i : i + 1] | (slot > i)
-        again = again | (zero & (ids == ids[..., i : i + 1]) & serves)
-    return ids.masked_fill(again, -1)
-
-
 def topk_terms(
     student: torch.Tensor,
     log_p: torch.Tensor,
@@ -107,7 +97,7 @@ def topk_terms(
 ) -> torch.Tensor:
     """The terms of the divergence: ``[..., K + 1]`` with the bucket, ``[..., K]`` of the K alone, else
     ``[..., V]``."""
-    ids = _without_repeats(log_p, ids)
+    ids = without_repeats(log_p, ids)
     log_p = log_p.masked_fill(ids < 0, NEG_INF)
     no_teacher = ~(log_p.amax(-1, keepdim=True) < math.inf)  # NaN or +inf among them
     if tail.name in ("renormalize", "restrict"):

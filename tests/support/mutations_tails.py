@@ -58,7 +58,7 @@ TAILS_MUTATIONS = [
         f"{TOPK}value_and_gradient[torch-JensenShannon(beta=0.5)-drop]",
     ),
     Mutation(
-        "tails, CPU: a slot of -inf repeats one of another id", sources.CPU_TOPK,
+        "tails, CPU: a slot of -inf repeats one of another id", sources.CHECKS_SLOTS,
         "order = order.gather(-1, ids.gather(-1, order).argsort(dim=-1, stable=True))", "pass",
         f"{TAILS}slots_that_repeat_an_id_are_unused[torch-JensenShannon(beta=0.3)-bucket-forward]",
     ),
