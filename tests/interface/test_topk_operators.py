@@ -116,7 +116,7 @@ def test_second_backward_and_second_derivative(backend, device):
 
 @pytest.mark.covering("divergence tail", "option")
 @pytest.mark.parametrize("option", ["forward", "mask", "hard"])
-@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "restrict", "drop"])
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "reverse_kl", "alpha_beta"])
 def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, backend, device):
     """As a linear form calls it, on blocks of logits that it made."""
