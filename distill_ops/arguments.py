@@ -116,6 +116,17 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
         return self.loss_mask, labels, normalizer, parameters, self.token_ids
 
 
+class Tail(NamedTuple):
+    """What becomes of the columns outside a top-k teacher's K; None: there is no such teacher."""
+
+    name: str | None = None
+    mass_terms: bool = False  # whether "drop" adds what makes a KL the generalised KL
+    log_prob_floor: float | None = None  # of both models' log-probabilities
+
+
+NO_TAIL = Tail()
+
+
 def with_loss_options(*without: str) -> Callable[[Function], Function]:
     """Give a function with ``**options`` the signature that lists them, but those it goes without."""
 

@@ -73,8 +73,9 @@ def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
     arguments |= {"output_ids": tokens.ids, **buffers}
     if isinstance(teacher, TopKTeacher):
         topk.run(
-            formula, options.tail, student, *teacher, tokens.labels, options.n_cols, **arguments
-        )
+            formula, options.tail, student, *teacher, tokens.labels, options.n_cols,
+            mass_terms=options.mass_terms, log_prob_floor=options.log_prob_floor, **arguments,
+        )  # fmt: skip
     else:
         dense.run(formula, student, teacher, tokens.labels, options.n_cols, **arguments)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import LossArguments
+from .arguments import NO_TAIL, LossArguments, Tail
 from .divergences.base import DIVERGENCES, Divergence
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 
@@ -40,23 +40,29 @@ class Options(NamedTuple):
     ignore_index: int
     components: bool  # whether they are asked for
     token_outputs: tuple[str, ...]  # names of those that are, in the order of TokenOutputs
+    mass_terms: bool  # of a top-k teacher, as in Tail
+    log_prob_floor: float | None
 
     @classmethod
     def of(
-        cls, arguments: LossArguments, n_cols: int, backend: str, tail: str | None = None
+        cls, arguments: LossArguments, n_cols: int, backend: str, tail: Tail = NO_TAIL
     ) -> "Options":
         """Of checked arguments."""
         a, temperature = arguments, arguments.temperature
         given = None if isinstance(a.normalizer, torch.Tensor) else a.normalizer
         return cls(
-            a.divergence.name, a.reduction, a.infinities, backend, tail, temperature,
+            a.divergence.name, a.reduction, a.infinities, backend, tail.name, temperature,
             temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, a.share, given,
-            a.divergence.numbers, n_cols, a.ignore_index,
-            a.return_components and a.hard, a.token_outputs,
+            a.divergence.numbers, n_cols, a.ignore_index, a.return_components and a.hard,
+            a.token_outputs, tail.mass_terms, tail.log_prob_floor,
         )  # fmt: skip
 
     soft, hard = LossArguments.soft, LossArguments.hard
     share = property(lambda self: self.soft_weight)
+
+    @property
+    def tail_options(self) -> Tail:
+        return Tail(self.tail, self.mass_terms, self.log_prob_floor)
 
     def kind(self) -> type[Divergence] | None:
         """The divergence's class, which has its facts; None where it has no part in the loss."""

@@ -19,7 +19,7 @@ ROWS = ("student", "teacher", "logits", "gradient")  # the tensors whose rows ke
 # arguments of kernels that walk rows whose values must not compile a kernel of their own
 RUN_TIME = [f"{name}_{part}" for name in ROWS for part in ("start", "outer", "inner")] + [
     "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator", "over_t",
-    "divergence_scale", "soft_weight", "hard_weight", "upstream_stride", "ignore_index",
+    "log_prob_floor", "divergence_scale", "soft_weight", "hard_weight", "upstream_stride", "ignore_index",
 ]  # fmt: skip
 
 

@@ -34,17 +34,20 @@ from .rows import (
 )
 from .running import NOWHERE, finite_or_zero
 from .sweeps import PEELED, fill_zero
-from .terms import SMALLEST, column_terms
+from .terms import SMALLEST
 from .topk_outputs import topk_outputs
 from .topk_outside import clear, mark, spread, sum_outside, terms_outside, unmark
+from .topk_terms import MASSES, outcome_terms, without_repeats
 
 STATISTICS = tl.constexpr(launch.TOPK_STATISTICS)
 
+LOWEST_FLOAT = torch.finfo(torch.float32).min
 LEAST_REST = tl.constexpr(2.0**-24)  # of the teacher's tail
 
 # The rest of the vocabulary
 BUCKET, RENORMALIZE, IGNORE = map(tl.constexpr, range(3))
-TAILS = {name: i for i, name in enumerate(("bucket", "renormalize", "ignore"))}
+# ... and how the teacher is read: with "restrict" and "drop" nothing outside has a term
+TAILS = {"bucket": 0, "renormalize": 1, "ignore": 2, "restrict": 1, "drop": 2}
 
 
 @triton.jit
@@ -55,14 +58,19 @@ def clamped(y):
 
 @triton.jit
 def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
-    """Log-probabilities of the slots, of the rest, and whether they make a distribution."""
+    """Of the slots: ids, which are used, and exponents whose exponentials over ``l`` are p; the rest's
+    logarithm, ``l``, and whether they make a distribution."""
     given = lane < k
     token_id = tl.load(ids + lane, mask=given, other=-1)
     used = (token_id >= 0) & (token_id < n_cols)
     log_p = tl.load(log_probs + lane, mask=used, other=-INFINITY).to(tl.float32)
     # an id beyond the vocabulary, which without debug mode nobody refuses on a GPU
     log_p = tl.where(given & (token_id != -1) & (used == 0), float("nan"), log_p)
+    zero = used & (log_p == -INFINITY)
+    if tl.sum(zero.to(tl.int32), axis=0) > 0:  # servers pad with ids that they gave before
+        used = without_repeats(used, zero, token_id, log_probs, ids, lane, k)
     log_p_rest = -INFINITY
+    l = tl.cast(1.0, tl.float32)
     if TAIL == BUCKET:
         # in float64: of a confident teacher float32's rounding of the sum would be all that is left
         total = tl.sum(tl.exp(log_p.to(tl.float64)), axis=0)
@@ -75,9 +83,10 @@ def read_teacher(log_probs, ids, lane, k, n_cols, TAIL: tl.constexpr):
         total = tl.sum(tl.exp(log_p - m), axis=0)
         good = total < INFINITY
         if TAIL == RENORMALIZE:
-            log_p -= m + tl.log(total)
+            log_p -= m
+            l = total
             good = good & (total > 0.0)
-    return token_id, used, log_p, log_p_rest, good
+    return token_id, used, log_p, log_p_rest, l, good
 
 
 @triton.jit
@@ -121,10 +130,12 @@ def topk_kernel(
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
     log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, output_ids_ptr, upstream_ptr,
-    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, k, over_t, divergence_scale, soft_weight, hard_weight, parameters,
+    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, k,
+    log_prob_floor, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr,
     TAIL: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, REST: tl.constexpr,
-    EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    EACH: tl.constexpr, LEFT_OUT: tl.constexpr, MASSES: tl.constexpr, HAS_FLOOR: tl.constexpr,
+    HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr, OUTPUTS: tl.constexpr, WANTED: tl.constexpr,
     ACCEPTANCE_AT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
@@ -135,8 +146,9 @@ def topk_kernel(
     without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
 
     ``log_probs`` and ``ids`` are [n_rows, k]; ``words`` and ``bitmap`` the same memory. REST: the
-    divergence sees the columns outside; EACH: one by one. OWN_HARD: the hard label's sums are not
-    the divergence's. A row of weight 0 is not read: loss 0, gradient 0.
+    student is normalised over the columns outside too; EACH: one by one they have terms, LEFT_OUT:
+    they have none. OWN_HARD: the hard label's sums are not the divergence's. A row of weight 0 is not
+    read: loss 0, gradient 0.
     """
     # the student's own outputs are of its whole row, which a divergence on the K alone does not read
     LOOKS: tl.constexpr = WRITE_LOSS and (OF_STUDENT & OUTPUTS) != 0
@@ -171,7 +183,7 @@ def topk_kernel(
         if weight != 0.0:
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
             slots = tl.cast(row, tl.int64) * k
-            token_id, used, log_p, log_p_rest, good = read_teacher(
+            token_id, used, log_p, log_p_rest, l_t, good = read_teacher(
                 log_probs_ptr + slots, ids_ptr + slots, lane, k, n_cols, TAIL
             )
             position = (token_id + lead).to(tl.int32)
@@ -230,9 +242,9 @@ def topk_kernel(
                 y = tl.where(lane == k, -INFINITY, y)
             if SWEPT:
                 unmark(words, position, used)
-            value, slope, q = column_terms(
-                y, tl.where(lane == k, log_p_rest, log_p), lane <= k, (one * 0.0, l, one * 0.0, one, one),
-                row_values, VALUE_AND_SLOPE, OPERANDS, False, False, True, DROP, RESTRICT, False,
+            value, slope, q = outcome_terms(
+                y, tl.where(lane == k, log_p_rest, log_p), l, l_t, lane, k, log_prob_floor, row_values,
+                VALUE_AND_SLOPE, OPERANDS, DROP, RESTRICT, LEFT_OUT, MASSES, HAS_FLOOR,
             )  # fmt: skip
             # a row without a softmax, in either model, must not vanish among the dropped terms
             poison = tl.where(good & (l > 0.0) & (l_r >= 0.0), 0.0, float("nan"))
@@ -299,12 +311,17 @@ def run(
     ids: torch.Tensor,  # [N, K], contiguous
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
+    *,
+    mass_terms: bool = False,
+    log_prob_floor: float | None = None,
     **buffers,
 ) -> None:
     """Launch the top-k kernel: losses with the gradient or the statistics, or the gradient alone.
 
     ``buffers`` are those of :class:`LossBuffers`."""
     buffers = LossBuffers(**buffers)
+    if log_prob_floor is not None:  # nothing is infinite
+        formula = formula._replace(drop=False, restrict=False)
     n_rows, k = ids.shape
     n_inner, layouts = row_layouts(student)
     if buffers.gradient is student and not layouts[0].is_in(student):
@@ -319,7 +336,8 @@ def run(
     rows = {"student": student_rows, "gradient": buffers.rows(student, student_rows, n_inner)}
     grid, arguments = rows_launch(rows, [student], n_rows, n_cols, width)
     hard = formula.hard_label_weight != 0
-    rest = tail == "bucket" or not formula.restrict
+    seen = tail in ("renormalize", "ignore")  # columns outside have terms of p = 0
+    rest = tail in ("bucket", "drop") or (seen and not formula.restrict)
     own_hard = hard and (formula.temperature != 1 or not rest)
     block_k = triton.next_power_of_2(k + 1)
     words, n_words = student, 0  # student: stands for memory that is not read
@@ -340,7 +358,11 @@ def run(
         k=k,
         TAIL=TAILS[tail],
         REST=rest,
-        EACH=rest and tail != "bucket" and not formula.additive,
+        EACH=rest and seen and not formula.additive,
+        LEFT_OUT=tail == "drop",
+        MASSES=MASSES[formula.moment] if mass_terms else 0,
+        HAS_FLOOR=log_prob_floor is not None,
+        log_prob_floor=0.0 if log_prob_floor is None else max(log_prob_floor, LOWEST_FLOAT),
         OWN_HARD=own_hard,
         BLOCK_K=block_k,
         UNROLL=launch.topk_unroll(block_k, arguments["LANES"], own_hard, looks),

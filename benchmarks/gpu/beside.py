@@ -62,7 +62,7 @@ def counted_as(record: Measured) -> Entry | None:
     begin anywhere, and stand for others like it."""
     odd = record.vocab % 8 != 0
     if isinstance(record, FormRecord):
-        if record.form not in OF_FORMS:
+        if record.form not in OF_FORMS or record.tail != "bucket":
             return None
         kernel, form = OF_FORMS[record.form]
         divergence = record.loss if kernel == "topk" else None

@@ -48,12 +48,14 @@ class FormCase:
     vocab: int
     k: int | None
     dtype: str
+    tail: str = "bucket"  # of a top-k teacher
 
     @property
     def name(self) -> str:
+        loss = self.loss if self.tail == "bucket" else f"{self.loss} {self.tail}"
         sizes = [self.tokens, *([self.hidden] if self.hidden else []), self.vocab]
         slots = f" K={self.k}" if self.k else ""
-        return f"{self.form} {self.loss} {'x'.join(map(str, sizes))}{slots} {self.dtype}"
+        return f"{self.form} {loss} {'x'.join(map(str, sizes))}{slots} {self.dtype}"
 
     @property
     def n_products(self) -> int:
@@ -87,6 +89,7 @@ def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str
         FormCase("linear_statistics", "reverse_kl", linear_tokens, hidden, vocab, None, dtype),
         FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
         FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
+        FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype, "restrict"),
         FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
         FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
     ]
@@ -157,7 +160,9 @@ def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
     if case.form == "linear":
         return reference.distillation_loss(logits, teacher, divergence=case.loss)
     if case.k:
-        return reference.topk_distillation_loss(logits, t.log_probs, t.ids, divergence=case.loss)
+        return reference.topk_distillation_loss(
+            logits, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
+        )
     if case.form in STATISTICS:
         found = reference.distillation_statistics(logits, teacher, t.labels, divergence=case.loss)
         return (found.divergence + found.student_log_prob + found.student_entropy).mean()

@@ -44,11 +44,11 @@ def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
         return loss
     if case.form == "linear_topk":
         return distill_ops.linear_topk_distillation_loss(
-            t.hidden, t.weight, t.log_probs, t.ids, divergence=case.loss
+            t.hidden, t.weight, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
         )
     if case.form == "topk":
         return distill_ops.topk_distillation_loss(
-            t.student, t.log_probs, t.ids, divergence=case.loss
+            t.student, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
         )
     if case.form == "statistics":
         found = distill_ops.distillation_statistics(

@@ -37,6 +37,7 @@ class FormRecord(Measured):
     form: str
     hidden: int | None
     k: int | None
+    tail: str = "bucket"
     times_eager: float | None = None  # eager's median over this one: above 1 is faster
     times_products: float | None = None  # this one's median over that of the matrix products
     n_products: int | None = None  # as many as ours makes

@@ -20,7 +20,7 @@ def _row(records: Sequence[FormRecord]) -> list[str]:
         if r.provider not in (OURS, EAGER, PRODUCTS)
     ]
     return [
-        f"{first.form} {first.loss}",
+        f"{first.form} {first.loss}" + (f" {first.tail}" if first.tail != "bucket" else ""),
         first.shape,
         ", ".join(peers) or "–",
         number(eager and eager.median_ms),

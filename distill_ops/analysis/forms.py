@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import problem
-from ..arguments import LossArguments
+from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
 from ..kernels import dense, topk
 from ..operators.dense import dense_loss
@@ -107,16 +107,17 @@ def statistics_launches(
 
 def topk_launches(
     divergence: Divergence, n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
-    tail: str = "bucket", gradient: str = "forward", hard_label_weight: float = 0.0,
-    temperature: float = 1.0, vocab_size: int | None = None, n_rows: int = 4096,
-    token_outputs: tuple[str, ...] = (),
+    tail: str = "bucket", mass_terms: bool = False, log_prob_floor: float | None = None,
+    gradient: str = "forward", hard_label_weight: float = 0.0, temperature: float = 1.0,
+    vocab_size: int | None = None, n_rows: int = 4096, token_outputs: tuple[str, ...] = (),
 ) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
     arguments = LossArguments(
         divergence, temperature=temperature, hard_label_weight=hard_label_weight,
         token_outputs=token_outputs,
     )  # fmt: skip
-    options = Options.of(arguments, vocab_size or n_cols, "triton", tail)
+    given = Tail(tail, mass_terms, log_prob_floor)
+    options = Options.of(arguments, vocab_size or n_cols, "triton", given)
     labels = None
     if hard_label_weight or "log_prob" in token_outputs:
         labels = _meta(n_rows, dtype=torch.int64)

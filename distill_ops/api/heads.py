@@ -2,7 +2,7 @@
 
 import torch
 
-from ..arguments import LossArguments
+from ..arguments import LossArguments, Tail
 from ..problem import BlockOptions, HeadOptions, LinearInputs, LinearOptions, Options
 from .choices import autocast_dtype, choose_backend, gradient_mode
 
@@ -16,7 +16,7 @@ def linear_problem(
     teacher: Head,
     teacher_options: HeadOptions,
     slots: tuple[torch.Tensor | None, torch.Tensor | None],  # of a top-k teacher
-    tail: str | None,
+    tail: Tail,
     n_cols: int,
     arguments: LossArguments,
     blocks: BlockOptions,

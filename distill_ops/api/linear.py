@@ -3,7 +3,7 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import NO_TAIL, LossOptions, with_loss_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import block_options, given_options, head_options
 from ..checks.tokens import check_options
@@ -115,8 +115,8 @@ def linear_distillation_loss(
         check_no_teacher(teacher_bias, teacher_options)
     arguments = check_options(rows, arguments)
     inputs, options, made = linear_problem(
-        student, student_options, teacher, teacher_options, (None, None), None, n_cols, arguments,
-        blocks,
+        student, student_options, teacher, teacher_options, (None, None), NO_TAIL, n_cols,
+        arguments, blocks,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

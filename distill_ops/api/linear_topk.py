@@ -3,7 +3,7 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
 from ..checks.options import block_options, given_options, head_options
@@ -17,8 +17,8 @@ from .heads import NO_HEAD, linear_problem
 
 WITHOUT = ("infinities",)
 OWN = (
-    "tail", "student_bias", "student_logit_scale", "student_softcap", "logits_dtype", "memory_budget",
-    "kept_tokens",
+    "tail", "mass_terms", "log_prob_floor", "student_bias", "student_logit_scale", "student_softcap",
+    "logits_dtype", "memory_budget", "kept_tokens",
 )  # fmt: skip
 
 
@@ -30,6 +30,8 @@ def linear_topk_distillation_loss(
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
+    mass_terms: bool = False,
+    log_prob_floor: float | None = None,
     student_bias: torch.Tensor | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
@@ -63,7 +65,7 @@ def linear_topk_distillation_loss(
             ``labels[:, 1:]``: no shift happens inside.
         student_weight: ``[V, d]``.
         teacher_log_probs, teacher_ids: ``[..., K]``, as in :func:`topk_distillation_loss`.
-        tail: the rest of the vocabulary: "bucket", "renormalize" or "ignore", as there.
+        tail, mass_terms, log_prob_floor: what becomes of the rest of the vocabulary, as there.
         student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
             kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
 
@@ -76,12 +78,13 @@ def linear_topk_distillation_loss(
     check_head("student_", *student)
     rows = TokenRows("student_hidden", student_hidden)
     n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
-    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
+    asked = Tail(tail, mass_terms, log_prob_floor)
+    arguments, checked = check_topk(rows, teacher_log_probs, teacher_ids, asked, arguments)
     if not arguments.soft:
-        tail = teacher_log_probs = teacher_ids = None
+        teacher_log_probs = teacher_ids = None
     inputs, options, made = linear_problem(
         student, student_options, NO_HEAD, HeadOptions(1.0, None), (teacher_log_probs, teacher_ids),
-        tail, n_cols, arguments, blocks,
+        checked, n_cols, arguments, blocks,
     )  # fmt: skip
     outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

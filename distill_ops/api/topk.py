@@ -3,7 +3,7 @@
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.logits import check_alone
 from ..checks.options import given_options
 from ..checks.slots import check_topk
@@ -15,6 +15,7 @@ from ..results import LossResult
 from .choices import choose_backend, gradient_mode, loss_result
 
 WITHOUT = ("infinities",)
+OWN = "tail", "mass_terms", "log_prob_floor"
 
 
 @with_loss_options(*WITHOUT)
@@ -24,6 +25,8 @@ def topk_distillation_loss(
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
+    mass_terms: bool = False,
+    log_prob_floor: float | None = None,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """Distillation loss against a teacher's K most likely (or sampled) tokens, in nats.
@@ -47,12 +50,15 @@ def topk_distillation_loss(
       q over the columns outside the K; none where the K cover the vocabulary. A divergence of K + 1
       outcomes, finite and 0 at equality;
     - "renormalize": p = 0 there, and p over the K rescaled to sum 1;
-    - "ignore": p = 0 there, and p over the K as given.
+    - "ignore": p = 0 there, and p over the K as given;
+    - "restrict": no outcome: both models are normalised over the K alone. A divergence of K outcomes;
+    - "drop": left out of the sum, p over the K as given. No divergence: it may be negative, and least
+      where the models differ; ``mass_terms`` mends that for the KLs.
 
     The gradient is dense. The student's row is read once, and once more (from cache) for the
-    gradient; no probability tensor exists, nor a dense teacher. With the last two tails divergences
-    that are infinite at p = 0 (reverse and symmetric KL) restrict the student to the K, and read
-    nothing else. Results are the same bits run after run.
+    gradient; no probability tensor exists, nor a dense teacher. With "restrict" the student is read at
+    the K alone, and so it is with "renormalize" and "ignore" by divergences that are infinite at p = 0
+    (reverse and symmetric KL), for they restrict it too. Results are the same bits run after run.
 
     Args:
         student_logits: ``[..., V]``, float32, bfloat16, float16, or float64 (not in Triton). Rows
@@ -61,10 +67,17 @@ def topk_distillation_loss(
         teacher_log_probs: ``[..., K]``, K at most 1024, any of these dtypes: natural logarithms, at
             the loss's temperature already; they are taken as they are. -inf is a token that the
             teacher excludes. No gradient flows to them.
-        teacher_ids: ``[..., K]``, int64 or int32, unique within a token, -1 in unused slots. On a
-            GPU a repeated id is refused in debug mode only (:func:`distill_ops.set_debug`), and an
-            id outside the vocabulary makes the token's loss NaN.
-        tail: the rest of the vocabulary, as above.
+        teacher_ids: ``[..., K]``, int64 or int32, unique within a token, -1 in unused slots. A slot
+            of -inf whose id another slot has too, as servers pad, is unused. On a GPU another
+            repeated id is refused in debug mode only (:func:`distill_ops.set_debug`), and an id
+            outside the vocabulary makes the token's loss NaN.
+        tail: the rest of the vocabulary, as above; docs/tails.md compares them.
+        mass_terms: with ``tail="drop"`` and a KL, add what makes it the generalised KL, which is
+            never negative: ``sum(q) - sum(p)`` over the K to the forward KL, ``sum(p) - sum(q)`` to
+            the reverse KL, and to the symmetric KL both by their weights.
+        log_prob_floor: a negative number, in nats: what is below it of either model's
+            log-probabilities counts as the floor, where the student's slope is 0. Nothing is infinite
+            then, and nothing dropped. With "bucket", "restrict" and "drop".
         gradient: when it is made, as in :func:`distill_ops.distillation_loss`; "backward" re-reads
             the student's logits and keeps 20 bytes a token.
         vocab_size: the vocabulary is the student's first ``vocab_size`` columns; the others get
@@ -75,18 +88,19 @@ def topk_distillation_loss(
 
     Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
-    arguments = given_options("topk_distillation_loss", options, *WITHOUT, own=("tail",))
+    arguments = given_options("topk_distillation_loss", options, *WITHOUT, own=OWN)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
+    asked = Tail(tail, mass_terms, log_prob_floor)
+    arguments, checked = check_topk(rows, teacher_log_probs, teacher_ids, asked, arguments)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
     if not arguments.soft:
-        tail = teacher_log_probs = None
+        teacher_log_probs = None
         operator, inputs = dense_loss, DenseInputs(student_logits, None, *arguments.tensors)
     else:
         operator = topk_loss
         inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
     backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_log_probs)
-    options = Options.of(arguments, n_cols, backend, tail)
+    options = Options.of(arguments, n_cols, backend, checked)
     outputs = operator("topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options, arguments.return_components)

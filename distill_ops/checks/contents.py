@@ -197,9 +197,12 @@ def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted
                 f"got {ids[outside][0].item()}"
             )
     twice, in_order = repeated(ids)
+    if twice.any():  # a server pads with ids that it gave before, of log-probability -inf
+        twice, in_order = repeated(ids.masked_fill(log_probs == -math.inf, -1))
     if twice.any() and (twice & kept).any():
         raise ValueError(
-            f"teacher_ids must be unique within a token, got {in_order[twice & kept][0].item()} twice"
+            f"teacher_ids must be unique within a token, got {in_order[twice & kept][0].item()} twice, "
+            f"of log-probabilities above -inf"
         )
     unread = ~kept if low >= 0 else (ids < 0) | ~kept
     used = log_probs.masked_fill(unread, -math.inf) if unread.any() else log_probs
@@ -212,7 +215,7 @@ def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted
             f"teacher_log_probs must be logarithms of probabilities, at most 0, got "
             f"{largest[above][0].item():g}: {advice}, before choosing the K"
         )
-    if options.tail == "renormalize":  # rescaled rows may have any sum
+    if options.tail in ("renormalize", "restrict"):  # rescaled rows may have any sum
         return
     sums = used.float().exp().sum(-1)
     above = (sums > LARGEST_SUM) & (largest < math.inf)

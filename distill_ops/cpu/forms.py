@@ -6,10 +6,11 @@ import math
 import torch
 
 from .. import problem
+from ..checks.slots import without_repeats
 from ..divergences.base import column_parameters
 from ..problem import Options, Tokens, TopKTeacher, parameters_of
 from ..results import OutputBuffers
-from .chunk import Terms
+from .chunk import NEG_INF, Terms
 from .dense import dense
 from .metrics import metrics
 from .outputs import RowOutputs
@@ -59,8 +60,10 @@ def rows(
         options.kind(), options.hard, options.temperature, options.infinities == "propagate", dtype
     )
     if isinstance(teacher, TopKTeacher):
-        slots = teacher.log_probs, teacher.ids.long()
-        compute = functools.partial(topk, terms, options.tail, student, *slots)
+        log_probs, ids = teacher.log_probs, teacher.ids.long()
+        if (log_probs == NEG_INF).any():
+            ids = without_repeats(log_probs, ids)
+        compute = functools.partial(topk, terms, options.tail_options, student, log_probs, ids)
     else:
         compute = functools.partial(dense, terms, student, teacher)
     per_row = PerRow(

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from ..arguments import Tail
+from ..divergences.base import Divergence
 from .chunk import NEG_INF, Terms
 from .outputs import ChunkOutputs, RowOutputs
 from .rows import GENERAL_ELEMENTS, LOWEST, PerRow, kept_groups, row_sums, rows_in_chunk
@@ -23,21 +25,21 @@ def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
 
 
 def _teacher(
-    log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int, dtype: torch.dtype
+    log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
-    distribution, ``[n, 1]``."""
+    distribution, ``[n, 1]``. In float64: of a confident teacher's rest, and of a student who is near
+    the teacher, float32's rounding of the sum would be all that is left."""
     used = ids >= 0
-    log_p = log_probs.to(dtype).masked_fill(~used, NEG_INF)
-    # float64: of a confident teacher float32's rounding of the sum would be all that is left
-    total = log_p.double().exp().sum(-1, keepdim=True)
+    log_p = log_probs.double().masked_fill(~used, NEG_INF)
+    total = log_p.exp().sum(-1, keepdim=True)
     # an id below -1 is nobody's slot: on a GPU, where ids are not looked at, it shows in the result
     good = (total < math.inf) & (ids >= -1).all(-1, keepdim=True)
     rest = torch.full_like(log_p[:, :1], NEG_INF)
     if tail == "bucket":
-        rest = (1 - total).clamp(min=LEAST_REST).log().to(dtype)
+        rest = (1 - total).clamp(min=LEAST_REST).log()
         rest.masked_fill_(used.sum(-1, keepdim=True) == n_cols, NEG_INF)
-    elif tail == "renormalize":
+    elif tail in ("renormalize", "restrict"):
         total = torch.logsumexp(log_p, -1, keepdim=True)
         good &= total > NEG_INF
         log_p = log_p - total
@@ -70,24 +72,31 @@ def _exponentials(
     return x.exp_()
 
 
+def _mass_factor(divergence: type[Divergence], parameters: list) -> float | torch.Tensor:
+    """Of ``q - p`` in the generalised KL that a divergence is."""
+    if divergence.moment == "symmetric":
+        return 1 - 2 * parameters[0]
+    return 1.0 if divergence.moment == "forward" else -1.0
+
+
 class TopKChunk:
     """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
 
     def __init__(
-        self, terms: Terms, tail: str, student: torch.Tensor, log_probs: torch.Tensor,
+        self, terms: Terms, tail: Tail, student: torch.Tensor, log_probs: torch.Tensor,
         ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor], outputs: ChunkOutputs | None,
     ):  # fmt: skip
         self.terms, self.student, self.ids, self.per_row = terms, student, ids, per_row
-        self.buffers, self.outputs, self.moment = buffers, outputs, None
-        divergence = terms.divergence
-        self.restrict = divergence.infinite_at_teacher_zero
-        self.rest = tail == "bucket" or not self.restrict
-        self.each = self.rest and tail != "bucket" and not divergence.additive_at_teacher_zero
+        self.tail, self.buffers, self.outputs, self.moment = tail, buffers, outputs, None
+        divergence, spread = terms.divergence, tail.name in ("renormalize", "ignore")
+        self.restrict = divergence.infinite_at_teacher_zero and tail.log_prob_floor is None
+        self.rest = tail.name in ("bucket", "drop") or (spread and not self.restrict)
+        self.each = self.rest and spread and not divergence.additive_at_teacher_zero
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
         self.given = log_probs.to(terms.dtype).masked_fill(ids < 0, NEG_INF)
-        self.log_p, self.good = _teacher(log_probs, ids, tail, student.shape[-1], terms.dtype)
+        self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1])
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Divergence and cross-entropy of each row."""
@@ -154,7 +163,7 @@ class TopKChunk:
     def _divergence(self) -> torch.Tensor:
         """In float64, for the K and the rest are few: of a peaked row the gradient is a small difference
         of their terms."""
-        temperature, log_p = self.terms.temperature, self.log_p.double()
+        temperature, log_p = self.terms.temperature, self.log_p
         x = self.logits.double()
         if self.restrict:
             x = x.masked_fill(log_p[:, :-1] == NEG_INF, NEG_INF)
@@ -177,6 +186,8 @@ class TopKChunk:
             of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
             self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
         value, slope = self._terms(log_q, log_p, zero)
+        if self.tail.name == "drop":
+            value[:, -1], slope[:, -1] = 0, 0
         good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
         self.poison = torch.where(good, 0.0, math.nan).to(self.terms.dtype)
         loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
@@ -189,16 +200,23 @@ class TopKChunk:
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope by the rules for infinities (semantics.md, section 3)."""
-        divergence, lowest = self.terms.divergence, torch.finfo(log_q.dtype).min
+        divergence, floor = self.terms.divergence, self.tail.log_prob_floor
         teacher_zero = log_p == NEG_INF
         dead = student_zero & teacher_zero
-        if divergence.infinite_at_teacher_zero:
+        if self.restrict:
             dead = dead | teacher_zero
-        if divergence.infinite_at_student_zero:
+        if divergence.infinite_at_student_zero and floor is None:
             dead = dead | student_zero
+        lowest = torch.finfo(log_q.dtype).min if floor is None else floor
         logs = [log.clamp(min=lowest) for log in (log_q, log_p)]
-        terms = divergence.on_columns(*logs, self.per_row.parameters)
-        return tuple(x.masked_fill(dead, 0.0) for x in terms)
+        value, slope = divergence.on_columns(*logs, self.per_row.parameters)
+        if self.tail.mass_terms:
+            q, p = (log.exp() for log in logs)
+            factor = _mass_factor(divergence, self.per_row.parameters)
+            value, slope = value + factor * (q - p), slope + factor * q
+        if floor is not None:
+            slope = slope.masked_fill(log_q < floor, 0.0)
+        return value.masked_fill(dead, 0.0), slope.masked_fill(dead, 0.0)
 
     def _terms_outside(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
@@ -273,7 +291,7 @@ class TopKChunk:
 
 def topk(
     terms: Terms,
-    tail: str,
+    tail: Tail,
     student: torch.Tensor,  # [..., V]
     log_probs: torch.Tensor,  # [N, K]
     ids: torch.Tensor,  # [N, K] int64
@@ -287,8 +305,8 @@ def topk(
     rows that count."""
     n_rows = student.numel() // student.shape[-1]
     kind = {"dtype": terms.dtype, "device": student.device}
-    additive = tail == "bucket" or terms.divergence.additive_at_teacher_zero
-    elements = TOPK_ELEMENTS if additive else GENERAL_ELEMENTS
+    each = tail.name in ("renormalize", "ignore") and not terms.divergence.additive_at_teacher_zero
+    elements = GENERAL_ELEMENTS if each else TOPK_ELEMENTS
     size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, torch.get_num_threads(), elements)
     several = 2 if outputs is None else 3
     buffers = [torch.empty(size, n_cols, **kind) for _ in range(several)]

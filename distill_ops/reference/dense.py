@@ -65,6 +65,22 @@ def values(divergence: Divergence, log_q, log_p) -> torch.Tensor:
     return divergence.on_columns(*logs, parameters)[0]
 
 
+def dropped_terms(
+    student_zero: torch.Tensor,
+    teacher_zero: torch.Tensor,
+    divergence: Divergence,
+    infinities: str = "drop",
+) -> torch.Tensor:
+    """Which outcomes have no term: both probabilities are 0, or "drop" leaves it out as infinite."""
+    dropped = student_zero & teacher_zero
+    if infinities == "drop":
+        if divergence.infinite_at_teacher_zero:
+            dropped = dropped | teacher_zero
+        if divergence.infinite_at_student_zero:
+            dropped = dropped | student_zero
+    return dropped
+
+
 def outcome_terms(
     log_q: torch.Tensor,
     log_p: torch.Tensor,
@@ -77,12 +93,7 @@ def outcome_terms(
 
     A term with a finite limit takes it; "drop" leaves out the infinite ones. A student who is
     restricted to the teacher's support comes so."""
-    dropped = student_zero & teacher_zero
-    if infinities == "drop":
-        if divergence.infinite_at_teacher_zero:
-            dropped = dropped | teacher_zero
-        if divergence.infinite_at_student_zero:
-            dropped = dropped | student_zero
+    dropped = dropped_terms(student_zero, teacher_zero, divergence, infinities)
     log_q, log_p = log_q.masked_fill(dropped, 0.0), log_p.masked_fill(dropped, 0.0)
     return values(divergence, log_q, log_p).masked_fill(dropped, 0.0)
 

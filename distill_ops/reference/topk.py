@@ -5,20 +5,21 @@ import math
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import LossOptions, with_loss_options
+from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.contents import of_loss
 from ..checks.logits import check_alone
 from ..checks.options import given_options
-from ..checks.slots import check_topk
+from ..checks.slots import check_topk, without_repeats
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
 from ..problem import Options, TopKInputs, working_dtype
 from ..results import LossResult
-from .dense import outcome_terms, student_log_probs, token_weights, weighted_loss
+from .dense import dropped_terms, outcome_terms, student_log_probs, token_weights, weighted_loss
 from .outputs import with_token_outputs
 from .rows import NEG_INF
 
 WITHOUT = ("infinities", "gradient", "backend")
+OWN = "tail", "mass_terms", "log_prob_floor"
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
 
 
@@ -45,39 +46,64 @@ def _column_terms(student, log_p, ids, no_teacher, divergence, temperature) -> t
     return outcome_terms(log_q, log_p, student_zero, teacher_zero, divergence) + poison
 
 
-def _bucket_terms(student, log_p, ids, no_teacher, divergence, temperature) -> torch.Tensor:
-    """The terms of the K outcomes and the rest, ``[..., K + 1]``."""
+def _listed_terms(
+    student, log_p, ids, no_teacher, divergence, temperature, tail: Tail
+) -> torch.Tensor:
+    """The terms of the K outcomes, and with the bucket of the rest: ``[..., K]`` or ``[..., K + 1]``."""
     n_cols, used = student.shape[-1], ids >= 0
+    floor, infinities = tail.log_prob_floor, "drop" if tail.log_prob_floor is None else "propagate"
     listed = _spread(used, ids, n_cols, False)
     teacher_zero = _spread(used & (log_p == NEG_INF), ids, n_cols, False)
-    excluded = teacher_zero & divergence.infinite_at_teacher_zero
+    excluded = teacher_zero & (divergence.infinite_at_teacher_zero and floor is None)
+    if tail.name == "restrict":
+        excluded = excluded | ~listed
     columns, poison = student_log_probs(student, excluded, no_teacher, temperature)
     # an unused slot, and a rest without columns, have probability 0 in both
     log_q = columns.gather(-1, ids.clamp(min=0)).masked_fill(~used, NEG_INF)
-    log_q_rest = _log_sum(columns.masked_fill(listed, NEG_INF))
-    p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
-    log_p_rest = p_rest.log().masked_fill(listed.all(-1, keepdim=True), NEG_INF)
-    log_q, log_p = torch.cat([log_q, log_q_rest], -1), torch.cat([log_p, log_p_rest], -1)
-    return outcome_terms(log_q, log_p, log_q == NEG_INF, log_p == NEG_INF, divergence) + poison
+    if tail.name == "bucket":
+        log_q_rest = _log_sum(columns.masked_fill(listed, NEG_INF))
+        p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
+        log_p_rest = p_rest.log().masked_fill(listed.all(-1, keepdim=True), NEG_INF)
+        log_q, log_p = torch.cat([log_q, log_q_rest], -1), torch.cat([log_p, log_p_rest], -1)
+    zeros = log_q == NEG_INF, log_p == NEG_INF
+    if floor is not None:  # a logarithm below it has no gradient
+        log_q, log_p = log_q.clamp(min=floor), log_p.clamp(min=floor)
+    terms = outcome_terms(log_q, log_p, *zeros, divergence, infinities)
+    if tail.mass_terms:
+        masses = _mass_factor(divergence, log_q.dtype) * (log_q.exp() - log_p.exp())
+        terms = terms + masses.masked_fill(dropped_terms(*zeros, divergence, infinities), 0.0)
+    return terms + poison
+
+
+def _mass_factor(divergence: Divergence, dtype: torch.dtype) -> float | torch.Tensor:
+    """Of ``q - p`` in the generalised KLs: 1 of the forward, -1 of the reverse, or their mixture."""
+    if divergence.name == "symmetric_kl":
+        (weight,) = divergence.column_parameters(dtype)
+        return 1 - 2 * weight
+    return 1.0 if divergence.name == "forward_kl" else -1.0
 
 
 def topk_terms(
     student: torch.Tensor,
     log_p: torch.Tensor,
     ids: torch.Tensor,
-    tail: str,
+    tail: Tail,
     divergence: Divergence,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The terms of the divergence: ``[..., K + 1]`` with the bucket, else ``[..., V]``."""
+    """The terms of the divergence: ``[..., K + 1]`` with the bucket, ``[..., K]`` of the K alone, else
+    ``[..., V]``."""
+    ids = without_repeats(log_p, ids)
     log_p = log_p.masked_fill(ids < 0, NEG_INF)
     no_teacher = ~(log_p.amax(-1, keepdim=True) < math.inf)  # NaN or +inf among them
-    if tail == "renormalize":
+    if tail.name in ("renormalize", "restrict"):
         total = _log_sum(log_p)
         no_teacher = no_teacher | (total == NEG_INF)
         log_p = log_p - total.masked_fill(no_teacher, 0.0)
-    terms = _bucket_terms if tail == "bucket" else _column_terms
-    return terms(student, log_p, ids, no_teacher, divergence, temperature)
+    arguments = student, log_p, ids, no_teacher, divergence, temperature
+    if tail.name in ("renormalize", "ignore"):
+        return _column_terms(*arguments)
+    return _listed_terms(*arguments, tail)
 
 
 @with_loss_options(*WITHOUT)
@@ -87,6 +113,8 @@ def topk_distillation_loss(
     teacher_ids: torch.Tensor | None,
     *,
     tail: str = "bucket",
+    mass_terms: bool = False,
+    log_prob_floor: float | None = None,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """:func:`distill_ops.topk_distillation_loss` in eager PyTorch, differentiable by autograd.
@@ -107,14 +135,13 @@ def topk_distillation_loss(
     (docs/semantics.md, section 11), without ``gradient`` and ``backend``; half-precision logits are
     computed in float32, float64 in float64.
     """
-    arguments = given_options("reference.topk_distillation_loss", options, *WITHOUT)
+    arguments = given_options("reference.topk_distillation_loss", options, *WITHOUT, own=OWN)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
-    arguments = check_topk(rows, teacher_log_probs, teacher_ids, tail, arguments)
+    asked = Tail(tail, mass_terms, log_prob_floor)
+    arguments, checked = check_topk(rows, teacher_log_probs, teacher_ids, asked, arguments)
     inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
-    if not arguments.soft:
-        tail = None
-    of_loss(inputs, Options.of(arguments, n_cols, "torch", tail))
+    of_loss(inputs, Options.of(arguments, n_cols, "torch", checked))
     dtype = working_dtype(student_logits, teacher_log_probs)
     weights = token_weights(student_logits, dtype, arguments.counted)
     unread = weights == 0
@@ -123,7 +150,9 @@ def topk_distillation_loss(
     if arguments.soft:
         log_p = teacher_log_probs.to(dtype)
         ids = teacher_ids.long().masked_fill(unread[..., None], -1)
-        terms = topk_terms(student, log_p, ids, tail, arguments.divergence, arguments.temperature)
+        terms = topk_terms(
+            student, log_p, ids, checked, arguments.divergence, arguments.temperature
+        )
         slots = log_p.masked_fill(ids < 0, NEG_INF), ids
     loss = weighted_loss(student, terms, weights, arguments)
     return with_token_outputs(loss, arguments, weights, student, slots=slots)

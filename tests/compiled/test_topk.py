@@ -7,6 +7,7 @@ from tests.support.machine_code import some, stack_and_loops
 
 pytest.importorskip("triton")
 
+from distill_ops import SymmetricKL
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import topk_launches
 from distill_ops.divergences.base import as_divergence
@@ -17,10 +18,19 @@ def launches(divergence, target, *, n_cols=128256, k=64, dtype=torch.bfloat16, *
 
 
 def test_a_restricted_student_is_read_at_the_k_alone():
-    """Divergences that are infinite at p = 0 see nothing outside without a bucket: no sweep."""
-    for tail, hard, swept in [("ignore", 0.0, False), ("ignore", 0.5, True), ("bucket", 0.0, True)]:
-        (launch,) = launches("reverse_kl", aot.TARGETS["sm_90"], tail=tail, hard_label_weight=hard)
-        assert launch.arguments["REST"] == (tail == "bucket")
+    """Nothing outside is seen with "restrict", nor by a divergence that is infinite at p = 0 without a
+    bucket: no sweep."""
+    for divergence, tail, hard, swept in [
+        ("reverse_kl", "ignore", 0.0, False),
+        ("reverse_kl", "ignore", 0.5, True),
+        ("reverse_kl", "bucket", 0.0, True),
+        ("reverse_kl", "drop", 0.0, True),
+        ("jensen_shannon", "restrict", 0.0, False),
+        ("alpha_beta", "restrict", 0.5, True),
+    ]:
+        (launch,) = launches(divergence, aot.TARGETS["sm_90"], tail=tail, hard_label_weight=hard)
+        assert launch.arguments["REST"] == (tail in ("bucket", "drop"))
+        assert not launch.arguments["EACH"]
         assert (launch.arguments["n_words"] > 0) == swept
 
 
@@ -46,12 +56,26 @@ FORMS = {
     "fp32": ("total_variation", {"dtype": torch.float32, "n_cols": 32000, "k": 1}),
     "vocab_size": ("soft_cross_entropy", {"n_cols": 151936, "vocab_size": 151643}),
     "many": ("jensen_shannon", {"k": 1024}),
+    "restrict": ("jensen_shannon", {"tail": "restrict"}),
+    "restrict hard T": (
+        "total_variation",
+        {"tail": "restrict", "hard_label_weight": 0.5, "temperature": 2.0},
+    ),
+    "drop": ("alpha_beta", {"tail": "drop"}),
+    "mass terms": (SymmetricKL(0.3), {"tail": "drop", "mass_terms": True, "gradient": "backward"}),
+    "floor": ("reverse_kl", {"log_prob_floor": -10.0, "hard_label_weight": 0.5}),
+    "many floored": (
+        "forward_kl",
+        {"tail": "drop", "mass_terms": True, "log_prob_floor": -10.0, "k": 1023},
+    ),
 }
 
 
 NVIDIA = [(form, "sm_90") for form in FORMS]
 NVIDIA += [
-    (form, chip) for form in ("bucket", "hard T", "each", "many") for chip in ("sm_80", "sm_100")
+    (form, chip)
+    for form in ("bucket", "hard T", "each", "many", "restrict hard T", "many floored")
+    for chip in ("sm_80", "sm_100")
 ]
 
 
@@ -76,11 +100,12 @@ def test_kernel_for_nvidia(form, target):
             assert loop.barriers == 0
             # the first sweep reads a byte of the bitmap a vector
             assert loop.narrow_accesses == (0 if loop.stores else wide)
-            if columns == 8 * launch.arguments["UNROLL"] and form not in ("each", "hard T"):
+            if columns == 8 * launch.arguments["UNROLL"] and form not in OWN_SWEEPS:
                 assert loop.instructions / columns <= (7.25 if loop.stores else 11)
 
 
-AMD = ["bucket", "odd", "hard T", "restricted", "each", "many"]
+OWN_SWEEPS = "each", "hard T", "restrict hard T"  # which cost more than the others' two
+AMD = ["bucket", "odd", "hard T", "restricted", "each", "many", "restrict", "drop", "many floored"]
 
 
 @pytest.mark.parametrize("form", some(AMD, ["bucket"]))
@@ -88,4 +113,4 @@ def test_kernel_for_amd(form):
     divergence, options = FORMS[form]
     target = aot.TARGETS["gfx942"]
     for launch in launches(divergence, target, **options):
-        assert stack_and_loops(launch, target, wide=form != "restricted")[0] == 0
+        assert stack_and_loops(launch, target, wide=not form.startswith("restrict"))[0] == 0

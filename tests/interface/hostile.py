@@ -148,6 +148,34 @@ IDS = tensors_of("topk_distillation_loss")["teacher_ids"]
 LOG_PROBS = tensors_of("topk_distillation_loss")["teacher_log_probs"]
 TOPK = [form for form in LOSSES if "topk" in form]
 LINEAR = [form for form in FORMS if "linear" in form]
+KL_OF_K = {"tail": "drop", "divergence": "forward_kl"}
+TAILS = [
+    ({"tail": None}, ValueError, "tail must be one of 'bucket', .*'drop', got None"),
+    (KL_OF_K | {"mass_terms": 1}, TypeError, "mass_terms must be True or False, got 1"),
+    (KL_OF_K | {"mass_terms": "no"}, TypeError, "mass_terms must be True or False, got 'no'"),
+    ({"mass_terms": True}, ValueError, "got tail='bucket': pass tail='drop'"),
+    ({"mass_terms": True, "tail": "restrict"}, ValueError, "got tail='restrict': pass tail='drop'"),
+    (
+        {"mass_terms": True, "tail": "drop"},
+        ValueError,
+        "generalised KL of 'forward_kl'.* got soft_cross",
+    ),
+    (
+        {"mass_terms": True, "tail": "drop", "divergence": "jensen_shannon"},
+        ValueError,
+        "mass_terms=True makes the generalised KL .*got jensen_shannon: choose one of these",
+    ),
+    ({"log_prob_floor": 0}, ValueError, "log_prob_floor must be finite and negative .*got 0"),
+    ({"log_prob_floor": 10}, ValueError, "log_prob_floor must be finite and negative .*got 10"),
+    ({"log_prob_floor": -math.inf}, ValueError, "log_prob_floor must be finite .* got -inf"),
+    ({"log_prob_floor": math.nan}, ValueError, "log_prob_floor must be finite and negative"),
+    ({"log_prob_floor": "-10"}, TypeError, "log_prob_floor must be None or a .* number, got str"),
+    ({"log_prob_floor": True}, TypeError, "log_prob_floor must be None or a .* number, got bool"),
+    ({"log_prob_floor": torch.full((4,), -9.0)}, TypeError, "log_prob_floor must be .*got Tensor"),
+    ({"log_prob_floor": -(10**400)}, ValueError, "log_prob_floor must be None or a .*bits"),
+    ({"log_prob_floor": -9, "tail": "ignore"}, ValueError, "needs tail='bucket', .*got 'ignore'"),
+    ({"log_prob_floor": -9, "tail": "renormalize"}, ValueError, "log_prob_floor=-9 needs tail="),
+]
 SINGLE = [
     of_form("distillation_loss", "inplace='false'", TypeError, "inplace must be True", inplace="false"),
     of_form("distillation_loss", "inplace=1", TypeError, "inplace must be True or False", inplace=1),
@@ -171,6 +199,7 @@ for form in TOPK:
             token_outputs=("acceptance",),
         ),
         of_form(form, "tail", ValueError, "tail must be one of .*did you mean 'bucket'", tail="buckets"),
+        *(of_form(form, f"{shown(options)} of a tail", *expected, **options) for options, *expected in TAILS),
         of_form(
             form, "repeated ids", ValueError, "teacher_ids must be unique",
             teacher_ids=torch.zeros_like(IDS),

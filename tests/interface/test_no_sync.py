@@ -254,12 +254,14 @@ TOPK_CASES = [
 
 @pytest.mark.parametrize(("option", "mode"), TOPK_CASES)
 def test_nothing_is_read_for_the_top_k(option, mode, fake_gpu, monkeypatch):
-    for divergence, tail in [
-        ("forward_kl", "bucket"),
-        ("reverse_kl", "ignore"),
-        ("alpha_beta", "ignore"),
+    for divergence, tail, more in [
+        ("forward_kl", "bucket", {}),
+        ("reverse_kl", "ignore", {}),
+        ("alpha_beta", "ignore", {}),
+        ("jensen_shannon", "restrict", {}),
+        ("reverse_kl", "drop", {"mass_terms": True, "log_prob_floor": -10.0}),
     ]:
-        found = topk_calls(monkeypatch, option, mode, divergence=divergence, tail=tail)
+        found = topk_calls(monkeypatch, option, mode, divergence=divergence, tail=tail, **more)
         assert_launches(found, "topk_kernel", option, mode)
 
 

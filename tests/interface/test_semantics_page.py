@@ -10,7 +10,7 @@ import torch
 import distill_ops
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support import ROOT
-from tests.support.semantics_page import FORMULAS, NAMES, PAGE, ROWS, worked_values
+from tests.support.semantics_page import FORMULAS, NAMES, PAGE, ROWS, table, worked_values
 
 
 def test_every_divergence_is_on_the_page():
@@ -55,6 +55,25 @@ def test_worked_token_log_probability():
     found.sum().backward()
     assert found.item() == pytest.approx(float(log_prob), abs=1e-11)
     assert logits.grad[0].tolist() == pytest.approx(eval(gradient), abs=1e-10)
+
+
+WORKED = table(11)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "options", "loss", "gradient"), WORKED, ids=lambda x: x[:36]
+)
+@pytest.mark.parametrize("package", [distill_ops, distill_ops.reference], ids=["CPU", "reference"])
+def test_worked_tails(package, divergence, options, loss, gradient):
+    assert len(WORKED) == 8
+    student = torch.tensor([ROWS["S"]], dtype=torch.float64, requires_grad=True)
+    log_p, ids = torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(), torch.tensor([[4, 1]])
+    found = package.topk_distillation_loss(
+        student, log_p, ids, divergence=eval(divergence), **eval(f"dict({options})")
+    )
+    found.backward()
+    assert found.item() == pytest.approx(float(loss), abs=1e-11)
+    assert student.grad[0].tolist() == pytest.approx(eval(gradient), abs=1e-10)
 
 
 def test_worked_weights():

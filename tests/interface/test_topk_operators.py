@@ -10,7 +10,7 @@ from tests.support.operators import call_of, opcheck_of_the_gradient, opcheck_of
 
 pytest.importorskip("triton")
 
-from distill_ops import JensenShannon, SkewForwardKL, topk_distillation_loss
+from distill_ops import ForwardKL, JensenShannon, SkewForwardKL, topk_distillation_loss
 
 OPTIONS = {
     "forward": {},
@@ -20,7 +20,10 @@ OPTIONS = {
     "hard": {"labels": LABELS, "hard_label_weight": 0.5, "return_components": True},
     "normalizer": {"normalizer": torch.tensor(7.0)},
     "parameters": {"divergence": JensenShannon(torch.full(TOKENS, 0.3))},
-}
+    "drop": {
+        "divergence": ForwardKL(), "tail": "drop", "mass_terms": True, "log_prob_floor": -9.0,
+    },
+}  # fmt: skip
 
 
 def make_topk(shape=(*TOKENS, 33), k=5, device="cpu"):
@@ -113,7 +116,7 @@ def test_second_backward_and_second_derivative(backend, device):
 
 @pytest.mark.covering("divergence tail", "option")
 @pytest.mark.parametrize("option", ["forward", "mask", "hard"])
-@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "restrict", "drop"])
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "reverse_kl", "alpha_beta"])
 def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, backend, device):
     """As a linear form calls it, on blocks of logits that it made."""

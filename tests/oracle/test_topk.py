@@ -13,7 +13,7 @@ from tests.support.helpers import make_logits, run
 from tests.support.semantics_page import ROWS
 
 INF = math.inf
-TAILS = ("bucket", "renormalize", "ignore")
+TAILS = ("bucket", "renormalize", "ignore", "restrict", "drop")
 by_name = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 by_tail = pytest.mark.parametrize("tail", TAILS)
 
@@ -229,8 +229,9 @@ def test_zeros(divergence, tail, place):
     student[:, list(columns)] = -INF
     log_p[torch.isin(ids, torch.tensor(list(slots), dtype=torch.int64))] = -INF
     nowhere = {"teacher altogether": tail != "bucket", "student inside altogether": True}
-    restricted = divergence.infinite_at_teacher_zero and tail != "bucket"
-    if (place == "teacher altogether" and tail == "renormalize") or (
+    restricted = tail == "restrict"
+    restricted |= divergence.infinite_at_teacher_zero and tail in ("renormalize", "ignore")
+    if (place == "teacher altogether" and tail in ("renormalize", "restrict")) or (
         restricted and nowhere.get(place, False)
     ):
         result = ours(divergence, student, log_p, ids, tail, reduction="none")
@@ -333,7 +334,16 @@ def test_dtypes():
 
 STUDENT, LOG_P, IDS = torch.zeros(2, 5), torch.full((2, 3), -2.0), torch.tensor([[0, 1, 4]] * 2)
 BAD = [
-    ({"tail": "drop"}, ValueError, "tail must be one of 'bucket', .* got 'drop'"),
+    ({"tail": "dropped"}, ValueError, "tail must be one of 'bucket', .* got 'dropped': did you mean 'drop'"),
+    ({"tail": "drop", "mass_terms": 1}, TypeError, "mass_terms must be True or False, got 1"),
+    ({"mass_terms": True}, ValueError, "mass_terms=True .* got tail='bucket': pass tail='drop'"),
+    ({"tail": "drop", "mass_terms": True}, ValueError, "generalised KL of 'forward_kl'.* got soft_cross"),
+    ({"log_prob_floor": 0.0}, ValueError, "log_prob_floor must be finite and negative .* got 0.0"),
+    ({"log_prob_floor": -math.inf}, ValueError, "log_prob_floor must be finite and negative"),
+    ({"log_prob_floor": math.nan}, ValueError, "log_prob_floor must be finite and negative"),
+    ({"log_prob_floor": "-10"}, TypeError, "log_prob_floor must be None or a finite negative number, got str"),
+    ({"log_prob_floor": -10, "tail": "ignore"}, ValueError, "log_prob_floor=-10 needs tail='bucket', 'restrict' or"),
+    ({"log_prob_floor": -10, "tail": "renormalize"}, ValueError, "log_prob_floor=-10 needs tail="),
     ({"teacher_log_probs": None}, ValueError, "teacher_log_probs is None"),
     ({"teacher_ids": None}, ValueError, "teacher_ids is None"),
     ({"teacher_ids": IDS.tolist()}, TypeError, r"teacher_ids must be a tensor \[..., K\], got list"),

@@ -3,6 +3,8 @@
 Float64 and one row at a time; nothing here calls the package.
 """
 
+import math
+
 import torch
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -92,15 +94,28 @@ def softmax(logits, temperature=1.0, support=True):
     return weights / weights.sum()
 
 
-def over_outcomes(divergence, student, p, owner, temperature=1.0):
+def over_outcomes(
+    divergence, student, p, owner, temperature=1.0, counts=True, mass_terms=False, floor=None
+):
     """Loss, and its gradient with respect to one row of logits, where column j belongs to outcome
-    ``owner[j]``: ``q_j (slope / q_outcome - D) / T``."""
-    support = True
-    if divergence.name in ("reverse_kl", "symmetric_kl"):
-        support = (p > 0)[owner]
+    ``owner[j]``: ``q_j (slope / q_outcome - D) / T``. Outcomes that do not count have no term."""
+    support, counts = True, torch.full_like(p, True, dtype=torch.bool) & counts
+    if divergence.name in ("reverse_kl", "symmetric_kl") and floor is None:
+        support = ((p > 0) | ~counts)[owner]
     q_columns = softmax(student, temperature, support)
     q = torch.zeros_like(p).index_add(0, owner, q_columns)
-    value, slope = terms(divergence, q, p)
+    lowest = 0.0 if floor is None else math.exp(floor)
+    q_seen, p_seen = q.clamp(min=lowest), p.clamp(min=lowest)
+    value, slope = terms(divergence, q_seen, p_seen)
+    if mass_terms:
+        share = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(divergence.name)
+        share = divergence.parameters[0] if share is None else share
+        kept = (q_seen > 0) & (p_seen > 0)
+        value = value + torch.where(kept, (1 - 2 * share) * (q_seen - p_seen), 0.0)
+        slope = slope + torch.where(kept, (1 - 2 * share) * q_seen, 0.0)
+    counts = counts & ((q > 0) | (p > 0))
+    value = torch.where(counts, value, 0.0)
+    slope = torch.where(counts & (q >= lowest), slope, 0.0)
     ratio = torch.where(q > 0, slope / torch.where(q > 0, q, 1.0), 0.0)
     return value.sum(), q_columns * (ratio[owner] - slope.sum()) / temperature
 
@@ -110,16 +125,29 @@ def dense(divergence, student, teacher, temperature=1.0):
     return over_outcomes(divergence, student, softmax(teacher, temperature), columns, temperature)
 
 
-def topk(divergence, student, log_p, ids, tail, temperature=1.0):
-    """Of one row: K outcomes and the rest, or all columns."""
+def topk(
+    divergence, student, log_p, ids, tail, temperature=1.0, mass_terms=False, log_prob_floor=None
+):
+    """Of one row: K outcomes, with or without the rest, or all columns."""
     log_p, ids = log_p[ids >= 0], ids[ids >= 0]
     p, n_cols = log_p.exp(), len(student)
-    if tail == "bucket":
+    if tail == "restrict":
+        owner = torch.arange(len(ids))
+        loss, of_listed = over_outcomes(
+            divergence, student[ids], p / p.sum(), owner, temperature, floor=log_prob_floor
+        )
+        return loss, torch.zeros_like(student).index_copy(0, ids, of_listed)
+    if tail in ("bucket", "drop"):
         owner = torch.full((n_cols,), len(ids))
         owner[ids] = torch.arange(len(ids))
+        counts = torch.ones_like(p, dtype=torch.bool)
         if len(ids) < n_cols:
-            p = torch.cat([p, (1 - p.sum()).clamp(min=2**-24)[None]])
-        return over_outcomes(divergence, student, p, owner, temperature)
+            rest = (1 - p.sum()).clamp(min=2**-24) if tail == "bucket" else ZERO
+            p = torch.cat([p, rest[None]])
+            counts = torch.cat([counts, torch.tensor([tail == "bucket"])])
+        return over_outcomes(
+            divergence, student, p, owner, temperature, counts, mass_terms, log_prob_floor
+        )
     if tail == "renormalize":
         p = p / p.sum()
     every = torch.zeros_like(student).index_copy(0, ids, p)

@@ -15,6 +15,7 @@ from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_statistics import STATISTICS
+from tests.support.mutations_tails import TAILS_MUTATIONS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
@@ -30,6 +31,7 @@ MUTATIONS = [
     *TOKENS_AND_MOMENTS,
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
+    *TAILS_MUTATIONS,
     *ROW_STATISTICS,
     *TOKEN_OUTPUTS,
     *STATISTICS,
