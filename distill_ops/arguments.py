@@ -32,13 +32,14 @@ class LossOptions(TypedDict, total=False):
     gradient: str
     return_components: bool
     backend: str
+    teacher_rows: torch.Tensor | None
 
 
 DEFAULTS = LossOptions(
     divergence=SoftCrossEntropy(), loss_mask=None, labels=None, ignore_index=-100,
     hard_label_weight=0.0, soft_weight=None, temperature=1.0, scale_by_temperature_squared=False,
     reduction="mean", normalizer=None, infinities="drop", vocab_size=None, gradient="auto",
-    return_components=False, backend="auto",
+    return_components=False, backend="auto", teacher_rows=None,
 )  # fmt: skip
 
 
@@ -107,9 +108,11 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Mask, labels, normalizer and parameters as operators take them: numbers are among the options."""
+        """Mask, labels, normalizer, parameters and teacher rows as operators take them: numbers are among
+        the options."""
         normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
-        return self.loss_mask, self.labels, normalizer, self.divergence.tensors
+        tensors = self.loss_mask, self.labels, normalizer, self.divergence.tensors
+        return *tensors, self.teacher_rows
 
 
 def with_loss_options(*without: str) -> Callable[[Function], Function]:

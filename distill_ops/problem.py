@@ -148,10 +148,15 @@ class DenseInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]: those of the divergence that are tensors
+    teacher_rows: torch.Tensor | None = None  # [...]: the row of the teacher's that each is compared with
 
     @property
     def leading(self) -> torch.Size:
         return self.student.shape[:-1]
+
+    @property
+    def teacher_leading(self) -> torch.Size:
+        return self.teacher.shape[:-1]
 
     @property
     def n_rows(self) -> int:
@@ -176,10 +181,12 @@ class TopKInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
+    teacher_rows: torch.Tensor | None = None  # [...]
 
     leading = DenseInputs.leading
     n_rows = DenseInputs.n_rows
     statistics = property(lambda self: TOPK_STATISTICS)
+    teacher_leading = property(lambda self: self.ids.shape[:-1])
 
     @property
     def teacher(self) -> TopKTeacher:
@@ -204,10 +211,17 @@ class LinearInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
+    teacher_rows: torch.Tensor | None = None  # [...]
+    teacher_logits: torch.Tensor | None = None  # [..., V]: of a teacher without a head
 
     @property
     def leading(self) -> torch.Size:
         return self.student_hidden.shape[:-1]
+
+    @property
+    def teacher_leading(self) -> torch.Size:
+        of_any = self.teacher_hidden, self.teacher_ids, self.teacher_logits
+        return next(x for x in of_any if x is not None).shape[:-1]
 
     n_rows = DenseInputs.n_rows
 
@@ -221,7 +235,8 @@ class LinearInputs(NamedTuple):
         return self.teacher_hidden, self.teacher_weight, self.teacher_bias
 
     def dtype(self) -> torch.dtype:
-        return working_dtype(*self.student, *self.teacher, self.teacher_log_probs)
+        teacher = *self.teacher, self.teacher_log_probs, self.teacher_logits
+        return working_dtype(*self.student, *teacher)
 
 
 class TokenInputs(NamedTuple):
@@ -287,6 +302,7 @@ STREAMED = {
     "student": "student_logits", "teacher": "teacher_logits", "logits": "logits",
     "student_hidden": "student_hidden", "student_weight": "student_weight",
     "teacher_hidden": "teacher_hidden", "teacher_weight": "teacher_weight",
+    "teacher_logits": "teacher_logits",
     "hidden": "hidden", "weight": "weight",
 }  # fmt: skip
 
@@ -298,6 +314,7 @@ class Tokens(NamedTuple):
     weights: torch.Tensor | None  # [n]; None: all 1
     denominator: float | torch.Tensor  # of the reduction, a number or []
     parameters: tuple[float | torch.Tensor, ...]  # of the divergence: numbers, [] or [n]
+    teacher_rows: torch.Tensor | None = None  # [n]; None: the teacher's rows are theirs, in order
 
     def rows(self, rows: slice | torch.Tensor) -> "Tokens":
         """Those of some rows: a slice, or their indices."""
@@ -308,7 +325,10 @@ class Tokens(NamedTuple):
             return value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
 
         parameters = tuple(part(value) for value in self.parameters)
-        return Tokens(part(self.labels), part(self.weights), self.denominator, parameters)
+        return Tokens(
+            part(self.labels), part(self.weights), self.denominator, parameters,
+            part(self.teacher_rows),
+        )  # fmt: skip
 
 
 def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
