@@ -112,7 +112,7 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
         the options."""
         normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
         tensors = self.loss_mask, self.labels, normalizer, self.divergence.tensors
-        return *tensors, self.teacher_rows
+        return *tensors, self.teacher_rows if self.soft else None
 
 
 def with_loss_options(*without: str) -> Callable[[Function], Function]:

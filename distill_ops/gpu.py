@@ -56,14 +56,18 @@ def tokens(inputs, options: Options) -> Tokens:
         over = options.denominator
     if n_rows == 0:
         over = 1.0  # loss 0, as where no token is kept
-    return Tokens(labels, weights, over, parameters_of(inputs, options))
+    parameters = parameters_of(inputs, options)
+    return Tokens(labels, weights, over, parameters, flat(inputs.teacher_rows))
 
 
 def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
     """Fill the buffers that are given for rows of logits against such a teacher: weighted losses,
     their components, gradient or statistics."""
     formula = formula_of(options, tokens.parameters)
-    arguments = {"weights": tokens.weights, "denominator": tokens.denominator, **buffers}
+    arguments = {
+        "weights": tokens.weights, "denominator": tokens.denominator,
+        "teacher_rows": tokens.teacher_rows, **buffers,
+    }  # fmt: skip
     if isinstance(teacher, TopKTeacher):
         topk.run(
             formula, options.tail, student, *teacher, tokens.labels, options.n_cols, **arguments
@@ -103,7 +107,8 @@ def gradient(
     inputs: problem.DenseInputs | problem.TopKInputs, options: Options, kept, upstream, out
 ) -> None:
     upstream = upstream.reshape(-1) if upstream.dim() else upstream
-    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters_of(inputs, options))
+    parameters, teacher_rows = parameters_of(inputs, options), flat(inputs.teacher_rows)
+    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters, teacher_rows)
     with on(inputs.student):
         rows(
             options, of_rows, inputs.student, inputs.teacher,

@@ -331,6 +331,18 @@ class Tokens(NamedTuple):
         )  # fmt: skip
 
 
+def within_teacher(
+    teacher_rows: torch.Tensor, n_rows: int, weights: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices ``[n]`` that lie in [0, n_rows), and weights that are NaN where a token that counts had one
+    outside: on a GPU, where no index is looked at, its loss tells."""
+    outside = (teacher_rows < 0) | (teacher_rows >= n_rows)
+    if weights is None:
+        weights = torch.ones_like(teacher_rows, dtype=dtype)
+    weights = torch.where(outside & (weights != 0), math.nan, weights)
+    return teacher_rows.clamp(0, max(n_rows - 1, 0)), weights
+
+
 def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:
     """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[n]``."""
     tensors = (t.reshape(-1) if t.dim() else t for t in inputs.parameters)

@@ -38,6 +38,12 @@ class RowLayout(NamedTuple):
         return all((a - b) % ALIGNMENT == 0 for a, b in pairs)
 
 
+    def matches_at_any_row(self, other: "RowLayout") -> bool:
+        """Likewise, of whichever row beside whichever: both are as far from it in all rows."""
+        strides = self.outer, self.inner, other.outer, other.inner
+        return all(x % ALIGNMENT == 0 for x in (*strides, self.start - other.start))
+
+
 def _single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The stride of these dimensions taken as one, or None."""
     dims = [(n, stride) for n, stride in zip(shape, strides, strict=True) if n != 1]

@@ -23,7 +23,9 @@ from .rows import (
     RUN_TIME,
     Formula,
     LossBuffers,
+    chosen_row,
     first_position,
+    poisoned,
     row_offset,
     row_parameters,
     row_scale,
@@ -115,21 +117,21 @@ def hard_normaliser(x, m_r, l_r):
 def topk_kernel(
     student_ptr, student_start, student_outer, student_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
-    log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
+    log_probs_ptr, ids_ptr, teacher_rows_ptr, n_teacher_rows, words_ptr, bitmap_ptr, n_words,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, upstream_ptr, upstream_stride,
     denominator, n_inner, n_rows, n_cols, width, k, over_t, divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr,
     TAIL: tl.constexpr, DROP: tl.constexpr, RESTRICT: tl.constexpr, REST: tl.constexpr,
     EACH: tl.constexpr, HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_TEACHER_ROWS: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
     ENDS: tl.constexpr, UNROLL: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
     """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
     without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
 
-    ``log_probs`` and ``ids`` are [n_rows, k]; ``words`` and ``bitmap`` the same memory. REST: the
+    ``log_probs`` and ``ids`` are [n_rows, k], or [n_teacher_rows, k] with HAS_TEACHER_ROWS; ``words`` and ``bitmap`` the same memory. REST: the
     divergence sees the columns outside; EACH: one by one. OWN_HARD: the hard label's sums are not
     the divergence's. A row of weight 0 is not read: loss 0, gradient 0.
     """
@@ -154,13 +156,18 @@ def topk_kernel(
             row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS,
             HAS_WEIGHTS, DENOMINATOR_IN_MEMORY, WRITE_LOSS, WRITE_STATISTICS,
         )  # fmt: skip
+        slots_row = tl.cast(row, tl.int64)
+        if HAS_TEACHER_ROWS:
+            slots_row, exists = chosen_row(teacher_rows_ptr, row, n_teacher_rows)
+            weight = poisoned(weight, exists)
+            scale = poisoned(scale, exists)
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
         hard_loss = 0.0
         if weight != 0.0:
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
-            slots = tl.cast(row, tl.int64) * k
+            slots = slots_row * k
             token_id, used, log_p, log_p_rest, good = read_teacher(
                 log_probs_ptr + slots, ids_ptr + slots, lane, k, n_cols, TAIL
             )
@@ -265,8 +272,8 @@ def run(
     formula: Formula,
     tail: str,
     student: torch.Tensor,  # [..., V]
-    log_probs: torch.Tensor,  # [N, K], contiguous
-    ids: torch.Tensor,  # [N, K], contiguous
+    log_probs: torch.Tensor,  # [N, K], or of the teacher's rows; contiguous
+    ids: torch.Tensor,  # likewise
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
     **buffers,
@@ -275,7 +282,8 @@ def run(
 
     ``buffers`` are those of :class:`LossBuffers`."""
     buffers = LossBuffers(**buffers)
-    n_rows, k = ids.shape
+    n_teacher_rows, k = ids.shape
+    n_rows = student.numel() // student.shape[-1]
     n_inner, layouts = row_layouts(student)
     if buffers.gradient is student and not layouts[0].is_in(student):
         raise ValueError(
@@ -301,6 +309,7 @@ def run(
         **buffers.arguments(formula, labels, student),
         log_probs_ptr=log_probs,
         ids_ptr=ids,
+        n_teacher_rows=n_teacher_rows,
         words_ptr=words,
         bitmap_ptr=words.view(torch.uint8) if n_words else student,
         n_words=n_words,

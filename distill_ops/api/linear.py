@@ -16,7 +16,7 @@ from .heads import NO_HEAD, linear_problem
 WITHOUT = ("infinities",)
 OWN = (
     "student_bias", "student_logit_scale", "student_softcap", "teacher_bias", "teacher_logit_scale",
-    "teacher_softcap", "logits_dtype", "memory_budget", "kept_tokens",
+    "teacher_softcap", "teacher_logits", "logits_dtype", "memory_budget", "kept_tokens",
 )  # fmt: skip
 
 
@@ -33,6 +33,7 @@ def linear_distillation_loss(
     teacher_bias: torch.Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
+    teacher_logits: torch.Tensor | None = None,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
@@ -110,13 +111,15 @@ def linear_distillation_loss(
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     rows = TokenRows("student_hidden", student_hidden)
-    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    n_cols = check_heads(
+        rows, student_weight, teacher_hidden, teacher_weight, arguments, teacher_logits
+    )
     if teacher is NO_HEAD:
         check_no_teacher(teacher_bias, teacher_options)
     arguments = check_options(rows, arguments)
     inputs, options, made = linear_problem(
         student, student_options, teacher, teacher_options, (None, None), None, n_cols, arguments,
-        blocks,
+        blocks, teacher_logits if arguments.soft else None,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)
@@ -146,7 +149,7 @@ class LinearDistillationLoss(LossModule):
     @staticmethod
     def check(
         *, student_bias=None, student_logit_scale=1.0, student_softcap=None, teacher_bias=None,
-        teacher_logit_scale=1.0, teacher_softcap=None, **blocks,
+        teacher_logit_scale=1.0, teacher_softcap=None, teacher_logits=None, **blocks,
     ) -> dict:  # fmt: skip
         student = head_options("student_", student_logit_scale, student_softcap)
         teacher = head_options("teacher_", teacher_logit_scale, teacher_softcap)

@@ -11,7 +11,15 @@ import torch
 
 from .chunk import GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 from .closed_forms import CLOSED_FORMS
-from .rows import CHUNK_ELEMENTS, GENERAL_ELEMENTS, N_BUFFERS, PerRow, kept_groups, rows_in_chunk
+from .rows import (
+    CHUNK_ELEMENTS,
+    GENERAL_ELEMENTS,
+    N_BUFFERS,
+    ChosenRows,
+    PerRow,
+    kept_groups,
+    rows_in_chunk,
+)
 
 
 class _Pass:
@@ -30,6 +38,7 @@ class _Pass:
         self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
         self.buffers = tuple(torch.empty(self.size, n_cols, **kind) for _ in range(N_BUFFERS))
         self.sums = [None, None]  # divergence and cross-entropy
+        self.chosen: ChosenRows | None = None  # the teacher's rows, where they are not the student's
 
     def zeros(self) -> torch.Tensor:
         buffer = self.buffers[0]
@@ -81,6 +90,8 @@ class _Pass:
         whole = all(m is None or m.shape == (n, self.n_cols) for m in block)
         if copied or not whole:
             group = [None if matrix is None else matrix[rows, : self.n_cols] for matrix in block]
+        if self.chosen is not None:
+            group = [group[0], self.chosen.at(places), *group[2:]]
         guards = self.rows(group, places, n, guards)
         if copied and block[2] is not None:
             block[2][rows, : self.n_cols] = group[2]
@@ -95,11 +106,15 @@ def dense(
     weights: torch.Tensor | None,  # [N]; None: every row counts
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
+    teacher_rows: torch.Tensor | None = None,  # [N]: the teacher's row of each; None: in order
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient``."""
     n_rows = student.numel() // student.shape[-1]
     run = _Pass(terms, n_rows, n_cols, student.device, per_row, gradient is student)
     keep = None if weights is None else weights != 0
+    if teacher is not None and teacher_rows is not None:
+        run.chosen = ChosenRows(teacher[..., :n_cols], teacher_rows, run.size)
+        teacher = None
     groups = kept_groups(
         keep, student, teacher, gradient=gradient, size=run.size, copies=not run.inplace
     )

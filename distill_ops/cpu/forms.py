@@ -7,7 +7,7 @@ import torch
 
 from .. import problem
 from ..divergences.base import column_parameters
-from ..problem import Options, Tokens, TopKTeacher, parameters_of
+from ..problem import Options, Tokens, TopKTeacher, parameters_of, within_teacher
 from .chunk import Terms
 from .dense import dense
 from .metrics import metrics
@@ -33,7 +33,13 @@ def tokens(inputs, options: Options) -> Tokens:
         over = options.denominator
     elif options.reduction == "mean":
         over = inputs.n_rows if weights is None else weights.sum()
-    return Tokens(labels, weights, over, parameters_of(inputs, options))
+    teacher_rows = inputs.teacher_rows
+    if teacher_rows is not None:
+        teacher_rows = teacher_rows.reshape(-1)
+        if not teacher_rows.is_cpu:  # where nobody has looked at them
+            n_teacher = math.prod(inputs.teacher_leading)
+            teacher_rows, weights = within_teacher(teacher_rows, n_teacher, weights, dtype)
+    return Tokens(labels, weights, over, parameters_of(inputs, options), teacher_rows)
 
 
 def rows(
@@ -53,7 +59,7 @@ def rows(
         options.kind(), options.hard, options.temperature, options.infinities == "propagate", dtype
     )
     if isinstance(teacher, TopKTeacher):
-        slots = teacher.log_probs, teacher.ids.long()
+        slots = teacher.log_probs, teacher.ids
         compute = functools.partial(topk, terms, options.tail, student, *slots)
     else:
         compute = functools.partial(dense, terms, student, teacher)
@@ -61,7 +67,8 @@ def rows(
         tokens.labels, scale * (soft * options.divergence_scale / options.temperature), scale * hard,
         column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
-    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient)
+    arguments = per_row, weights, options.n_cols, gradient, tokens.teacher_rows
+    divergence_loss, hard_loss = compute(*arguments)
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)

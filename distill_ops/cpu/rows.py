@@ -89,6 +89,34 @@ def kept_groups(
         first = end
 
 
+class ChosenRows:
+    """Rows of a tensor ``[..., V]`` that an index chooses, gathered a chunk at a time: the tensor is not
+    copied, whatever its strides.
+
+    Args:
+        tensor: whose rows are counted over its leading dimensions.
+        index: ``[N]``, the row of each token; it is not looked at where a token does not count.
+        size: rows of a chunk at most.
+    """
+
+    def __init__(self, tensor: torch.Tensor, index: torch.Tensor, size: int):
+        self.index = index
+        try:
+            self.tensor = tensor.view(-1, tensor.shape[-1])
+        except RuntimeError:  # no single stride reaches the rows
+            self.tensor = tensor
+        self.buffer = None
+        if self.tensor.dim() == 2:
+            self.buffer = tensor.new_empty(size, tensor.shape[-1])
+
+    def at(self, places: Places) -> torch.Tensor:
+        """Those of the tokens at these places, ``[n, V]``, until they are asked for again."""
+        index = self.index[places]
+        if self.buffer is None:
+            return self.tensor[torch.unravel_index(index, self.tensor.shape[:-1])]
+        return torch.index_select(self.tensor, 0, index, out=self.buffer[: len(index)])
+
+
 def per_row(values: list, rows: Places) -> list:
     """Values at these rows: those of per-row tensors; a number, 0-d tensor or None serves every row."""
     return [v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for v in values]

@@ -16,6 +16,7 @@ from ..problem import LossComponents, Options, TopKInputs, working_dtype
 from .dense import (
     NEG_INF,
     outcome_terms,
+    rows_of_teacher,
     student_log_probs,
     token_weights,
     weighted_loss,
@@ -124,7 +125,10 @@ def topk_distillation_loss(
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
     terms = None
     if arguments.soft:
-        log_p = teacher_log_probs.to(dtype)
-        ids = teacher_ids.long().masked_fill(unread[..., None], -1)
+        log_p, ids = (
+            rows_of_teacher(x, arguments.teacher_rows, unread)
+            for x in (teacher_log_probs.to(dtype), teacher_ids.long())
+        )
+        ids = ids.masked_fill(unread[..., None], -1)
         terms = topk_terms(student, log_p, ids, tail, arguments.divergence, arguments.temperature)
     return weighted_loss(student, terms, weights, arguments)
