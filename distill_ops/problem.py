@@ -148,7 +148,7 @@ class DenseInputs(NamedTuple):
     labels: torch.Tensor | None  # [...]
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]: those of the divergence that are tensors
-    teacher_rows: torch.Tensor | None = None  # [...]: the row of the teacher's that each is compared with
+    teacher_rows: torch.Tensor | None = None  # [...]: the teacher's row of each token
 
     @property
     def leading(self) -> torch.Size:

@@ -37,7 +37,6 @@ class RowLayout(NamedTuple):
         pairs = zip(self.offsets(), other.offsets(), strict=True)
         return all((a - b) % ALIGNMENT == 0 for a, b in pairs)
 
-
     def matches_at_any_row(self, other: "RowLayout") -> bool:
         """Likewise, of whichever row beside whichever: both are as far from it in all rows."""
         strides = self.outer, self.inner, other.outer, other.inner

@@ -58,7 +58,7 @@ def linear_distillation_loss(
     With ``softcap(x) = c tanh(x / c)``. The logits of a block of tokens are turned into the loss and
     the gradients of the student's hidden states, weight and bias: four matrix products in all where
     the forward makes the gradients, six where the backward does, two without gradients. No
-    ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run after
+    ``[tokens, vocab]`` tensor is made. Inputs are not changed, and results are the same bits run after
     run.
 
     Args:
@@ -72,6 +72,13 @@ def linear_distillation_loss(
             Hugging Face labels pass ``hidden[:, :-1]`` of both models and ``labels[:, 1:]``.
         student_logit_scale, teacher_logit_scale: positive factors of the logits.
         student_softcap, teacher_softcap: c above, positive; None for no cap.
+        teacher_logits: ``[..., V]``, of a teacher whose logits are there already (a server's, or of
+            another call), in place of ``teacher_hidden`` and ``teacher_weight``, which are None then.
+            They are read where they are, views too, and never copied: one product less.
+        teacher_rows: ``[...]``, int64 or int32: the teacher's row, of hidden states or logits, counted
+            over their leading dimensions, that each token is compared with. A CPU forms the logits of
+            each row that is used once. A GPU forms those of all rows once, where there are no more of
+            them than tokens and they take at most half of ``memory_budget``; else one row a token.
         logits_dtype: in which logits are kept: float32, or bfloat16 or float16 for less memory
             traffic and a less exact gradient. float64 wherever an input is.
         memory_budget: bytes of logits, their gradient and what the products of a block take, by

@@ -57,7 +57,7 @@ def of_loss(
         if inputs.teacher_rows is None:
             kept = counted.kept(ids[..., 0])
         else:  # the rows of a token that counts
-            kept = torch.zeros(ids.shape[:-1], dtype=torch.bool, device=ids.device)
+            kept = torch.zeros_like(ids[..., 0], dtype=torch.bool).contiguous()
             kept.view(-1)[inputs.teacher_rows[counted.kept(inputs.teacher_rows)]] = True
         _slots(log_probs, ids, options, kept)
     if kept_tokens is not None:
@@ -167,13 +167,17 @@ def _teacher_rows(rows: torch.Tensor, n_rows: int, counted: Counted) -> None:
         outside = outside & counted.kept(rows)
     if outside.any():
         found = rows[outside][0].item()
-        more = "; a token without a row of the teacher's needs a loss_mask of 0" if found < 0 else ""
+        more = (
+            "; a token without a row of the teacher's needs a loss_mask of 0" if found < 0 else ""
+        )
         raise ValueError(
             f"teacher_rows must lie in [0, {n_rows}), as the teacher has that many rows, got {found}{more}"
         )
 
 
-def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, kept: torch.Tensor) -> None:
+def _slots(
+    log_probs: torch.Tensor, ids: torch.Tensor, options: Options, kept: torch.Tensor
+) -> None:
     """Ids and log-probabilities of rows that count, which ``kept [...]`` says; unused slots hold an id of
     -1."""
     kept = kept[..., None]

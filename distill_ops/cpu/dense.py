@@ -38,7 +38,7 @@ class _Pass:
         self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
         self.buffers = tuple(torch.empty(self.size, n_cols, **kind) for _ in range(N_BUFFERS))
         self.sums = [None, None]  # divergence and cross-entropy
-        self.chosen: ChosenRows | None = None  # the teacher's rows, where they are not the student's
+        self.chosen: ChosenRows | None = None  # of the teacher's rows; None: in order
 
     def zeros(self) -> torch.Tensor:
         buffer = self.buffers[0]
@@ -112,6 +112,8 @@ def dense(
     n_rows = student.numel() // student.shape[-1]
     run = _Pass(terms, n_rows, n_cols, student.device, per_row, gradient is student)
     keep = None if weights is None else weights != 0
+    if terms.divergence is None:  # whose rows may be another number
+        teacher = None
     if teacher is not None and teacher_rows is not None:
         run.chosen = ChosenRows(teacher[..., :n_cols], teacher_rows, run.size)
         teacher = None

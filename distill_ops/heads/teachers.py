@@ -104,9 +104,12 @@ class FormedInOrder(Formed):
 
     def _advance(self, first: int) -> None:
         """Hold as many rows from ``first`` on as there is room for; there is for the rows under work."""
-        kept = max(self.end - first, 0)
-        if kept:  # a copy: the two may overlap
-            self.buffer[:kept] = self.buffer[first - self.start : self.end - self.start].clone()
+        kept, by = max(self.end - first, 0), first - self.start
+        for i in range(
+            0, kept, by or 1
+        ):  # what is held already moves up, in parts that do not overlap
+            n = min(by, kept - i)
+            self.buffer[i : i + n] = self.buffer[i + by : i + by + n]
         self.start = first
         self.end = min(first + len(self.buffer), self.projection.selection.n_rows)
         self.form(slice(first + kept, self.end), self.buffer[kept : self.end - first])
