@@ -48,7 +48,7 @@ def of_rows(function, teacher, rows):
     )
 
 
-@pytest.mark.covering("divergence", "gradient index", "divergence.operands gradient")
+@pytest.mark.covering("divergence.operands", "gradient index")
 @by_index
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("divergence", EVERY, ids=lambda d: str(d)[:40])
@@ -93,9 +93,7 @@ def test_options(option, backend, device):
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("n_cols", [32, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_the_bits_are_those_of_the_gathered_rows(
-    dtype, n_cols, gradient, inplace, backend, device
-):
+def test_the_bits_are_those_of_the_gathered_rows(dtype, n_cols, gradient, inplace, backend, device):
     student, teacher, rows = make_shared("fewer", n_cols, dtype=dtype, device=device)
     options = {"divergence": ReverseKL(), "backend": backend, "gradient": gradient}
     function = lambda x, *given, **more: distillation_loss(
@@ -107,7 +105,7 @@ def test_the_bits_are_those_of_the_gathered_rows(
     assert torch.equal(ours.gradient, plain.gradient)
 
 
-@pytest.mark.covering("view student_view")
+@pytest.mark.covering("view", "student_view")
 @pytest.mark.parametrize("student_view", [None, "shifted"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_views(view, student_view, backend, device):
@@ -124,7 +122,8 @@ def test_views(view, student_view, backend, device):
     check(loss, student, gathered, divergence=JensenShannon(0.3), backend=backend)
 
 
-@pytest.mark.parametrize("n_cols", [7, 1031, 4096])
+@pytest.mark.covering("n_cols", "dtype")
+@pytest.mark.parametrize("n_cols", [7, 1031, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_shapes_and_dtypes(dtype, n_cols, backend, device):
     student, teacher, rows = make_shared("more", n_cols, dtype=dtype, device=device)
@@ -146,7 +145,7 @@ def test_infinite_logits(backend, device):
 # --- top-k -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering("divergence", "tail gradient", "tail index", "divergence.operands tail")
+@pytest.mark.covering("divergence.operands", "tail gradient", "index")
 @by_index
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
@@ -186,8 +185,8 @@ def test_topk_of_masked_tokens(backend, device):
 # --- what the user meets -------------------------------------------------------------------------------
 
 
-def test_the_module(device):
-    student, teacher, rows = make_shared("fewer", 29, device=device)
+def test_the_module():
+    student, teacher, rows = make_shared("fewer", 29)
     loss = DistillationLoss(divergence="forward_kl")
     assert torch.equal(loss(student, teacher, teacher_rows=rows), loss(student, teacher[rows]))
 
