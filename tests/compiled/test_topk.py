@@ -46,6 +46,7 @@ FORMS = {
     "fp32": ("total_variation", {"dtype": torch.float32, "n_cols": 32000, "k": 1}),
     "vocab_size": ("soft_cross_entropy", {"n_cols": 151936, "vocab_size": 151643}),
     "many": ("jensen_shannon", {"k": 1024}),
+    "teacher rows": ("jensen_shannon", {"n_teacher_rows": 1024}),
 }
 
 
@@ -55,7 +56,9 @@ NVIDIA += [
 ]
 
 
-@pytest.mark.parametrize(("form", "target"), some(NVIDIA, [("bucket", "sm_90")]))
+@pytest.mark.parametrize(
+    ("form", "target"), some(NVIDIA, [("bucket", "sm_90"), ("teacher rows", "sm_90")])
+)
 def test_kernel_for_nvidia(form, target):
     """No stack; loops over tiles without barriers, with 16-byte accesses beside a byte of the bitmap."""
     divergence, options = FORMS[form]

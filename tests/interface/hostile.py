@@ -13,6 +13,7 @@ import distill_ops
 from distill_ops import reference
 from distill_ops.integrations import minillm
 from tests.interface.hostile_kinds import KINDS, MASK_AND_LABELS, Hostile, of_form
+from tests.interface.hostile_teachers import CHOSEN, GIVEN
 from tests.support.forms import FORMS, HEADS, LOGITS, LOSSES, SLOTS, K, V, tensors_of
 
 # --- options of every loss -------------------------------------------------------------------------
@@ -385,4 +386,12 @@ MORE += [
     for options, error, words in OPTIONS
     if "backend" not in options
 ]
-CASES = [*KINDS, *MASK_AND_LABELS, *LOSS_OPTIONS, *SINGLE, *(Hostile(*case) for case in MORE)]
+CASES = [
+    *KINDS,
+    *MASK_AND_LABELS,
+    *LOSS_OPTIONS,
+    *SINGLE,
+    *CHOSEN,
+    *GIVEN,
+    *(Hostile(*case) for case in MORE),
+]
