@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.layout import single_stride
+
 CHUNK_ELEMENTS = 1 << 18  # of one buffer: 1 MiB in float32, so that a few fit the L2 caches
 GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
 N_BUFFERS = 5  # of a chunk: matrices in the working dtype
@@ -100,13 +102,9 @@ class ChosenRows:
     """
 
     def __init__(self, tensor: torch.Tensor, index: torch.Tensor, size: int):
-        self.index = index
-        try:
+        self.index, self.tensor, self.buffer = index, tensor, None
+        if single_stride(tensor.shape[:-1], tensor.stride()[:-1]) is not None:
             self.tensor = tensor.view(-1, tensor.shape[-1])
-        except RuntimeError:  # no single stride reaches the rows
-            self.tensor = tensor
-        self.buffer = None
-        if self.tensor.dim() == 2:
             self.buffer = tensor.new_empty(size, tensor.shape[-1])
 
     def at(self, places: Places) -> torch.Tensor:

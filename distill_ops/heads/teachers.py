@@ -4,6 +4,7 @@ them or as they were given, or its K log-probabilities."""
 import torch
 
 from .. import problem
+from ..kernels.layout import single_stride
 from ..problem import Tokens, TopKTeacher, within_teacher
 from .engine import Engine
 from .projection import Projection, Selection, logits_bytes
@@ -32,11 +33,11 @@ class Given:
         selected tokens."""
         if tokens.teacher_rows is None:
             if index is None:
-                try:
+                leading, strides = logits.shape[:-1], logits.stride()[:-1]
+                if single_stride(leading, strides) is not None:
                     return cls(logits.view(-1, logits.shape[-1])), tokens
-                except RuntimeError:  # no single stride reaches the rows, as of ``logits[:, :-1]``
-                    n_rows = logits.numel() // logits.shape[-1]
-                    index = torch.arange(n_rows, device=logits.device)
+                # as of ``logits[:, :-1]``, whose rows are counted instead
+                index = torch.arange(leading.numel(), device=logits.device)
             tokens = tokens._replace(teacher_rows=index)
         return cls(logits), tokens
 

@@ -386,12 +386,5 @@ MORE += [
     for options, error, words in OPTIONS
     if "backend" not in options
 ]
-CASES = [
-    *KINDS,
-    *MASK_AND_LABELS,
-    *LOSS_OPTIONS,
-    *SINGLE,
-    *CHOSEN,
-    *GIVEN,
-    *(Hostile(*case) for case in MORE),
-]
+CASES = [*KINDS, *MASK_AND_LABELS, *LOSS_OPTIONS, *SINGLE, *CHOSEN, *GIVEN]
+CASES += [Hostile(*case) for case in MORE]
