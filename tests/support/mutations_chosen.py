@@ -90,7 +90,7 @@ CHOSEN_ROWS = [
     Mutation(
         "given logits: those of masked tokens are another's", sources.HEADS_TEACHERS,
         "            if index is None:\n                leading", "            if True:\n                leading",
-        f"{LINEAR}given_logits_are_not_copied[torch]",
+        f"{LINEAR}views_of_logits[torch-padded-True]",
     ),
     Mutation(
         "given logits are copied", sources.HEADS_TEACHERS,
