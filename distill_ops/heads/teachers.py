@@ -100,15 +100,17 @@ class FormedInOrder(Formed):
         first, last = self.places[rows.start].item(), self.places[rows.stop - 1].item()
         if last >= self.end:
             self._advance(first)
-        logits = self.buffer[: self.end - self.start]
-        return logits, tokens._replace(teacher_rows=self.places[rows] - self.start)
+        if last - first + 1 == rows.stop - rows.start:  # each its own
+            places, logits = None, self.buffer[first - self.start : last + 1 - self.start]
+        else:
+            places, logits = self.places[rows] - self.start, self.buffer[: self.end - self.start]
+        return logits, tokens._replace(teacher_rows=places)
 
     def _advance(self, first: int) -> None:
         """Hold as many rows from ``first`` on as there is room for; there is for the rows under work."""
         kept, by = max(self.end - first, 0), first - self.start
-        for i in range(
-            0, kept, by or 1
-        ):  # what is held already moves up, in parts that do not overlap
+        # what is held already moves up, in parts that do not overlap
+        for i in range(0, kept, by or 1):
             n = min(by, kept - i)
             self.buffer[i : i + n] = self.buffer[i + by : i + by + n]
         self.start = first
