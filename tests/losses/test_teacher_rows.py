@@ -16,7 +16,14 @@ from distill_ops import (
 )
 from tests.support import declared
 from tests.support.cases import DIVERGENCES, LABELS, TOKENS, VIEWS
-from tests.support.helpers import check, check_topk, make_logits, run, topk_of
+from tests.support.helpers import (
+    assert_compiled_equals_eager,
+    check,
+    check_topk,
+    make_logits,
+    run,
+    topk_of,
+)
 
 HALF = torch.bfloat16
 EVERY = [*DIVERGENCES, declared.chi_squared()]
@@ -210,3 +217,10 @@ def test_no_copy_of_the_teacher(view):
     mib = 1 << 20
     gradient = student.numel() * 4
     assert peak < gradient + 16 * mib  # all of the teacher's rows would be 24, gathered 96
+
+
+def test_one_graph():
+    """Under torch.compile, with the teacher's rows as tensors of the graph."""
+    student, teacher, rows = make_shared("more", 29)
+    options = {"teacher_rows": rows, "divergence": "forward_kl"}
+    assert_compiled_equals_eager(distillation_loss, student, teacher, **options)
