@@ -44,8 +44,9 @@ def set_debug(enabled: bool) -> None:
 
     ``DISTILL_OPS_DEBUG=1`` in the environment does it from the start. On a CPU these checks are always
     on, under ``torch.compile`` and ``vmap`` too: weights and normalizer that are no finite numbers, ids and
-    labels outside the vocabulary, repeated ids, log-probabilities above 0 or whose probabilities add up to
-    more than rounding leaves, parameters outside of their domain, and more tokens than ``kept_tokens``.
+    labels outside the vocabulary, indices outside the teacher's rows, repeated ids, log-probabilities above
+    0 or whose probabilities add up to more than rounding leaves, parameters outside of their domain, and
+    more tokens than ``kept_tokens``.
     """
     global _debug
     _debug = flag("enabled", enabled)
