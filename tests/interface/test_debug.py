@@ -63,7 +63,6 @@ WRONG_ROWS = {
         {"teacher_rows": torch.tensor([2, 0, -1, 1])},
         "got -1; .*needs a loss_mask of 0",
     ),
-    "row far away": ({"teacher_rows": torch.tensor([2, 0, 2**40, 1])}, "teacher_rows must lie in"),
 }
 
 
@@ -135,7 +134,8 @@ def as_on_a_gpu():
 
 SHOWS = [  # never a finite number that is wrong
     (form, name) for form, name in CASES
-    if name not in ("mask of labels", "slots repeated", "logits", "sum", "too many")
+    if form not in SHARED_ROWS  # below
+    and name not in ("mask of labels", "slots repeated", "logits", "sum", "too many")
 ]  # fmt: skip
 
 
