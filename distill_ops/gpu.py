@@ -57,7 +57,7 @@ def tokens(inputs, options: Options) -> Tokens:
     if n_rows == 0:
         over = 1.0  # loss 0, as where no token is kept
     parameters = parameters_of(inputs, options)
-    return Tokens(labels, weights, over, parameters, flat(inputs.teacher_rows))
+    return Tokens(labels, weights, over, parameters, teacher_rows=flat(inputs.teacher_rows))
 
 
 def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
@@ -108,7 +108,7 @@ def gradient(
 ) -> None:
     upstream = upstream.reshape(-1) if upstream.dim() else upstream
     parameters, teacher_rows = parameters_of(inputs, options), flat(inputs.teacher_rows)
-    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters, teacher_rows)
+    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters, teacher_rows=teacher_rows)
     with on(inputs.student):
         rows(
             options, of_rows, inputs.student, inputs.teacher,

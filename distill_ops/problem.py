@@ -327,7 +327,7 @@ class Tokens(NamedTuple):
         parameters = tuple(part(value) for value in self.parameters)
         return Tokens(
             part(self.labels), part(self.weights), self.denominator, parameters,
-            part(self.teacher_rows),
+            teacher_rows=part(self.teacher_rows),
         )  # fmt: skip
 
 

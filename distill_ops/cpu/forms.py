@@ -39,7 +39,8 @@ def tokens(inputs, options: Options) -> Tokens:
         if not teacher_rows.is_cpu:  # where nobody has looked at them
             n_teacher = math.prod(inputs.teacher_leading)
             teacher_rows, weights = within_teacher(teacher_rows, n_teacher, weights, dtype)
-    return Tokens(labels, weights, over, parameters_of(inputs, options), teacher_rows)
+    parameters = parameters_of(inputs, options)
+    return Tokens(labels, weights, over, parameters, teacher_rows=teacher_rows)
 
 
 def rows(
@@ -67,8 +68,8 @@ def rows(
         tokens.labels, scale * (soft * options.divergence_scale / options.temperature), scale * hard,
         column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
-    arguments = per_row, weights, options.n_cols, gradient, tokens.teacher_rows
-    divergence_loss, hard_loss = compute(*arguments)
+    chosen = {"teacher_rows": tokens.teacher_rows}
+    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, **chosen)
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
