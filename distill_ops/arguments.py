@@ -34,13 +34,14 @@ class LossOptions(TypedDict, total=False):
     token_outputs: Sequence[str]
     token_ids: torch.Tensor | None
     backend: str
+    teacher_rows: torch.Tensor | None
 
 
 DEFAULTS = LossOptions(
     divergence=SoftCrossEntropy(), loss_mask=None, labels=None, ignore_index=-100,
     hard_label_weight=0.0, soft_weight=None, temperature=1.0, scale_by_temperature_squared=False,
     reduction="mean", normalizer=None, infinities="drop", vocab_size=None, gradient="auto",
-    return_components=False, token_outputs=(), token_ids=None, backend="auto",
+    return_components=False, token_outputs=(), token_ids=None, backend="auto", teacher_rows=None,
 )  # fmt: skip
 
 
@@ -109,11 +110,11 @@ class LossArguments(namedtuple("LossArguments", DEFAULTS, defaults=DEFAULTS.valu
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Mask, labels, normalizer, parameters and the ids of the tokens' log-probabilities, as operators
-        take them: numbers are among the options."""
+        """Mask, labels, normalizer, parameters, the ids of the tokens' log-probabilities and teacher rows, as
+        operators take them: numbers are among the options."""
         normalizer = self.normalizer if isinstance(self.normalizer, torch.Tensor) else None
-        labels, parameters = self.labels, self.divergence.tensors
-        return self.loss_mask, labels, normalizer, parameters, self.token_ids
+        tensors = self.loss_mask, self.labels, normalizer, self.divergence.tensors, self.token_ids
+        return *tensors, self.teacher_rows if self.soft else None
 
 
 class Tail(NamedTuple):

@@ -62,15 +62,18 @@ def tokens(inputs, options: Options) -> Tokens:
     ids = None
     if "log_prob" in options.token_outputs:
         ids = labels if inputs.token_ids is None else flat(inputs.token_ids)
-    return Tokens(labels, weights, over, parameters_of(inputs, options), ids)
+    parameters = parameters_of(inputs, options)
+    return Tokens(labels, weights, over, parameters, ids, flat(inputs.teacher_rows))
 
 
 def rows(options: Options, tokens: Tokens, student, teacher, **buffers) -> None:
     """Fill the buffers that are given for rows of logits against such a teacher: weighted losses,
     their components, gradient or statistics, and token outputs."""
     formula = formula_of(options, tokens.parameters)
-    arguments = {"weights": tokens.weights, "denominator": tokens.denominator}
-    arguments |= {"output_ids": tokens.ids, **buffers}
+    arguments = {
+        "weights": tokens.weights, "denominator": tokens.denominator, "output_ids": tokens.ids,
+        "teacher_rows": tokens.teacher_rows, **buffers,
+    }  # fmt: skip
     if isinstance(teacher, TopKTeacher):
         topk.run(
             formula, options.tail, student, *teacher, tokens.labels, options.n_cols,
@@ -116,7 +119,8 @@ def gradient(
     inputs: problem.DenseInputs | problem.TopKInputs, options: Options, kept, upstream, out
 ) -> None:
     upstream = upstream.reshape(-1) if upstream.dim() else upstream
-    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters_of(inputs, options))
+    parameters, teacher_rows = parameters_of(inputs, options), flat(inputs.teacher_rows)
+    of_rows = Tokens(flat(inputs.labels), None, 1.0, parameters, teacher_rows=teacher_rows)
     with on(inputs.student):
         rows(
             options, of_rows, inputs.student, inputs.teacher,

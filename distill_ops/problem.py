@@ -173,10 +173,15 @@ class DenseInputs(NamedTuple):
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]: those of the divergence that are tensors
     token_ids: torch.Tensor | None  # [...]: of the log-probabilities; None: the labels
+    teacher_rows: torch.Tensor | None = None  # [...]: the teacher's row of each token
 
     @property
     def leading(self) -> torch.Size:
         return self.student.shape[:-1]
+
+    @property
+    def teacher_leading(self) -> torch.Size:
+        return self.teacher.shape[:-1]
 
     @property
     def n_rows(self) -> int:
@@ -202,10 +207,12 @@ class TopKInputs(NamedTuple):
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
     token_ids: torch.Tensor | None  # [...]
+    teacher_rows: torch.Tensor | None = None  # [...]
 
     leading = DenseInputs.leading
     n_rows = DenseInputs.n_rows
     statistics = property(lambda self: TOPK_STATISTICS)
+    teacher_leading = property(lambda self: self.ids.shape[:-1])
 
     @property
     def teacher(self) -> TopKTeacher:
@@ -231,10 +238,17 @@ class LinearInputs(NamedTuple):
     normalizer: torch.Tensor | None  # []
     parameters: list[torch.Tensor]  # each [] or [...]
     token_ids: torch.Tensor | None  # [...]
+    teacher_rows: torch.Tensor | None = None  # [...]
+    teacher_logits: torch.Tensor | None = None  # [..., V]: of a teacher without a head
 
     @property
     def leading(self) -> torch.Size:
         return self.student_hidden.shape[:-1]
+
+    @property
+    def teacher_leading(self) -> torch.Size:
+        of_any = self.teacher_hidden, self.teacher_ids, self.teacher_logits
+        return next(x for x in of_any if x is not None).shape[:-1]
 
     n_rows = DenseInputs.n_rows
 
@@ -248,7 +262,8 @@ class LinearInputs(NamedTuple):
         return self.teacher_hidden, self.teacher_weight, self.teacher_bias
 
     def dtype(self) -> torch.dtype:
-        return working_dtype(*self.student, *self.teacher, self.teacher_log_probs)
+        teacher = *self.teacher, self.teacher_log_probs, self.teacher_logits
+        return working_dtype(*self.student, *teacher)
 
 
 class TokenInputs(NamedTuple):
@@ -337,6 +352,7 @@ STREAMED = {
     "student": "student_logits", "teacher": "teacher_logits", "logits": "logits",
     "student_hidden": "student_hidden", "student_weight": "student_weight",
     "teacher_hidden": "teacher_hidden", "teacher_weight": "teacher_weight",
+    "teacher_logits": "teacher_logits",
     "hidden": "hidden", "weight": "weight",
 }  # fmt: skip
 
@@ -349,6 +365,7 @@ class Tokens(NamedTuple):
     denominator: float | torch.Tensor  # of the reduction, a number or []
     parameters: tuple[float | torch.Tensor, ...]  # of the divergence: numbers, [] or [n]
     ids: torch.Tensor | None = None  # [n]: of the log-probabilities among the token outputs
+    teacher_rows: torch.Tensor | None = None  # [n]; None: the teacher's rows are theirs, in order
 
     def rows(self, rows: slice | torch.Tensor) -> "Tokens":
         """Those of some rows: a slice, or their indices."""
@@ -360,7 +377,20 @@ class Tokens(NamedTuple):
 
         parameters = tuple(part(value) for value in self.parameters)
         labels, weights, ids = map(part, (self.labels, self.weights, self.ids))
-        return Tokens(labels, weights, self.denominator, parameters, ids)
+        teacher_rows = part(self.teacher_rows)
+        return Tokens(labels, weights, self.denominator, parameters, ids, teacher_rows)
+
+
+def within_teacher(
+    teacher_rows: torch.Tensor, n_rows: int, weights: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices ``[n]`` that lie in [0, n_rows), and weights that are NaN where a token that counts had one
+    outside: on a GPU, where no index is looked at, its loss tells."""
+    outside = (teacher_rows < 0) | (teacher_rows >= n_rows)
+    if weights is None:
+        weights = torch.ones_like(teacher_rows, dtype=dtype)
+    weights = torch.where(outside & (weights != 0), math.nan, weights)
+    return teacher_rows.clamp(0, max(n_rows - 1, 0)), weights
 
 
 def parameters_of(inputs, options: Options) -> tuple[float | torch.Tensor, ...]:

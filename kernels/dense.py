@@ -19,12 +19,14 @@ from . import launch
 from .layout import row_layouts
 from .outputs import ACCEPTANCE, LOG_PROB
 from .row_loss import row_gradient, row_statistics
-from .row_outputs import row_outputs, store_outputs
+from .row_outputs import row_outputs, shown, store_outputs
 from .rows import (
     RUN_TIME,
     Formula,
     LossBuffers,
+    chosen_row,
     first_position,
+    poisoned,
     row_offset,
     row_parameters,
     row_scale,
@@ -42,11 +44,14 @@ def dense_kernel(
     student_ptr, student_start, student_outer, student_inner,
     teacher_ptr, teacher_start, teacher_outer, teacher_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
+    teacher_rows_ptr, teacher_n_inner, n_teacher_rows,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, output_ids_ptr, upstream_ptr,
-    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, over_t, divergence_scale, soft_weight, hard_weight, parameters,
+    upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, over_t,
+    divergence_scale, soft_weight, hard_weight, parameters,
     VALUE_AND_SLOPE: tl.constexpr, OPERANDS: tl.constexpr, PARAMETER_STRIDES: tl.constexpr, MOMENT: tl.constexpr,
     DROP: tl.constexpr, RESTRICT: tl.constexpr, PROPAGATE: tl.constexpr, DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr, TEMPERED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DENOMINATOR_IN_MEMORY: tl.constexpr,
+    HAS_TEACHER_ROWS: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
     OUTPUTS: tl.constexpr, WANTED: tl.constexpr, ACCEPTANCE_AT: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
@@ -57,6 +62,8 @@ def dense_kernel(
 
     ``components`` is [2, n_rows], divergence and hard label, and written only with HARD;
     ``outputs`` are [n_rows] each, those of OUTPUTS. A row of weight 0 is not read: loss 0, gradient 0.
+    With HAS_TEACHER_ROWS the teacher has ``n_teacher_rows`` rows, its leading dimensions collapsed by
+    themselves.
     """
     OWN_HARD: tl.constexpr = HARD and (TEMPERED or not DIVERGENCE)
     # a moment gives D before the gradient sweep, which then sums L itself; of the symmetric KL the
@@ -66,7 +73,13 @@ def dense_kernel(
     GRADIENT_SUMS: tl.constexpr = MOMENT != SYMMETRIC_MOMENT and (SHORT or OPERANDS >= PAIR)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         student_offset = row_offset(row, student_start, student_outer, student_inner, n_inner)
-        teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
+        if HAS_TEACHER_ROWS:
+            teacher_row, exists = chosen_row(teacher_rows_ptr, row, n_teacher_rows)
+            teacher_offset = row_offset(
+                teacher_row, teacher_start, teacher_outer, teacher_inner, teacher_n_inner
+            )
+        else:
+            teacher_offset = row_offset(row, teacher_start, teacher_outer, teacher_inner, n_inner)
         gradient_offset = row_offset(row, gradient_start, gradient_outer, gradient_inner, n_inner)
         lead = (student_offset % 8).to(tl.int32) if ENDS == PEELED else 0
         student = first_position(student_ptr, student_offset, lead, STUDENT_MATCHED)
@@ -78,6 +91,9 @@ def dense_kernel(
             row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS,
             HAS_WEIGHTS, DENOMINATOR_IN_MEMORY, WRITE_LOSS, WRITE_STATISTICS,
         )  # fmt: skip
+        if HAS_TEACHER_ROWS:
+            weight = poisoned(weight, exists)
+            scale = poisoned(scale, exists)
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
@@ -109,7 +125,7 @@ def dense_kernel(
                         student, teacher, lead, n_cols, over_t, seen, statistics[7], id_logit, token_id,
                         ignore_index, OUTPUTS, not OVERLAP, LANES, WIDTH, ENDS,
                     )  # fmt: skip
-                    store_outputs(row, outputs, found, WANTED)
+                    store_outputs(row, outputs, shown(found, weight), WANTED)
                 if HARD:
                     hard_loss = (statistics[5] - logit.to(tl.float32)) + tl.log(statistics[6])
             else:
@@ -131,7 +147,8 @@ def dense_kernel(
                     loss = tl.where(statistics[7], gradient_loss, loss)
                 if OVERLAP:  # of a row that the fast loops serve, the gradient's has it
                     if statistics[7]:
-                        tl.store(outputs[ACCEPTANCE_AT] + row, gradient_overlap)
+                        unknown = tl.where(weight == weight, 0.0, float("nan"))
+                        tl.store(outputs[ACCEPTANCE_AT] + row, gradient_overlap + unknown)
         if WRITE_LOSS:
             store_losses(
                 row, n_rows, loss * (weight * divergence_scale), hard_loss * weight, soft_weight, hard_weight,
@@ -154,10 +171,20 @@ def run(
     teacher_given = formula.value_and_slope is not None
     tensors = [student, teacher if teacher_given else student]
     inplace = buffers.gradient is student
-    n_inner, layouts = row_layouts(*tensors)
-    if inplace and not layouts[0].is_in(student):  # a copy, for the teacher's strides or its own
-        tensors[1] = tensors[1].contiguous()
+    if not teacher_given:
+        buffers = buffers._replace(teacher_rows=None)
+    chosen = buffers.teacher_rows is not None
+    if chosen:  # the teacher's leading dimensions are its own
+        n_inner, layouts = row_layouts(student)
+        teacher_n_inner, (of_teacher,) = row_layouts(teacher)
+        layouts.append(of_teacher)
+    else:
         n_inner, layouts = row_layouts(*tensors)
+        teacher_n_inner = n_inner
+    if inplace and not layouts[0].is_in(student):  # a copy, for the teacher's strides or its own
+        if not chosen:
+            tensors[1] = tensors[1].contiguous()
+            n_inner, layouts = row_layouts(*tensors)
         if not layouts[0].is_in(student):
             raise ValueError(
                 f"inplace=True needs student_logits with contiguous columns and leading dimensions "
@@ -172,11 +199,15 @@ def run(
     rows = {"student": student_rows, "teacher": teacher_rows}
     rows["gradient"] = buffers.rows(student, student_rows, n_inner)
     logits = tensors if teacher_given else tensors[:1]
-    grid, arguments = rows_launch(rows, logits, n_rows, n_cols, width)
+    grid, arguments = rows_launch(
+        rows, logits, n_rows, n_cols, width, "teacher" if chosen else None
+    )
     dense_kernel[grid](
         **arguments,
         **buffers.arguments(formula, labels, student),
         n_inner=n_inner,
+        teacher_n_inner=teacher_n_inner,
+        n_teacher_rows=teacher.numel() // teacher.shape[-1] if chosen else 0,
         width=width,
         MOMENT=MOMENTS[formula.moment],
         PROPAGATE=formula.propagate,

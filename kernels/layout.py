@@ -37,8 +37,13 @@ class RowLayout(NamedTuple):
         pairs = zip(self.offsets(), other.offsets(), strict=True)
         return all((a - b) % ALIGNMENT == 0 for a, b in pairs)
 
+    def matches_at_any_row(self, other: "RowLayout") -> bool:
+        """Likewise, of whichever row beside whichever: both are as far from it in all rows."""
+        strides = self.outer, self.inner, other.outer, other.inner
+        return all(x % ALIGNMENT == 0 for x in (*strides, self.start - other.start))
 
-def _single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+
+def single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The stride of these dimensions taken as one, or None."""
     dims = [(n, stride) for n, stride in zip(shape, strides, strict=True) if n != 1]
     for (_, left), (n, right) in zip(dims, dims[1:], strict=False):
@@ -75,8 +80,8 @@ def row_layouts(*tensors: torch.Tensor) -> tuple[int, list[RowLayout]]:
     tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
     def split_at(t, k):
-        outer = _single_stride(leading[:k], t.stride()[:k])
-        inner = _single_stride(leading[k:], t.stride()[k:-1])
+        outer = single_stride(leading[:k], t.stride()[:k])
+        inner = single_stride(leading[k:], t.stride()[k:-1])
         return None if outer is None or inner is None else (outer, inner)
 
     splits = range(len(leading) + 1)

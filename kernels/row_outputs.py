@@ -130,6 +130,16 @@ def row_outputs(
 
 
 @triton.jit
+def shown(values, weight):
+    """The values of a token, those of the teacher as unknown where its weight is NaN, as it is where the
+    teacher's row does not exist."""
+    log_prob, h_s, h_t, top_s, top_t, overlap, mass = values
+    unknown = tl.where(weight == weight, 0.0, float("nan"))
+    top_t = tl.where(weight == weight, top_t, -1)
+    return log_prob, h_s, h_t + unknown, top_s, top_t, overlap + unknown, mass + unknown
+
+
+@triton.jit
 def store_outputs(row, targets, values, WANTED: tl.constexpr):
     """A row's values, those whose indices in NAMES are WANTED."""
     for i in tl.static_range(len(WANTED)):

@@ -18,8 +18,9 @@ from .terms import OPERANDS
 ROWS = ("student", "teacher", "logits", "gradient")  # the tensors whose rows kernels walk
 # arguments of kernels that walk rows whose values must not compile a kernel of their own
 RUN_TIME = [f"{name}_{part}" for name in ROWS for part in ("start", "outer", "inner")] + [
-    "n_inner", "n_rows", "n_cols", "width", "k", "n_words", "denominator", "over_t",
-    "log_prob_floor", "divergence_scale", "soft_weight", "hard_weight", "upstream_stride", "ignore_index",
+    "n_inner", "teacher_n_inner", "n_rows", "n_teacher_rows", "n_cols", "width", "k", "n_words",
+    "denominator", "over_t", "log_prob_floor", "divergence_scale", "soft_weight", "hard_weight",
+    "upstream_stride", "ignore_index",
 ]  # fmt: skip
 
 
@@ -28,6 +29,21 @@ def row_offset(row, start, outer_stride, inner_stride, n_inner):
     """Element offset of a row in a tensor whose leading dimensions collapse to two."""
     row = tl.cast(row, tl.int64)
     return start + row // n_inner * outer_stride + row % n_inner * inner_stride
+
+
+@triton.jit
+def chosen_row(teacher_rows_ptr, row, n_teacher_rows):
+    """The teacher's row for a row of the student's, and whether there is one; the first, where not."""
+    chosen = tl.load(teacher_rows_ptr + row)
+    exists = (chosen >= 0) & (chosen < n_teacher_rows)
+    return tl.where(exists, chosen, 0), exists
+
+
+@triton.jit
+def poisoned(weight, exists):
+    """A token's weight or factor, which makes its loss and gradient NaN where its teacher's row does not
+    exist; a token that does not count has none to exist."""
+    return tl.where(exists | (weight == 0.0), weight, float("nan"))
 
 
 @triton.jit
@@ -146,6 +162,7 @@ class LossBuffers(NamedTuple):
     upstream: torch.Tensor | None = None  # [N] or []
     output_ids: torch.Tensor | None = None  # [N]: of log_prob
     outputs: tuple[torch.Tensor, ...] = ()  # [N] each, of the formula's token outputs
+    teacher_rows: torch.Tensor | None = None  # [N] int64: the teacher's row of each; None: in order
 
     def rows(self, student: torch.Tensor, student_rows: RowLayout, n_inner: int) -> RowLayout:
         """The gradient's rows, or what stands for them."""
@@ -157,8 +174,8 @@ class LossBuffers(NamedTuple):
         upstream, statistics = self.upstream, self.statistics
         tensors = pointers(
             filler, losses=self.losses, components=self.components, statistics=statistics,
-            weights=self.weights, upstream=upstream, labels=labels,
-            output_ids=self.output_ids,
+            weights=self.weights, upstream=upstream, labels=labels, output_ids=self.output_ids,
+            teacher_rows=self.teacher_rows,
         )  # fmt: skip
         given = formula.token_outputs if self.outputs else ()
         return formula.arguments() | {
@@ -175,6 +192,7 @@ class LossBuffers(NamedTuple):
             "ACCEPTANCE_AT": given.index("acceptance") if "acceptance" in given else 0,
             "HARD": formula.hard_label_weight != 0,
             "HAS_WEIGHTS": self.weights is not None,
+            "HAS_TEACHER_ROWS": self.teacher_rows is not None,
             "DENOMINATOR_IN_MEMORY": isinstance(self.denominator, torch.Tensor),
             "WRITE_LOSS": self.losses is not None,
             "WRITE_STATISTICS": self.losses is not None and statistics is not None,
@@ -202,15 +220,19 @@ def device_facts(device: torch.device) -> launch.DeviceFacts:
 
 
 def plan(
-    layouts: list[RowLayout], n_cols: int, width: int
+    layouts: list[RowLayout], n_cols: int, width: int, chosen: RowLayout | None = None
 ) -> tuple[tl.constexpr, list[bool], launch.Budget]:
     """How rows end, which tensors' rows begin on the common boundary, and the budget of that form.
 
     Peeling gives 16-byte loads at odd vocabularies; which columns a thread sums then depends on the
-    row's place in memory, and with it the last bits: not in deterministic mode."""
+    row's place in memory, and with it the last bits: not in deterministic mode. ``chosen`` are rows of
+    which any may come beside one of the others."""
     aligned = all(rows.aligned() for rows in layouts)
     if not aligned and not torch.are_deterministic_algorithms_enabled():
-        matched = [rows.matches(layouts[0]) for rows in layouts]
+        matched = [
+            rows.matches_at_any_row(layouts[0]) if rows is chosen else rows.matches(layouts[0])
+            for rows in layouts
+        ]
         ends = PEELED
     else:
         matched = [rows.aligned() for rows in layouts]
@@ -220,16 +242,18 @@ def plan(
 
 
 def rows_launch(
-    layouts: dict[str, RowLayout], logits: list[torch.Tensor], n_rows: int, n_cols: int, width: int
-) -> tuple[tuple[int], dict]:
+    layouts: dict[str, RowLayout], logits: list[torch.Tensor], n_rows: int, n_cols: int, width: int,
+    chosen: str | None = None,
+) -> tuple[tuple[int], dict]:  # fmt: skip
     """Grid and arguments of a kernel that walks whole rows.
 
     Args:
         layouts: the rows of its tensors, by the kernel's names for them.
         logits: those that it reads, the student's first.
         n_cols, width: columns that are used, and that there are.
+        chosen: the tensor of whose rows any may come beside one of the student's.
     """
-    ends, matched, budget = plan(list(layouts.values()), n_cols, width)
+    ends, matched, budget = plan(list(layouts.values()), n_cols, width, layouts.get(chosen))
     sizes = [t.element_size() for t in logits]
     choice = launch.dense_launch(
         n_rows, n_cols, max(sizes), n_cols * sum(sizes), budget, device_facts(logits[0].device)

@@ -20,12 +20,14 @@ from . import launch
 from .layout import row_layouts
 from .math import INFINITY, LOG2E, fma, from_float32
 from .outputs import LOG_PROB, OF_STUDENT, bits
-from .row_outputs import store_outputs
+from .row_outputs import shown, store_outputs
 from .rows import (
     RUN_TIME,
     Formula,
     LossBuffers,
+    chosen_row,
     first_position,
+    poisoned,
     row_offset,
     row_parameters,
     row_scale,
@@ -128,7 +130,7 @@ def hard_normaliser(x, m_r, l_r):
 def topk_kernel(
     student_ptr, student_start, student_outer, student_inner,
     gradient_ptr, gradient_start, gradient_outer, gradient_inner,
-    log_probs_ptr, ids_ptr, words_ptr, bitmap_ptr, n_words,
+    log_probs_ptr, ids_ptr, teacher_rows_ptr, n_teacher_rows, words_ptr, bitmap_ptr, n_words,
     losses_ptr, components_ptr, statistics_ptr, weights_ptr, labels_ptr, output_ids_ptr, upstream_ptr,
     upstream_stride, outputs, denominator, n_inner, n_rows, n_cols, width, ignore_index, k,
     log_prob_floor, over_t, divergence_scale, soft_weight, hard_weight, parameters,
@@ -137,18 +139,18 @@ def topk_kernel(
     EACH: tl.constexpr, LEFT_OUT: tl.constexpr, MASSES: tl.constexpr, HAS_FLOOR: tl.constexpr,
     HARD: tl.constexpr, OWN_HARD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DENOMINATOR_IN_MEMORY: tl.constexpr, WRITE_LOSS: tl.constexpr, WRITE_STATISTICS: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, OUTPUTS: tl.constexpr, WANTED: tl.constexpr,
-    ACCEPTANCE_AT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_TEACHER_ROWS: tl.constexpr, WRITE_GRADIENT: tl.constexpr, OUTPUTS: tl.constexpr,
+    WANTED: tl.constexpr, ACCEPTANCE_AT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
     ENDS: tl.constexpr, UNROLL: tl.constexpr, STUDENT_MATCHED: tl.constexpr,
     GRADIENT_MATCHED: tl.constexpr,
 ):  # fmt: skip
     """Losses of ``n_rows`` rows, with their gradient (forward launch) or their statistics; or,
     without WRITE_LOSS, the gradient from the statistics and upstream gradients (backward launch).
 
-    ``log_probs`` and ``ids`` are [n_rows, k]; ``words`` and ``bitmap`` the same memory. REST: the
-    student is normalised over the columns outside too; EACH: one by one they have terms, LEFT_OUT:
-    they have none. OWN_HARD: the hard label's sums are not the divergence's. A row of weight 0 is not
-    read: loss 0, gradient 0.
+    ``log_probs`` and ``ids`` are [n_rows, k], or [n_teacher_rows, k] with HAS_TEACHER_ROWS; ``words`` and
+    ``bitmap`` the same memory. REST: the student is normalised over the columns outside too; EACH: one by
+    one they have terms, LEFT_OUT: they have none. OWN_HARD: the hard label's sums are not the
+    divergence's. A row of weight 0 is not read: loss 0, gradient 0.
     """
     # the student's own outputs are of its whole row, which a divergence on the K alone does not read
     LOOKS: tl.constexpr = WRITE_LOSS and (OF_STUDENT & OUTPUTS) != 0
@@ -173,6 +175,11 @@ def topk_kernel(
             row, kept, weights_ptr, denominator, upstream_ptr, upstream_stride, STATISTICS,
             HAS_WEIGHTS, DENOMINATOR_IN_MEMORY, WRITE_LOSS, WRITE_STATISTICS,
         )  # fmt: skip
+        slots_row = tl.cast(row, tl.int64)
+        if HAS_TEACHER_ROWS:
+            slots_row, exists = chosen_row(teacher_rows_ptr, row, n_teacher_rows)
+            weight = poisoned(weight, exists)
+            scale = poisoned(scale, exists)
         if WRITE_GRADIENT:
             fill_zero(gradient, lead, width, tl.where(weight == 0.0, 0, n_cols), LANES, WIDTH, ENDS)
         loss = 0.0
@@ -182,7 +189,7 @@ def topk_kernel(
                 store_outputs(row, outputs, (0.0, 0.0, 0.0, -1, -1, 0.0, 0.0), WANTED)
         if weight != 0.0:
             row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
-            slots = tl.cast(row, tl.int64) * k
+            slots = slots_row * k
             token_id, used, log_p, log_p_rest, l_t, good = read_teacher(
                 log_probs_ptr + slots, ids_ptr + slots, lane, k, n_cols, TAIL
             )
@@ -227,7 +234,7 @@ def topk_kernel(
                     x, token_id, used, log_probs_ptr + slots, lane, outside, lead, over_t, logit_there,
                     output_id, ignore_index, OUTPUTS,
                 )  # fmt: skip
-                store_outputs(row, outputs, found, WANTED)
+                store_outputs(row, outputs, shown(found, weight), WANTED)
             y, l, m, row_l = outcomes(x, log_p, lane, k, m_r, l_r, over_t, REST, RESTRICT, EACH)
             outside_loss = 0.0
             outside_slope = 0.0
@@ -307,8 +314,8 @@ def run(
     formula: Formula,
     tail: str,
     student: torch.Tensor,  # [..., V]
-    log_probs: torch.Tensor,  # [N, K], contiguous
-    ids: torch.Tensor,  # [N, K], contiguous
+    log_probs: torch.Tensor,  # [N, K], or of the teacher's rows; contiguous
+    ids: torch.Tensor,  # likewise
     labels: torch.Tensor | None,  # [N]
     n_cols: int,
     *,
@@ -322,7 +329,8 @@ def run(
     buffers = LossBuffers(**buffers)
     if log_prob_floor is not None:  # nothing is infinite
         formula = formula._replace(drop=False, restrict=False)
-    n_rows, k = ids.shape
+    n_teacher_rows, k = ids.shape
+    n_rows = student.numel() // student.shape[-1]
     n_inner, layouts = row_layouts(student)
     if buffers.gradient is student and not layouts[0].is_in(student):
         raise ValueError(
@@ -350,6 +358,7 @@ def run(
         **buffers.arguments(formula, labels, student),
         log_probs_ptr=log_probs,
         ids_ptr=ids,
+        n_teacher_rows=n_teacher_rows,
         words_ptr=words,
         bitmap_ptr=words.view(torch.uint8) if n_words else student,
         n_words=n_words,

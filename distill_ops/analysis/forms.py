@@ -56,6 +56,7 @@ class Form:
     teacher_stride: int | None = None
     n_rows: int = 4096
     token_outputs: tuple[str, ...] = ()
+    n_teacher_rows: int | None = None  # of which an index chooses; None: one a row
 
     def problem(self, divergence: Divergence) -> tuple[problem.DenseInputs, Options]:
         """The operator's arguments, on tensors without memory."""
@@ -71,9 +72,12 @@ class Form:
         options = Options.of(arguments, self.vocab_size or self.n_cols, "triton")
         student = _meta(self.n_rows, self.n_cols, dtype=self.student_dtype)
         stride = self.teacher_stride or self.n_cols
-        teacher = _meta(self.n_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
+        n_teacher_rows, rows = self.n_teacher_rows or self.n_rows, None
+        teacher = _meta(n_teacher_rows, stride, dtype=self.teacher_dtype)[:, : self.n_cols]
+        if self.n_teacher_rows is not None:
+            rows = _meta(self.n_rows, dtype=torch.int64)
         return problem.DenseInputs(
-            student, teacher, None, labels, None, divergence.tensors, None
+            student, teacher, None, labels, None, divergence.tensors, None, rows
         ), options
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
@@ -110,6 +114,7 @@ def topk_launches(
     tail: str = "bucket", mass_terms: bool = False, log_prob_floor: float | None = None,
     gradient: str = "forward", hard_label_weight: float = 0.0, temperature: float = 1.0,
     vocab_size: int | None = None, n_rows: int = 4096, token_outputs: tuple[str, ...] = (),
+    n_teacher_rows: int | None = None,
 ) -> list[aot.Launch]:  # fmt: skip
     """The top-k kernel's launches for one forward (and, made there, one backward)."""
     arguments = LossArguments(
@@ -121,9 +126,19 @@ def topk_launches(
     labels = None
     if hard_label_weight or "log_prob" in token_outputs:
         labels = _meta(n_rows, dtype=torch.int64)
-    slots = _meta(n_rows, k), _meta(n_rows, k, dtype=torch.int32)
+    n_slots, rows = n_teacher_rows or n_rows, None
+    slots = _meta(n_slots, k), _meta(n_slots, k, dtype=torch.int32)
+    if n_teacher_rows is not None:
+        rows = _meta(n_rows, dtype=torch.int64)
     inputs = problem.TopKInputs(
-        _meta(n_rows, n_cols, dtype=dtype), *slots, None, labels, None, divergence.tensors, None
+        _meta(n_rows, n_cols, dtype=dtype),
+        *slots,
+        None,
+        labels,
+        None,
+        divergence.tensors,
+        None,
+        rows,
     )
     recorded = _recorded(topk_loss, inputs, options, gradient, target)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]

@@ -95,6 +95,11 @@ def distillation_loss(
             each token, from the sweeps that run anyway. "acceptance" takes one more without a gradient.
         token_ids: ``[...]``, int64 or int32: of what token "log_prob" among them is; by default the labels.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+        teacher_rows: ``[...]``, int64 or int32: the teacher's row that each token is compared with, so
+            that several steps of a draft model, or several samples, share a row that nobody copies.
+            The teacher's leading dimensions may then be any, and its rows are counted over them. On a
+            GPU an index outside is refused in debug mode only (:func:`distill_ops.set_debug`), else the
+            token's loss is NaN; that of a token of weight 0 is not looked at.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-d, or ``[...]`` with "none". Without a

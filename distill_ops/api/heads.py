@@ -20,15 +20,18 @@ def linear_problem(
     n_cols: int,
     arguments: LossArguments,
     blocks: BlockOptions,
+    teacher_logits: torch.Tensor | None = None,  # of a teacher without a head
 ) -> tuple[LinearInputs, LinearOptions, str]:
     """The operator's inputs and options, and when it makes the gradients, of checked arguments."""
     hidden, *_ = student
     autocast = autocast_dtype(hidden.device)
     made = gradient_mode(arguments.gradient, arguments.reduction, *student, products=autocast)
     log_probs, _ = slots
-    backend = choose_backend(arguments.backend, "student_hidden", *student, *teacher, log_probs)
+    of_teacher = *teacher, log_probs, teacher_logits
+    backend = choose_backend(arguments.backend, "student_hidden", *student, *of_teacher)
     options = LinearOptions(
         Options.of(arguments, n_cols, backend, tail), student_options, teacher_options,
         blocks._replace(autocast=autocast),
     )  # fmt: skip
-    return LinearInputs(*student, *teacher, *slots, *arguments.tensors), options, made
+    inputs = LinearInputs(*student, *teacher, *slots, *arguments.tensors, teacher_logits)
+    return inputs, options, made

@@ -16,7 +16,7 @@ from .heads import NO_HEAD, linear_problem
 WITHOUT = ("infinities",)
 OWN = (
     "student_bias", "student_logit_scale", "student_softcap", "teacher_bias", "teacher_logit_scale",
-    "teacher_softcap", "logits_dtype", "memory_budget", "kept_tokens",
+    "teacher_softcap", "teacher_logits", "logits_dtype", "memory_budget", "kept_tokens",
 )  # fmt: skip
 
 
@@ -33,6 +33,7 @@ def linear_distillation_loss(
     teacher_bias: torch.Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
+    teacher_logits: torch.Tensor | None = None,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
@@ -57,7 +58,7 @@ def linear_distillation_loss(
     With ``softcap(x) = c tanh(x / c)``. The logits of a block of tokens are turned into the loss and
     the gradients of the student's hidden states, weight and bias: four matrix products in all where
     the forward makes the gradients, six where the backward does, two without gradients. No
-    ``[tokens, vocab]`` tensor exists. Inputs are not changed, and results are the same bits run after
+    ``[tokens, vocab]`` tensor is made. Inputs are not changed, and results are the same bits run after
     run.
 
     Args:
@@ -71,6 +72,13 @@ def linear_distillation_loss(
             Hugging Face labels pass ``hidden[:, :-1]`` of both models and ``labels[:, 1:]``.
         student_logit_scale, teacher_logit_scale: positive factors of the logits.
         student_softcap, teacher_softcap: c above, positive; None for no cap.
+        teacher_logits: ``[..., V]``, of a teacher whose logits are there already (a server's, or of
+            another call), in place of ``teacher_hidden`` and ``teacher_weight``, which are None then.
+            They are read where they are, views too, and never copied: one product less.
+        teacher_rows: ``[...]``, int64 or int32: the teacher's row, of hidden states or logits, counted
+            over their leading dimensions, that each token is compared with. A CPU forms the logits of
+            each row that is used once. A GPU forms those of all rows once, where there are no more of
+            them than tokens and they take at most half of ``memory_budget``; else one row a token.
         logits_dtype: in which logits are kept: float32, or bfloat16 or float16 for less memory
             traffic and a less exact gradient. float64 wherever an input is.
         memory_budget: bytes of logits, their gradient and what the products of a block take, by
@@ -110,13 +118,15 @@ def linear_distillation_loss(
         # in training no graph is made through a head
         teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     rows = TokenRows("student_hidden", student_hidden)
-    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    n_cols = check_heads(
+        rows, student_weight, teacher_hidden, teacher_weight, arguments, teacher_logits
+    )
     if teacher is NO_HEAD:
         check_no_teacher(teacher_bias, teacher_options)
     arguments = check_options(rows, arguments)
     inputs, options, made = linear_problem(
         student, student_options, teacher, teacher_options, (None, None), NO_TAIL, n_cols,
-        arguments, blocks,
+        arguments, blocks, teacher_logits if arguments.soft else None,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)
@@ -146,7 +156,7 @@ class LinearDistillationLoss(LossModule):
     @staticmethod
     def check(
         *, student_bias=None, student_logit_scale=1.0, student_softcap=None, teacher_bias=None,
-        teacher_logit_scale=1.0, teacher_softcap=None, **blocks,
+        teacher_logit_scale=1.0, teacher_softcap=None, teacher_logits=None, **blocks,
     ) -> dict:  # fmt: skip
         student = head_options("student_", student_logit_scale, student_softcap)
         teacher = head_options("teacher_", teacher_logit_scale, teacher_softcap)

@@ -66,6 +66,7 @@ def linear_topk_distillation_loss(
         student_weight: ``[V, d]``.
         teacher_log_probs, teacher_ids: ``[..., K]``, as in :func:`topk_distillation_loss`.
         tail, mass_terms, log_prob_floor: what becomes of the rest of the vocabulary, as there.
+        teacher_rows: ``[...]``, int64 or int32: the row of the slots for each token, as there.
         student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
             kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
 

@@ -80,6 +80,8 @@ def topk_distillation_loss(
             then, and nothing dropped. With "bucket", "restrict" and "drop".
         gradient: when it is made, as in :func:`distill_ops.distillation_loss`; "backward" re-reads
             the student's logits and keeps 20 bytes a token.
+        teacher_rows: ``[...]``, int64 or int32: the row of the teacher's slots, counted over their leading
+            dimensions, for each token, as in :func:`distill_ops.distillation_loss`.
         vocab_size: the vocabulary is the student's first ``vocab_size`` columns; the others get
             gradient 0.
 

@@ -56,12 +56,19 @@ def of_loss(
     if options.soft:
         _parameters(inputs.parameters, options, counted)
     _normalizer(inputs.normalizer, options, counted, inputs[0])
+    if inputs.teacher_rows is not None:
+        _teacher_rows(inputs.teacher_rows, math.prod(inputs.teacher_leading), counted)
     if options.tail is not None:
         log_probs, ids = (
             (inputs.log_probs, inputs.ids) if isinstance(inputs, TopKInputs)
             else (inputs.teacher_log_probs, inputs.teacher_ids)
         )  # fmt: skip
-        _slots(log_probs, ids, options, counted)
+        if inputs.teacher_rows is None:
+            kept = counted.kept(ids[..., 0])
+        else:  # the rows of a token that counts
+            kept = torch.zeros_like(ids[..., 0], dtype=torch.bool).contiguous()
+            kept.view(-1)[inputs.teacher_rows[counted.kept(inputs.teacher_rows)]] = True
+        _slots(log_probs, ids, options, kept)
     if kept_tokens is not None:
         _kept_tokens(kept_tokens, counted, inputs[0])
 
@@ -185,9 +192,27 @@ def _normalizer(
     )
 
 
-def _slots(log_probs: torch.Tensor, ids: torch.Tensor, options: Options, counted: Counted) -> None:
-    """Ids and log-probabilities of tokens that count; unused slots hold an id of -1."""
-    kept = counted.kept(ids[..., 0])[..., None]
+def _teacher_rows(rows: torch.Tensor, n_rows: int, counted: Counted) -> None:
+    """Of a token that does not count any index will do."""
+    outside = (rows < 0) | (rows >= n_rows)
+    if outside.any():
+        outside = outside & counted.kept(rows)
+    if outside.any():
+        found = rows[outside][0].item()
+        more = (
+            "; a token without a row of the teacher's needs a loss_mask of 0" if found < 0 else ""
+        )
+        raise ValueError(
+            f"teacher_rows must lie in [0, {n_rows}), as the teacher has that many rows, got {found}{more}"
+        )
+
+
+def _slots(
+    log_probs: torch.Tensor, ids: torch.Tensor, options: Options, kept: torch.Tensor
+) -> None:
+    """Ids and log-probabilities of rows that count, which ``kept [...]`` says; unused slots hold an id of
+    -1."""
+    kept = kept[..., None]
     low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()),) * 2
     if low < -1 or high >= options.n_cols:
         outside = ((ids < -1) | (ids >= options.n_cols)) & kept

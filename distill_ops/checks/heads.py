@@ -5,7 +5,7 @@ import torch
 from ..arguments import LossArguments
 from ..problem import HeadOptions
 from ..scalars import shown
-from .logits import check_teacher_given, check_vocabulary
+from .logits import check_teacher_given, check_teacher_logits, check_vocabulary
 from .values import TokenRows, check_float_dtype, check_plain, of_teacher
 
 WHOLE = {
@@ -57,15 +57,22 @@ def check_heads(
     teacher_hidden: torch.Tensor | None,
     teacher_weight: torch.Tensor | None,
     arguments: LossArguments,
+    teacher_logits: torch.Tensor | None = None,
 ) -> int:
-    """Check what two heads must share, each having passed :func:`check_head`; ``rows`` are the
-    student's hidden states. Returns the number of columns used."""
-    vocab_size = arguments.vocab_size
-    for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+    """Check what two heads must share, each having passed :func:`check_head`, or a head and the logits
+    that stand for the teacher's; ``rows`` are the student's hidden states. Returns the number of columns
+    used."""
+    vocab_size, of_teacher = arguments.vocab_size, {
+        "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight
+    }  # fmt: skip
+    if teacher_logits is not None:
+        return _check_logits_of_teacher(rows, student_weight, of_teacher, teacher_logits, arguments)
+    for name, tensor in of_teacher.items():
         check_teacher_given(name, tensor, arguments)
     widths = [student_weight.shape[0]]
     if teacher_hidden is not None and teacher_weight is not None:
-        rows.check_leading("teacher_hidden", teacher_hidden.shape[:-1])
+        leading = teacher_hidden.shape[:-1]
+        rows.check_teacher_leading("teacher_hidden", leading, arguments.teacher_rows)
         rows.check_device("teacher_hidden", teacher_hidden)
         widths.append(teacher_weight.shape[0])
         if vocab_size is None and widths[0] != widths[1]:
@@ -74,6 +81,30 @@ def check_heads(
                 f"vocab_size= to use the first rows of both (heads padded to different widths)"
             )
     return check_vocabulary(vocab_size, *widths)
+
+
+def _check_logits_of_teacher(
+    rows: TokenRows,
+    student_weight: torch.Tensor,
+    head: dict[str, torch.Tensor | None],
+    teacher_logits: torch.Tensor,
+    arguments: LossArguments,
+) -> int:
+    """Logits in place of a teacher's head."""
+    for name, tensor in head.items():
+        if tensor is not None:
+            raise ValueError(
+                f"teacher_logits stand for the teacher's head, but {name} is given too, "
+                f"{shown(tensor)}: pass None for it, or leave teacher_logits out"
+            )
+    check_teacher_logits(rows, teacher_logits, arguments.teacher_rows)
+    widths = student_weight.shape[0], teacher_logits.shape[-1]
+    if arguments.vocab_size is None and widths[0] != widths[1]:
+        raise ValueError(
+            f"student_weight has {widths[0]} rows and teacher_logits {widths[1]} columns: pass "
+            f"vocab_size= to use the first of both (heads padded to different widths)"
+        )
+    return check_vocabulary(arguments.vocab_size, *widths)
 
 
 def check_no_teacher(bias: torch.Tensor | None, options: HeadOptions) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from ..arguments import LossArguments
-from ..scalars import integer
+from ..scalars import integer, shown
 from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
 
 
@@ -37,19 +37,33 @@ def check_teacher_given(name: str, teacher: torch.Tensor | None, arguments: Loss
             if share is None
             else f"{name} is None, which needs soft_weight=0, got {share}"
         )
+    if teacher is None and arguments.teacher_rows is not None:
+        raise ValueError(
+            f"teacher_rows is unused where {name} is None, got {shown(arguments.teacher_rows)}: "
+            f"leave it out"
+        )
+
+
+def check_teacher_logits(
+    rows: TokenRows, teacher_logits: torch.Tensor, teacher_rows: torch.Tensor | None = None
+) -> None:
+    """Check the logits that a teacher's forward gave, for these tokens."""
+    check_logits("teacher_logits", teacher_logits)
+    rows.check_device("teacher_logits", teacher_logits)
+    of_teacher("teacher_logits", teacher_logits)
+    rows.check_teacher_leading("teacher_logits", teacher_logits.shape[:-1], teacher_rows)
 
 
 def check_pair(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_size: int | None
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    vocab_size: int | None,
+    teacher_rows: torch.Tensor | None = None,
 ) -> int:
     """Check two tensors of logits; returns the number of columns used."""
     check_logits("student_logits", student_logits)
     width = student_logits.shape[-1]
-    rows = TokenRows("student_logits", student_logits)
-    check_logits("teacher_logits", teacher_logits)
-    rows.check_device("teacher_logits", teacher_logits)
-    of_teacher("teacher_logits", teacher_logits)
-    rows.check_leading("teacher_logits", teacher_logits.shape[:-1])
+    check_teacher_logits(TokenRows("student_logits", student_logits), teacher_logits, teacher_rows)
     if vocab_size is None and teacher_logits.shape[-1] != width:
         raise ValueError(
             f"student_logits have {width} columns and teacher_logits "

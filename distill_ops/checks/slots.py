@@ -47,7 +47,7 @@ def check_topk(
             raise ValueError(
                 f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
             )
-        rows.check_leading(name, tensor.shape[:-1])
+        rows.check_teacher_leading(name, tensor.shape[:-1], arguments.teacher_rows)
         rows.check_device(name, tensor)
     if teacher_log_probs is None or teacher_ids is None:
         return arguments, NO_TAIL

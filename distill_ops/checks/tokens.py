@@ -33,10 +33,12 @@ class CheckedTokens(NamedTuple):
     ignore_index: int
 
 
-def _check_ids(name: str, ids: torch.Tensor, rows: TokenRows) -> torch.Tensor:
-    """Token ids, one a token, as int64."""
+def _check_ids(
+    name: str, ids: torch.Tensor, rows: TokenRows, what: str = "token ids"
+) -> torch.Tensor:
+    """Token ids or indices, one a token, as int64."""
     rows.check_per_token(name, ids)
-    check_id_dtype(name, ids)
+    check_id_dtype(name, ids, what)
     return ids if ids.dtype == torch.int64 else ids.long()
 
 
@@ -90,8 +92,8 @@ def _check_normalizer(
 
 def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
     """Check the tensors among the options that every form of the loss takes, and what they need of the
-    others, which :func:`given_options` checked; labels are int64 then."""
-    labels = arguments.labels
+    others, which :func:`given_options` checked; labels and indices are int64 then."""
+    labels, teacher_rows = arguments.labels, arguments.teacher_rows
     if arguments.loss_mask is not None:
         _check_mask(arguments.loss_mask, rows)
     if labels is not None:
@@ -100,9 +102,14 @@ def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
         raise ValueError(f"hard_label_weight={arguments.hard_label_weight} needs labels, got None")
     if arguments.soft:
         check_parameters(arguments.divergence, rows)
+    if teacher_rows is not None:
+        what = "indices of the teacher's rows"
+        teacher_rows = _check_ids("teacher_rows", teacher_rows, rows, what)
     normalizer = _check_normalizer(arguments.normalizer, rows)
     ids = _check_outputs(rows, arguments)
-    return arguments._replace(labels=labels, normalizer=normalizer, token_ids=ids)
+    return arguments._replace(
+        labels=labels, normalizer=normalizer, token_ids=ids, teacher_rows=teacher_rows
+    )
 
 
 def _check_outputs(rows: TokenRows, arguments: LossArguments) -> torch.Tensor | None:
@@ -135,7 +142,9 @@ def check_dense(
     if teacher_logits is None:
         n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     else:
-        n_cols = check_pair(student_logits, teacher_logits, arguments.vocab_size)
+        n_cols = check_pair(
+            student_logits, teacher_logits, arguments.vocab_size, arguments.teacher_rows
+        )
     arguments = check_options(TokenRows("student_logits", student_logits), arguments)
     check_teacher_given("teacher_logits", teacher_logits, arguments)
     return arguments, n_cols

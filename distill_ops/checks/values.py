@@ -44,8 +44,9 @@ def set_debug(enabled: bool) -> None:
 
     ``DISTILL_OPS_DEBUG=1`` in the environment does it from the start. On a CPU these checks are always
     on, under ``torch.compile`` and ``vmap`` too: weights and normalizer that are no finite numbers, ids and
-    labels outside the vocabulary, repeated ids, log-probabilities above 0 or whose probabilities add up to
-    more than rounding leaves, parameters outside of their domain, and more tokens than ``kept_tokens``.
+    labels outside the vocabulary, indices outside the teacher's rows, repeated ids, log-probabilities above
+    0 or whose probabilities add up to more than rounding leaves, parameters outside of their domain, and
+    more tokens than ``kept_tokens``.
     """
     global _debug
     _debug = flag("enabled", enabled)
@@ -122,9 +123,9 @@ def check_float_dtype(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def check_id_dtype(name: str, ids: torch.Tensor) -> None:
+def check_id_dtype(name: str, ids: torch.Tensor, what: str = "token ids") -> None:
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32 token ids, got {ids.dtype}")
+        raise TypeError(f"{name} must be int64 or int32 {what}, got {ids.dtype}")
 
 
 def constant(name: str, tensor: torch.Tensor, advice: str = "detach it") -> None:
@@ -150,6 +151,18 @@ class TokenRows(NamedTuple):
             raise ValueError(
                 f"{name} must have the leading shape of {self.name}, "
                 f"{tuple(expected)}, got {tuple(leading)}"
+            )
+
+    def check_teacher_leading(
+        self, name: str, leading: torch.Size, teacher_rows: torch.Tensor | None
+    ) -> None:
+        """Of a teacher's tensor: one row a token, or any where ``teacher_rows`` choose among them."""
+        if teacher_rows is None:
+            self.check_leading(name, leading)
+        elif 0 in leading and 0 not in self.tensor.shape[:-1]:
+            raise ValueError(
+                f"{name} has no row that teacher_rows could choose, got the leading shape "
+                f"{tuple(leading)}"
             )
 
     def check_device(self, name: str, tensor: torch.Tensor) -> None:

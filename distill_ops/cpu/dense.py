@@ -12,7 +12,15 @@ import torch
 from .chunk import GUARDS, ROW_BY_ROW, UNGUARDED, Chunk, Terms
 from .closed_forms import CLOSED_FORMS
 from .outputs import RowOutputs
-from .rows import CHUNK_ELEMENTS, GENERAL_ELEMENTS, N_BUFFERS, PerRow, kept_groups, rows_in_chunk
+from .rows import (
+    CHUNK_ELEMENTS,
+    GENERAL_ELEMENTS,
+    N_BUFFERS,
+    ChosenRows,
+    PerRow,
+    kept_groups,
+    rows_in_chunk,
+)
 
 
 class _Pass:
@@ -31,6 +39,7 @@ class _Pass:
         self.size = rows_in_chunk(n_rows, n_cols, terms.dtype.itemsize, threads, elements)
         self.buffers = tuple(torch.empty(self.size, n_cols, **kind) for _ in range(N_BUFFERS))
         self.sums = [None, None]  # divergence and cross-entropy
+        self.chosen: ChosenRows | None = None  # of the teacher's rows; None: in order
 
     def zeros(self) -> torch.Tensor:
         buffer = self.buffers[0]
@@ -85,6 +94,8 @@ class _Pass:
         whole = all(m is None or m.shape == (n, self.n_cols) for m in block)
         if copied or not whole:
             group = [None if matrix is None else matrix[rows, : self.n_cols] for matrix in block]
+        if self.chosen is not None:
+            group = [group[0], self.chosen.at(places), *group[2:]]
         guards = self.rows(group, places, n, guards)
         if copied and block[2] is not None:
             block[2][rows, : self.n_cols] = group[2]
@@ -100,12 +111,18 @@ def dense(
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
     outputs: RowOutputs | None = None,
+    teacher_rows: torch.Tensor | None = None,  # [N]: the teacher's row of each; None: in order
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient`` and the ``outputs`` of
     rows that count."""
     n_rows = student.numel() // student.shape[-1]
     run = _Pass(terms, n_rows, n_cols, student.device, per_row, gradient is student, outputs)
     keep = None if weights is None else weights != 0
+    if terms.divergence is None:  # whose rows may be another number
+        teacher = None
+    if teacher is not None and teacher_rows is not None:
+        run.chosen = ChosenRows(teacher[..., :n_cols], teacher_rows, run.size)
+        teacher = None
     groups = kept_groups(
         keep, student, teacher, gradient=gradient, size=run.size, copies=not run.inplace
     )

@@ -8,7 +8,7 @@ import torch
 from .. import problem
 from ..checks.slots import without_repeats
 from ..divergences.base import column_parameters
-from ..problem import Options, Tokens, TopKTeacher, parameters_of
+from ..problem import Options, Tokens, TopKTeacher, parameters_of, within_teacher
 from ..results import OutputBuffers
 from .chunk import NEG_INF, Terms
 from .dense import dense
@@ -39,7 +39,14 @@ def tokens(inputs, options: Options) -> Tokens:
     ids = None
     if "log_prob" in options.token_outputs:
         ids = labels if inputs.token_ids is None else inputs.token_ids.reshape(-1)
-    return Tokens(labels, weights, over, parameters_of(inputs, options), ids)
+    teacher_rows = inputs.teacher_rows
+    if teacher_rows is not None:
+        teacher_rows = teacher_rows.reshape(-1)
+        if not teacher_rows.is_cpu:  # where nobody has looked at them
+            n_teacher = math.prod(inputs.teacher_leading)
+            teacher_rows, weights = within_teacher(teacher_rows, n_teacher, weights, dtype)
+    parameters = parameters_of(inputs, options)
+    return Tokens(labels, weights, over, parameters, ids, teacher_rows)
 
 
 def rows(
@@ -60,9 +67,9 @@ def rows(
         options.kind(), options.hard, options.temperature, options.infinities == "propagate", dtype
     )
     if isinstance(teacher, TopKTeacher):
-        log_probs, ids = teacher.log_probs, teacher.ids.long()
+        log_probs, ids = teacher.log_probs, teacher.ids
         if (log_probs == NEG_INF).any():
-            ids = without_repeats(log_probs, ids)
+            ids = without_repeats(log_probs, ids.long())
         compute = functools.partial(topk, terms, options.tail_options, student, log_probs, ids)
     else:
         compute = functools.partial(dense, terms, student, teacher)
@@ -71,8 +78,9 @@ def rows(
         column_parameters(tokens.parameters, dtype),
     )  # fmt: skip
     wanted = dict(zip(options.token_outputs, outputs, strict=True)) if outputs else {}
-    seen = RowOutputs.of(wanted, tokens.ids, options) if wanted else None
-    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, seen)
+    others = {"outputs": RowOutputs.of(wanted, tokens.ids, options) if wanted else None}
+    others["teacher_rows"] = tokens.teacher_rows
+    divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, **others)
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.layout import single_stride
+
 CHUNK_ELEMENTS = 1 << 18  # of one buffer: 1 MiB in float32, so that a few fit the L2 caches
 GENERAL_ELEMENTS = 1 << 16  # of a temporary of a declared divergence: small enough for the heap
 N_BUFFERS = 5  # of a chunk: matrices in the working dtype
@@ -95,6 +97,30 @@ def kept_groups(
                 rows = torch.tensor(rows, device=block[0].device)
                 yield block, rows, rows + first
         first = end
+
+
+class ChosenRows:
+    """Rows of a tensor ``[..., V]`` that an index chooses, gathered a chunk at a time: the tensor is not
+    copied, whatever its strides.
+
+    Args:
+        tensor: whose rows are counted over its leading dimensions.
+        index: ``[N]``, the row of each token; it is not looked at where a token does not count.
+        size: rows of a chunk at most.
+    """
+
+    def __init__(self, tensor: torch.Tensor, index: torch.Tensor, size: int):
+        self.index, self.tensor, self.buffer = index, tensor, None
+        if single_stride(tensor.shape[:-1], tensor.stride()[:-1]) is not None:
+            self.tensor = tensor.view(-1, tensor.shape[-1])
+            self.buffer = tensor.new_empty(size, tensor.shape[-1])
+
+    def at(self, places: Places) -> torch.Tensor:
+        """Those of the tokens at these places, ``[n, V]``, until they are asked for again."""
+        index = self.index[places]
+        if self.buffer is None:
+            return self.tensor[torch.unravel_index(index, self.tensor.shape[:-1])]
+        return torch.index_select(self.tensor, 0, index, out=self.buffer[: len(index)])
 
 
 def per_row(values: list, rows: Places) -> list:

@@ -293,13 +293,14 @@ def topk(
     terms: Terms,
     tail: Tail,
     student: torch.Tensor,  # [..., V]
-    log_probs: torch.Tensor,  # [N, K]
-    ids: torch.Tensor,  # [N, K] int64
+    log_probs: torch.Tensor,  # [N, K], or of the teacher's rows
+    ids: torch.Tensor,  # likewise
     per_row: PerRow,
     weights: torch.Tensor | None,  # [N]; None: every row counts
     n_cols: int,
     gradient: torch.Tensor | None,  # like student, or the student itself: overwritten
     outputs: RowOutputs | None = None,
+    teacher_rows: torch.Tensor | None = None,  # [N]: the slots' row of each; None: in order
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Per-row divergence and cross-entropy ``[N]``, unweighted; fills ``gradient`` and the ``outputs`` of
     rows that count."""
@@ -317,9 +318,10 @@ def topk(
     groups = kept_groups(keep, student, gradient=gradient, size=size, copies=copies)
     for (block, gradient_block), group, places in groups:
         logits = block[group, :n_cols]
+        slots = places if teacher_rows is None else teacher_rows[places]
         n = len(logits)
         chunk = TopKChunk(
-            terms, tail, logits, log_probs[places], ids[places], per_row.at(places),
+            terms, tail, logits, log_probs[slots], ids[slots].long(), per_row.at(places),
             [b[:n] for b in buffers], None if outputs is None else outputs.at(places),
         )  # fmt: skip
         losses[places], hard = chunk.losses()

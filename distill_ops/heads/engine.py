@@ -46,6 +46,8 @@ class Engine:
         wanted: which gradients; none of them: the row loss gets no gradient to write.
         memory_budget: bytes, None for the default.
         other_row_bytes: what the row loss holds itself for a row under work.
+        kept_bytes: what it would hold in place of these from the first row to the last; ``keeps`` says
+            whether it may: they are at most half of the budget.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         wanted: Wanted,
         memory_budget: int | None,
         other_row_bytes: int,
+        kept_bytes: int | None = None,
     ):
         self.projection, self.logits_dtype, self.wanted = projection, logits_dtype, wanted
         head, dtype = projection.head, projection.dtype
@@ -74,9 +77,15 @@ class Engine:
         if wanted.weight and head.weight.dtype != wide:
             spare = projection.n_cols * dim * wide.itemsize
         gpu = on_gpu(projection.device)
+        budget = memory_budget or (GPU_BUDGET if gpu else CPU_BUDGET)
+        self.keeps = False
+        if kept_bytes is not None:
+            least = token_bytes + row_bytes - other_row_bytes
+            self.keeps = kept_bytes <= min(budget // 2, budget - least)
+        if self.keeps:
+            budget, row_bytes = budget - kept_bytes, row_bytes - other_row_bytes
         self.blocks = split(
-            projection.selection.n_rows, token_bytes, max(row_bytes, 1),
-            memory_budget or (GPU_BUDGET if gpu else CPU_BUDGET), spare, gpu=gpu,
+            projection.selection.n_rows, token_bytes, max(row_bytes, 1), budget, spare, gpu=gpu,
             pieces=head.weight.dtype == dtype,  # else each would upcast the weight again
         )  # fmt: skip
         if not any(wanted):

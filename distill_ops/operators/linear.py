@@ -7,9 +7,10 @@ import torch
 from .. import problem
 from ..checks import contents
 from ..heads.engine import Engine
-from ..heads.projection import Projection, logits_bytes
+from ..heads.projection import Projection
 from ..heads.select import on_device, select
-from ..problem import FORWARD, NO_GRADIENTS, Tokens, TopKTeacher, Wanted
+from ..heads.teachers import in_order, teacher_of
+from ..problem import FORWARD, NO_GRADIENTS, Tokens, Wanted
 from ..results import OutputBuffers
 from .logits import LOSS_OUTPUTS, loss_fakes
 from .path import path_of
@@ -42,21 +43,18 @@ class LinearPass:
         self.tokens, selection = select(
             tokens, inputs.n_rows, self.options.backend, blocks.kept_tokens
         )
+        self.tokens, selection = in_order(inputs, self.options, self.tokens, selection)
         wide = self.dtype == torch.float64
         logits_dtype = torch.float64 if wide else blocks.logits_dtype
         shared = self.options.n_cols, wide, blocks.autocast, self.triton
         student = Projection.of(*inputs.student, options.student, selection, *shared)
-        self.teacher, self.slots, teacher_bytes = None, None, 0
-        if self.options.tail is not None:
-            self.slots = TopKTeacher.of_tokens(inputs.teacher_log_probs, inputs.teacher_ids)
-            if selection.index is not None:
-                self.slots = self.slots.rows(selection.index)
-        elif self.options.soft:
-            # the loss does not read the logits of tokens of weight 0: they may be NaN
-            selected = selection._replace(unread=None)
-            self.teacher = Projection.of(*inputs.teacher, options.teacher, selected, *shared)
-            teacher_bytes = logits_bytes(self.teacher, logits_dtype)
-        self.engine = Engine(student, logits_dtype, wanted, blocks.memory_budget, teacher_bytes)
+        self.teacher, self.tokens = teacher_of(
+            inputs, options, self.tokens, selection, shared, logits_dtype
+        )
+        of_teacher = (0, None)
+        if self.teacher is not None:
+            of_teacher = self.teacher.row_bytes, self.teacher.kept_bytes
+        self.engine = Engine(student, logits_dtype, wanted, blocks.memory_budget, *of_teacher)
         n_rows, new = selection.n_rows, inputs.student_hidden.new_empty
         n_under_work = min(self.engine.blocks.rows, n_rows)
         self.index = selection.index
@@ -64,20 +62,16 @@ class LinearPass:
             self.options.token_outputs, n_rows, inputs.student_hidden, self.dtype, not self.triton
         )
         if self.teacher is not None:
-            self.teacher_logits = self.engine.buffer(n_under_work, logits_dtype)
+            self.teacher.prepare(self.engine, n_under_work)
         self.losses = new(n_rows, dtype=self.dtype)
         parts = 2 if self.options.hard else 0
         self.components = new((parts, n_rows), dtype=self.dtype)
         self.parts = new((parts, n_under_work), dtype=self.dtype) if self.triton else None
 
     def row_loss(self, student, rows: slice, gradient) -> None:
-        n_rows, teacher = len(student), None
-        if self.slots is not None:
-            teacher = self.slots.rows(rows)
-        elif self.teacher is not None:
-            teacher = self.teacher_logits[:n_rows]
-            self.teacher.logits(self.teacher.hidden(rows), teacher)
-        tokens = self.tokens.rows(rows)
+        n_rows, teacher, tokens = len(student), None, self.tokens.rows(rows)
+        if self.teacher is not None:
+            teacher, tokens = self.teacher.rows(rows, tokens)
         if self.triton:
             parts = self.parts
             if parts.shape[1] != n_rows:  # the last rows; the kernel wants them contiguous

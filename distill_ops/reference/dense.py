@@ -133,6 +133,15 @@ def divergence_terms(
     return outcome_terms(log_q, log_p, *zeros, divergence, infinities) + poison
 
 
+def rows_of_teacher(
+    tensor: torch.Tensor, teacher_rows: torch.Tensor | None, unread: torch.Tensor
+) -> torch.Tensor:
+    """The rows ``[..., n]`` of a teacher's tensor that the tokens are compared with."""
+    if teacher_rows is None:
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1])[teacher_rows.masked_fill(unread, 0)]
+
+
 def token_weights(rows: torch.Tensor, dtype: torch.dtype, counted: Counted) -> torch.Tensor:
     """``[...]``: how much each of ``rows [..., n]`` counts; a row of weight 0 is not read."""
     loss_mask, labels, ignore_index = counted
@@ -222,7 +231,8 @@ def distillation_loss(
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
     terms = teacher = None
     if arguments.soft:
-        teacher = teacher_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
+        teacher = rows_of_teacher(teacher_logits[..., :n_cols], arguments.teacher_rows, unread)
+        teacher = teacher.to(dtype).masked_fill(unread[..., None], 0.0)
         terms = divergence_terms(
             student, teacher, arguments.divergence, arguments.temperature, arguments.infinities
         )

@@ -55,6 +55,7 @@ def linear_distillation_loss(
     teacher_bias: torch.Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
+    teacher_logits: torch.Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
@@ -83,17 +84,22 @@ def linear_distillation_loss(
     if teacher_hidden is not None and teacher_weight is not None:
         check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, frozen=True)
     rows = TokenRows("student_hidden", student_hidden)
-    n_cols = check_heads(rows, student_weight, teacher_hidden, teacher_weight, arguments)
+    n_cols = check_heads(
+        rows, student_weight, teacher_hidden, teacher_weight, arguments, teacher_logits
+    )
     if teacher_hidden is None or teacher_weight is None:
         check_no_teacher(teacher_bias, teacher_head)
     arguments = check_options(rows, arguments)
-    dtype = working_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    teacher = teacher_hidden, teacher_weight, teacher_logits
+    dtype = working_dtype(student_hidden, student_weight, *teacher)
     unread = token_weights(student_hidden, dtype, arguments.counted) == 0
     student = head_logits(
         student_hidden, student_weight, student_bias, *student_head, unread, n_cols, dtype
     )
-    teacher = None
+    teacher = None if teacher_logits is None else teacher_logits[..., :n_cols]
     if teacher_hidden is not None and teacher_weight is not None:
+        if arguments.teacher_rows is not None:  # any row may be another token's
+            unread = torch.zeros_like(teacher_hidden[..., 0], dtype=torch.bool)
         teacher = head_logits(
             teacher_hidden, teacher_weight, teacher_bias, *teacher_head, unread, n_cols, dtype
         ).detach()

@@ -14,7 +14,14 @@ from ..checks.values import TokenRows
 from ..divergences.base import Divergence
 from ..problem import Options, TopKInputs, working_dtype
 from ..results import LossResult
-from .dense import dropped_terms, outcome_terms, student_log_probs, token_weights, weighted_loss
+from .dense import (
+    dropped_terms,
+    outcome_terms,
+    rows_of_teacher,
+    student_log_probs,
+    token_weights,
+    weighted_loss,
+)
 from .outputs import with_token_outputs
 from .rows import NEG_INF
 
@@ -148,8 +155,11 @@ def topk_distillation_loss(
     student = student_logits[..., :n_cols].to(dtype).masked_fill(unread[..., None], 0.0)
     terms = slots = None
     if arguments.soft:
-        log_p = teacher_log_probs.to(dtype)
-        ids = teacher_ids.long().masked_fill(unread[..., None], -1)
+        log_p, ids = (
+            rows_of_teacher(x, arguments.teacher_rows, unread)
+            for x in (teacher_log_probs.to(dtype), teacher_ids.long())
+        )
+        ids = ids.masked_fill(unread[..., None], -1)
         terms = topk_terms(
             student, log_p, ids, checked, arguments.divergence, arguments.temperature
         )

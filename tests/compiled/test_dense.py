@@ -38,6 +38,8 @@ FORMS = {
     "mixed": Form(32000, HALF, WIDE),
     "vocab_size": Form(151936, vocab_size=151643),
     "mismatched": Form(50257, teacher_stride=50304),
+    "teacher rows": Form(128256, n_teacher_rows=1024),
+    "teacher rows odd": Form(50257, n_teacher_rows=1024, gradient="backward"),
 }
 
 
@@ -51,6 +53,7 @@ NVIDIA = [(d, form, "sm_90") for d, form in CASES]
 NVIDIA += [(d, "bf16 hard T", "sm_100") for d in OTHERS] + [(d, "bf16", "sm_80") for d in OTHERS]
 AMD = [(d, form) for d, form in CASES if form in ("bf16", "bf16 odd")]
 SOME = [(SoftCrossEntropy(), "bf16 odd", "sm_90"), (JensenShannon(), "bf16 hard T", "sm_90")]
+SOME += [(SoftCrossEntropy(), "teacher rows", "sm_90")]
 
 
 def name_of(value):
@@ -72,7 +75,7 @@ def test_dense_kernel_for_nvidia(divergence, form, target):
         assert all(loop.barriers == 0 for loop in loops)
         if form == "mixed":  # the bf16 tensor of the two: 8 bytes for 4 logits
             continue
-        if form == "mismatched":  # the teacher's rows begin elsewhere than the student's
+        if form in ("mismatched", "teacher rows odd"):  # the teacher's begin elsewhere
             continue
         assert all(loop.narrow_accesses == 0 for loop in fast.values())
 
@@ -83,8 +86,19 @@ def test_dense_kernel_for_nvidia(divergence, form, target):
 def test_dense_kernel_for_amd(divergence, form):
     target = aot.TARGETS["gfx942"]
     for launched in FORMS[form].launches(divergence, target):
-        wide = form not in ("mixed", "mismatched")
+        wide = form not in ("mixed", "mismatched", "teacher rows odd")
         assert stack_and_loops(launched, target, wide)[0] == 0
+
+
+def test_chosen_rows_cost_a_load_a_row():
+    """The loops over tiles are the same ones."""
+    target = aot.TARGETS["sm_90"]
+    plain, chosen = (
+        count(FORMS[form].launches(SoftCrossEntropy(), target)[0], target)
+        for form in ("bf16", "teacher rows")
+    )
+    assert chosen.instructions() == plain.instructions()
+    assert chosen.usage.stack == 0
 
 
 def test_instructions_of_one_divergence():

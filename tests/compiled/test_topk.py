@@ -68,6 +68,7 @@ FORMS = {
         "forward_kl",
         {"tail": "drop", "mass_terms": True, "log_prob_floor": -10.0, "k": 1023},
     ),
+    "teacher rows": ("jensen_shannon", {"n_teacher_rows": 1024}),
 }
 
 
@@ -79,7 +80,9 @@ NVIDIA += [
 ]
 
 
-@pytest.mark.parametrize(("form", "target"), some(NVIDIA, [("bucket", "sm_90")]))
+@pytest.mark.parametrize(
+    ("form", "target"), some(NVIDIA, [("bucket", "sm_90"), ("teacher rows", "sm_90")])
+)
 def test_kernel_for_nvidia(form, target):
     """No stack; loops over tiles without barriers, with 16-byte accesses beside a byte of the bitmap."""
     divergence, options = FORMS[form]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.support.forms import CALLED, HEADS, LOGITS, LOSSES, tensors_of
+from tests.support.forms import CALLED, HEADS, LOGITS, LOSSES, SHARED_ROWS, tensors_of
 
 
 class Hostile(NamedTuple):
@@ -29,7 +29,7 @@ def of_form(form: str, what: str, error, words: str, **changed) -> Hostile:
 
 HIDDEN = {"student_hidden", "teacher_hidden", "hidden"}
 FLOATS = {*LOGITS, "logits", *HEADS, *HIDDEN, "weight", "bias", "student_bias", "teacher_bias"}
-COUNTS = {"labels", "token_ids", "teacher_ids", "loss_mask"}
+COUNTS = {"labels", "token_ids", "teacher_ids", "teacher_rows", "loss_mask"}
 
 
 def nested(x: torch.Tensor, layout=torch.jagged) -> torch.Tensor:
@@ -51,6 +51,8 @@ WRONG_KINDS = {  # what becomes of a tensor, and words of the error
 
 def kinds_of(form: str):
     for name, tensor in tensors_of(form).items():
+        if form in SHARED_ROWS and name not in ("teacher_rows", "teacher_logits"):
+            continue  # as of the function without
         for kind, (change, words) in WRONG_KINDS.items():
             if kind in ("jagged", "nested") and tensor.dim() < 2:
                 continue
@@ -61,6 +63,8 @@ def kinds_of(form: str):
                 name_of_error = name
             if kind == "of other tokens" and name in ("student_weight", "weight", "teacher_weight"):
                 continue  # a head of other widths has an error of its own
+            if kind == "of other tokens" and form in SHARED_ROWS and name == "teacher_logits":
+                continue  # any number of rows will do
             if (
                 name == "teacher_weight"
                 and form == "mixture_token_log_probs"

@@ -10,7 +10,7 @@ import pytest
 import distill_ops
 from distill_ops.operators import transforms
 from tests.support import ROOT
-from tests.support.forms import CALLED, FORMS, tensors_of
+from tests.support.forms import CALLED, FORMS, function_of, tensors_of
 
 MOST_HOPS = {
     "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
@@ -84,7 +84,7 @@ def test_signatures():
 
 
 def test_annotations_list_what_signatures_list():
-    for name in CALLED:
+    for name in map(function_of, CALLED):
         function = getattr(distill_ops, name)
         listed = [*inspect.signature(function).parameters, "return"]
         assert list(get_type_hints(function)) == listed

@@ -11,7 +11,7 @@ import torch
 import distill_ops
 from distill_ops import JensenShannon
 from distill_ops.checks import contents, tokens
-from tests.support.forms import FORMS, LOSSES, K, V, computing, tensors_of
+from tests.support.forms import FORMS, LOSSES, SHARED_ROWS, K, R, V, computing, tensors_of
 from tests.support.helpers import make_logits
 
 
@@ -54,9 +54,21 @@ WRONG_IDS = {
     "id beyond": ({"token_ids": torch.full((4,), V)}, "token_ids must lie in"),
     "id below": ({"token_ids": torch.full((4,), -5)}, "token_ids must lie in"),
 }
+WRONG_ROWS = {
+    "row beyond": (
+        {"teacher_rows": torch.tensor([2, 0, R, 1])},
+        rf"teacher_rows .*{R}\), .* got {R}$",
+    ),
+    "row below": (
+        {"teacher_rows": torch.tensor([2, 0, -1, 1])},
+        "got -1; .*needs a loss_mask of 0",
+    ),
+}
 
 
 def wrong_of(form: str) -> dict:
+    if form in SHARED_ROWS:
+        return WRONG_ROWS
     found = WRONG if form in LOSSES else dict(WRONG_IDS)
     if "topk" in form:
         found = found | WRONG_SLOTS
@@ -142,7 +154,8 @@ def test_coefficients_are_looked_at_in_debug_mode(form):
 
 SHOWS = [  # never a finite number that is wrong
     (form, name) for form, name in CASES
-    if name not in ("mask of labels", "slots repeated", "logits", "sum", "too many")
+    if form not in SHARED_ROWS  # below
+    and name not in ("mask of labels", "slots repeated", "logits", "sum", "too many")
 ]  # fmt: skip
 
 
@@ -161,6 +174,35 @@ def test_the_other_path_shows_it_too(form, name):
     with as_on_a_gpu():
         found, _ = call(form, name, backend="torch")
     assert found.isnan()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("form", SHARED_ROWS)
+def test_a_row_that_does_not_exist_costs_its_token_alone(form, kernel_device):
+    """On a GPU, where no index is looked at; one of a token that does not count does no harm."""
+    device = kernel_device("triton")
+    tensors = {name: x.to(device) for name, x in tensors_of(form).items()}
+    masked = tensors["teacher_rows"].clone()
+    masked[1] = -(2**40)  # its label is ignored
+    students = {name: tensors[name].clone().requires_grad_() for name in FORMS[form].students}
+    options = {"backend": "triton", "reduction": "none"}
+    expected = FORMS[form](tensors, **options)
+    found = FORMS[form]({**tensors, "teacher_rows": masked}, **options)
+    assert torch.equal(found, expected)
+    for gradient in ("forward", "backward"):
+        wrong = tensors["teacher_rows"].clone()
+        wrong[2] = R
+        with as_on_a_gpu():
+            each = FORMS[form]({**tensors, "teacher_rows": wrong}, **options)
+            assert torch.equal(each[:2], expected[:2])
+            assert torch.equal(each[3:], expected[3:])
+            assert each[2].isnan()
+            options_of_sum = {**options, "reduction": "sum", "gradient": gradient}
+            FORMS[form]({**tensors, **students, "teacher_rows": wrong}, **options_of_sum).backward()
+        leaf = next(iter(students.values()))
+        assert leaf.grad[2].isnan().all()
+        assert leaf.grad[[0, 1, 3]].isfinite().all()
+        leaf.grad = None
 
 
 def test_a_gpu_s_masked_rows_stay_unread():

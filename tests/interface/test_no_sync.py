@@ -265,6 +265,41 @@ def test_nothing_is_read_for_the_top_k(option, mode, fake_gpu, monkeypatch):
         assert_launches(found, "topk_kernel", option, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_read_of_chosen_rows(mode, fake_gpu, monkeypatch):
+    """And nothing is gathered: the kernels take the index."""
+    for make, kernel in ((dense_calls, "dense_kernel"), (topk_calls, "topk_kernel")):
+        rows = torch.empty(TOKENS, dtype=torch.int64, device="cuda")
+        found = make(monkeypatch, "float_mask", mode, teacher_rows=rows)
+        assert_launches(found, kernel, "float_mask", mode)
+
+
+@pytest.mark.parametrize("budget", [None, 1500])
+@pytest.mark.parametrize("teacher", ["rows", "logits", "logits of a view", "rows of logits"])
+def test_nothing_is_read_by_linear_teachers(teacher, budget, fake_gpu, monkeypatch):
+    """All of the teacher's rows kept, or one a token; or logits, of which none is copied."""
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
+    hidden, weight = new(*TOKENS, 8), new(N_COLS, 8)
+    head, options = (None, None), {"memory_budget": budget, "loss_mask": new(*TOKENS)}
+    if "rows" in teacher:
+        options["teacher_rows"] = new(*TOKENS, dtype=torch.int64)
+    if teacher == "rows":
+        head = new(4, 8), weight
+    elif teacher == "rows of logits":
+        options["teacher_logits"] = new(2, 2, N_COLS)
+    else:
+        logits = new(TOKENS[0], TOKENS[1] + 1, N_COLS)[:, :-1]
+        options["teacher_logits"] = logits if "view" in teacher else new(*TOKENS, N_COLS)
+    run_bodies(monkeypatch, NO_GRADIENT)
+    call = lambda: distill_ops.linear_distillation_loss(hidden, weight, *head, **options)
+    with ComputingOperations() as computing:
+        names = [launch.kernel.__name__ for launch in aot.record(call, FACTS)]
+    assert names.count("dense_kernel") >= 1
+    copies = {"aten::index_select", "aten::index.Tensor", "aten::clone", "aten::copy_"}
+    kept = teacher != "rows" or budget is None
+    assert not (kept and copies & set(computing.names)), computing.names
+
+
 SYNCHRONISATIONS = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.sum() == 0),

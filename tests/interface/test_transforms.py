@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import distill_ops
 from distill_ops import distillation_loss, distillation_metrics, reference, teacher_topk
-from tests.support.forms import FORMS, LOSSES, tensors_of
+from tests.support.forms import FORMS, LOSSES, function_of, tensors_of
 from tests.support.helpers import make_logits
 
 # as they are, a gradient a token, and made by the backward
@@ -111,7 +111,8 @@ def test_vmap_of_one_student_beside_another(form):
     first, *others = leaves
     batch = torch.stack([tensors[first]] * 2).requires_grad_()
     call = lambda x: FORMS[form]({**tensors, **leaves, first: x}).sum()
-    with pytest.raises(RuntimeError, match=f"^{form} makes no gradient under torch.func"):
+    words = f"^{function_of(form)} makes no gradient under torch.func"
+    with pytest.raises(RuntimeError, match=words):
         torch.func.vmap(call)(batch)
     torch.func.vmap(call)(batch.detach()).sum().backward()  # of the others alone
     FORMS[form]({**tensors, **leaves}).sum().backward()
@@ -140,7 +141,7 @@ def test_vmap_makes_no_gradient(form, options):
     call, student = of_student(form, tensors_of(form), **options)
     batch = torch.stack([student, student]).requires_grad_()
     with pytest.raises(
-        RuntimeError, match=f"^{form} makes no gradient under torch.func transforms"
+        RuntimeError, match=f"^{function_of(form)} makes no gradient under torch.func transforms"
     ):
         torch.func.vmap(call)(batch)
 
@@ -180,7 +181,9 @@ def test_derivatives_that_cannot_be(form):
     """Each error names the function, and a reference that exists."""
     call, student = of_student(form, tensors_of(form))
     loss_of = lambda x: call(x).sum()
-    refused = pytest.raises(NotImplementedError, match=f"^{form} cannot be differentiated")
+    refused = pytest.raises(
+        NotImplementedError, match=f"^{function_of(form)} cannot be differentiated"
+    )
     for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
         with refused as caught:
             transform(loss_of)(student)
@@ -193,9 +196,11 @@ def test_derivatives_that_cannot_be(form):
         lambda: torch.func.jacfwd(loss_of)(student),
         lambda: torch.func.linearize(loss_of, student),
     ):
-        with pytest.raises(NotImplementedError, match=f"^{form} (has no forward|cannot be diff)"):
+        with pytest.raises(
+            NotImplementedError, match=f"^{function_of(form)} (has no forward|cannot be diff)"
+        ):
             forward()
-    with pytest.raises(RuntimeError, match=f"^{form} has no second derivative"):
+    with pytest.raises(RuntimeError, match=f"^{function_of(form)} has no second derivative"):
         torch.autograd.functional.hessian(loss_of, student)
     advised = str(caught.value).split("distill_ops.reference.")[1].split(" ")[0]
     assert hasattr(reference, advised)

@@ -12,6 +12,7 @@ import distill_ops
 from distill_ops.operators.functions import OPERATORS
 
 N, V, D, K = 4, 11, 5, 3
+R = 3  # rows of a teacher that tokens share
 
 
 class Form(NamedTuple):
@@ -82,10 +83,25 @@ FORMS = {
         of_token=True,
     ),
 }  # fmt: skip
+# the same functions with a teacher whose rows an index chooses, or whose logits stand for its head
+SHARED_ROWS = {
+    f"{name}/rows": form._replace(named=(*form.named, "teacher_rows"))
+    for name, form in FORMS.items() if name.endswith("distillation_loss")
+}  # fmt: skip
+SHARED_ROWS["linear_distillation_loss/logits"] = Form(
+    partial(distill_ops.linear_distillation_loss, teacher_hidden=None, teacher_weight=None),
+    HEADS[:2], ("student_bias", "teacher_logits", "teacher_rows", *COUNTED), HEAD,
+)  # fmt: skip
+FORMS |= SHARED_ROWS
 CALLED = FORMS | {
     "distillation_metrics": Form(distill_ops.distillation_metrics, LOGITS, (), (), outputs=7)
 }
 LOSSES = [name for name in FORMS if name.endswith("distillation_loss")]
+
+
+def function_of(name: str) -> str:
+    """What the user calls."""
+    return name.split("/")[0]
 
 
 def tensors_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -104,6 +120,10 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     if name == "mixture_token_log_probs":
         tensors["teacher_weight"] = torch.tensor([0.1, 0.5, 0.2, 0.9])
+    if name in SHARED_ROWS:
+        tensors["teacher_rows"] = torch.tensor([2, 0, 2, 1])
+        shared = "teacher_logits", "teacher_hidden", *SLOTS
+        tensors |= {key: tensors[key][:R] for key in shared}
     return CALLED[name].used(tensors)
 
 

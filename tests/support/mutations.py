@@ -8,6 +8,7 @@ from tests.support.mutations_autograd import (
     INPLACE_GRADIENT,
     PARAMETERS_AND_DECLARED,
 )
+from tests.support.mutations_chosen import CHOSEN_ROWS
 from tests.support.mutations_host import CHECKS, CPU_PATH
 from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
@@ -32,6 +33,7 @@ MUTATIONS = [
     *LINEAR_FORM,
     *TOPK_MUTATIONS,
     *TAILS_MUTATIONS,
+    *CHOSEN_ROWS,
     *ROW_STATISTICS,
     *TOKEN_OUTPUTS,
     *STATISTICS,
