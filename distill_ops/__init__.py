@@ -6,12 +6,16 @@ from . import reference
 from .analysis.verify import DivergenceReport, check_divergence
 from .api.dense import DistillationLoss, distillation_loss
 from .api.estimators import reverse_kl_estimate
+from .api.gather import gather_log_probs, student_topk
 from .api.linear import LinearDistillationLoss, linear_distillation_loss
+from .api.linear_gather import linear_gather_log_probs, linear_student_topk
 from .api.linear_statistics import linear_distillation_statistics
+from .api.linear_support import linear_support_distillation_loss
 from .api.linear_tokens import linear_token_log_probs
 from .api.linear_topk import linear_topk_distillation_loss
 from .api.metrics import distillation_metrics
 from .api.statistics import distillation_statistics
+from .api.support import support_distillation_loss
 from .api.tokens import mixture_token_log_probs, token_log_probs
 from .api.topk import topk_distillation_loss
 from .checks.values import set_debug
@@ -70,8 +74,12 @@ __all__ = [
     "distillation_loss",
     "distillation_metrics",
     "distillation_statistics",
+    "gather_log_probs",
     "linear_distillation_loss",
     "linear_distillation_statistics",
+    "linear_gather_log_probs",
+    "linear_student_topk",
+    "linear_support_distillation_loss",
     "linear_token_log_probs",
     "linear_topk_distillation_loss",
     "mixture_token_log_probs",
@@ -80,6 +88,8 @@ __all__ = [
     "rows_written",
     "save_teacher_topk",
     "set_debug",
+    "student_topk",
+    "support_distillation_loss",
     "teacher_topk",
     "token_log_probs",
     "topk_distillation_loss",

@@ -6,7 +6,7 @@ import torch
 
 from . import problem
 from .divergences.base import Divergence
-from .kernels import dense, logits, metrics, reduction, statistics, token, topk
+from .kernels import dense, gather, logits, metrics, reduction, statistics, token, topk
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .kernels.rows import Formula
 from .problem import BACKWARD, Options, Tokens, TopKTeacher, parameters_of
@@ -157,6 +157,26 @@ def token_gradient(
             inputs.logits, flat(inputs.ids), options.temperature, options.ignore_index,
             statistics=kept, gradient=out, upstream=upstreams[0], upstream_entropy=upstreams[1],
         )  # fmt: skip
+
+
+def log_probs_at(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    loss_mask: torch.Tensor | None,
+    temperature: float,
+    n_cols: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Log-probabilities ``[n, K]`` of rows of logits at the ids ``[n, K]``."""
+    log_probs = logits.new_empty(ids.shape, dtype=dtype)
+    weights = flat(loss_mask)
+    if weights is not None and weights.dtype == torch.bool:
+        weights = weights.view(torch.uint8)
+    with on(logits):
+        gather.run(
+            logits, ids.contiguous(), temperature, n_cols, log_probs=log_probs, weights=weights
+        )
+    return log_probs
 
 
 def statistics_of_tokens(inputs: problem.StatisticsInputs, options: Options, keep: bool):

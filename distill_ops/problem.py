@@ -1,8 +1,7 @@
 """What a call is, in types: its options, the tensors of each form, its tokens, teachers and results.
 
 Nothing here computes a loss. ``operators/register.py`` derives from the annotations of the inputs and
-options what PyTorch must know of them.
-"""
+options what PyTorch must know of them."""
 
 import math
 from typing import NamedTuple
@@ -103,6 +102,8 @@ class LinearOptions(NamedTuple):
     student: HeadOptions
     teacher: HeadOptions
     blocks: BlockOptions
+    support: str | None = None  # whose largest logits are a row's outcomes: "student" or "teacher"
+    support_k: int | None = None  # how many of them
 
 
 class TokenOptions(NamedTuple):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from distill_ops import reference, teacher_topk
 
 HARD_LABEL = "cross_entropy"  # the hard label alone
-LINEAR = ("linear", "linear_topk", "linear_tokens", "linear_statistics")
+LINEAR = ("linear", "linear_topk", "linear_support", "linear_tokens", "linear_statistics")
 STATISTICS = ("statistics", "linear_statistics")
+SUPPORT = ("support", "linear_support")  # the student's own K
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class FormCase:
-    form: str  # of LINEAR, or "topk", "tokens", "statistics"
+    form: str  # of LINEAR, or "topk", "support", "tokens", "statistics"
     loss: str
     tokens: int
     hidden: int | None  # of the student; the teacher's is the same
@@ -67,7 +68,8 @@ class FormCase:
 
     @property
     def has_teacher_head(self) -> bool:
-        return self.form in ("linear", "linear_statistics") and self.loss != HARD_LABEL
+        heads = ("linear", "linear_support", "linear_statistics")
+        return self.form in heads and self.loss != HARD_LABEL
 
     def smaller(self) -> "FormCase":
         return replace(self, tokens=min(self.tokens, 64))
@@ -85,11 +87,15 @@ def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str
     """The forms beside the linear one; those from hidden states have tokens of their own."""
     return [
         FormCase("linear_topk", "forward_kl", linear_tokens, hidden, vocab, 64, dtype),
+        FormCase(
+            "linear_support", "reverse_kl", linear_tokens, hidden, vocab, 64, dtype, "restrict"
+        ),
         FormCase("linear_tokens", "log_prob", linear_tokens, hidden, vocab, None, dtype),
         FormCase("linear_statistics", "reverse_kl", linear_tokens, hidden, vocab, None, dtype),
         FormCase("topk", "forward_kl", tokens, None, vocab, 64, dtype),
         FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype),
         FormCase("topk", "jensen_shannon", tokens, None, vocab, 64, dtype, "restrict"),
+        FormCase("support", "reverse_kl", tokens, None, vocab, 64, dtype, "restrict"),
         FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
         FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
     ]
@@ -134,19 +140,38 @@ def make_tensors(case: FormCase, device: torch.device, tokens: int) -> Tensors:
         found |= {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
     else:
         student = normal(tokens, case.vocab, scale=2.0)
-        if case.form == "statistics":
+        if case.form == "support":
+            apart(student, case.k)
+        if case.form in ("statistics", "support"):
             found["teacher"] = student + normal(tokens, case.vocab)
         found["student"] = student.requires_grad_()
-    if case.k:
+    if case.k and case.form not in SUPPORT:
         top = teacher_topk(normal(tokens, case.vocab, scale=2.0).float(), case.k)
         found |= {"log_probs": top.log_probs, "ids": top.ids}
     return Tensors(**found)
+
+
+def apart(student: torch.Tensor, k: int) -> None:
+    """Make the k largest logits of each row differ from each other and the rest, in half precision too:
+    of equal ones any may be chosen."""
+    ids = student.topk(k).indices
+    student.clamp_(max=5.9)
+    student.scatter_(-1, ids, 6 + torch.arange(k).to(student).expand_as(ids) * (2 / k))
 
 
 def eager_logits(case: FormCase, t: Tensors) -> torch.Tensor:
     """As float32, or float64 where they are."""
     logits = t.hidden @ t.weight.t() if case.form in LINEAR else t.student
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def support_loss(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
+    """Reverse KL over the student's K most likely tokens, both distributions restricted to them, as
+    on-policy trainers write it."""
+    ids = student.detach().topk(k).indices
+    log_q, log_p = (F.log_softmax(x, dim=-1).gather(-1, ids) for x in (student, teacher))
+    log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (log_q, log_p))
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
 def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
@@ -157,6 +182,8 @@ def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
     teacher = t.teacher
     if case.has_teacher_head:
         teacher = (t.teacher_hidden @ t.teacher_weight.t()).to(logits.dtype)
+    if case.form in SUPPORT:
+        return support_loss(logits, teacher.to(logits.dtype), case.k)
     if case.form == "linear":
         return reference.distillation_loss(logits, teacher, divergence=case.loss)
     if case.k:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 import distill_ops
 
 from ..core.records import EAGER, OURS
-from .form_cases import HARD_LABEL, LINEAR, FormCase, Tensors, eager_loss
+from .form_cases import HARD_LABEL, LINEAR, SUPPORT, FormCase, Tensors, eager_loss
 from .peers import Skipped, beta_of, imported
 
 PRODUCTS = "products"
 Loss = Callable[[Tensors], torch.Tensor]
-EVERY = (*LINEAR, "topk", "tokens", "statistics")
+EVERY = (*LINEAR, "topk", "support", "tokens", "statistics")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
         return distill_ops.linear_topk_distillation_loss(
             t.hidden, t.weight, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
         )
+    if case.form in SUPPORT:
+        loss, given = distill_ops.support_distillation_loss, (t.student, t.teacher)
+        if case.form == "linear_support":
+            given = (t.hidden, t.weight, t.teacher_hidden, t.teacher_weight)
+            loss = distill_ops.linear_support_distillation_loss
+        return loss(*given, k=case.k, tail=case.tail, divergence=case.loss)
     if case.form == "topk":
         return distill_ops.topk_distillation_loss(
             t.student, t.log_probs, t.ids, divergence=case.loss, tail=case.tail
@@ -142,6 +148,10 @@ PROVIDERS = (
         "peers", "liger, TRL, torchtune",
         no_peer("none has a loss against a top-k teacher with a tail of its own"),
         ("topk", "linear_topk"),
+    ),
+    FormProvider(
+        "trainers", "verl, TRL, miles",
+        no_peer("they compute the student's support in eager PyTorch"), SUPPORT,
     ),
 )  # fmt: skip
 

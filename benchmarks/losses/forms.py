@@ -28,6 +28,8 @@ QUICK_BUDGET = Budget(seconds=1.0, min_rounds=2, max_rounds=10)
 CHECKED_TOKENS = 16
 # of the value and, by norm, of each gradient: roundings of the products' sums in the case's dtype
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# eager PyTorch's logits of a head are rounded to bfloat16 before the K are chosen: some others are
+ROUNDED_CHOICE = {("linear_support", "bfloat16"): 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def run_case(case: FormCase, device: torch.device, budget: Budget) -> list[FormR
         try:
             function = provider.build(case, device)
             error = error_of(function, case.truth(), few)
-            if not error <= TOLERANCE[case.dtype]:
+            if not error <= ROUNDED_CHOICE.get((case.form, case.dtype), TOLERANCE[case.dtype]):
                 raise ValueError(f"wrong: relative error {error:.2e}")
             _run(function, tensors)  # warm
             _clear(tensors)

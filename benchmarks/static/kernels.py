@@ -15,6 +15,7 @@ from .launches import Entry, launches
 READS = {
     "topk": ("student_ptr",),
     "token": ("logits_ptr",),
+    "gather": ("logits_ptr",),
     "statistics": ("student_ptr", "teacher_ptr"),
     "metrics": ("student_ptr", "teacher_ptr"),
     "finish": ("product_ptr",),
@@ -166,7 +167,7 @@ def _compiled(
 
 def _over_tiles(kernel: str, loops: list[sass.Loop]) -> dict[str, list[sass.Loop]]:
     """The loops over tiles by sweep, the fast one first; a head's or the scale's are one sweep."""
-    if kernel in ("topk", "token", "statistics", "metrics"):
+    if kernel in ("topk", "token", "gather", "statistics", "metrics"):
         return {name: found for name, found in sass.sweeps(loops).items() if found}
     found = [loop for loop in loops if loop.bytes_loaded and loop.instructions]
     found.sort(key=lambda loop: loop.narrow_accesses / loop.bytes_loaded)
@@ -198,7 +199,7 @@ def other_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str
     for name, loop in fast.items():
         columns = (16 * _wide_loads(loop) or loop.bytes_loaded) / read
         sweeps[name] = [loop.instructions / columns, loop.special / columns]
-    writes = arguments.get("WRITE_GRADIENT", entry.kernel != "metrics")
+    writes = arguments.get("WRITE_GRADIENT", entry.kernel not in ("metrics", "gather"))
     written = _element_size(launch, WRITES.get(entry.kernel, "gradient_ptr")) if writes else 0
     # its forward has the token kernel's sweep too, so that the loops of one row are not known
     whole = (entry.kernel, made_in) != ("statistics", "forward")

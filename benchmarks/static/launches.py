@@ -69,6 +69,15 @@ TOPK = {
     "every column": ({"tail": "ignore"}, ("alpha_beta",), (BF16,)),
 }  # fmt: skip
 ENTROPY, LOG_PROB = "with entropy", "log-probability"
+# options of the gather launches, and the dtypes that they are compiled with
+GATHER = {
+    "K=64": ({}, (BF16, FP16, FP32)),
+    f"K=64, {ODD}": ({"n_cols": 50257}, (BF16, FP32)),
+    "K=1": ({"k": 1}, (BF16,)),
+    "K=1024, mask and padded head": (
+        {"n_cols": 151936, "vocab_size": 151643, "k": 1024, "masked": True}, (BF16,),
+    ),
+}  # fmt: skip
 BF16_BIAS = "bfloat16 bias and softcap"
 # dtypes of the products, the logits and the bias, if any; whether there is a softcap
 HEAD = {
@@ -111,6 +120,8 @@ def entries(target: str) -> list[Entry]:
     found = list(dense_entries(target))
     for form, (_, names, dtypes) in TOPK.items():
         found += [Entry("topk", form, dtype, name) for dtype in dtypes for name in names]
+    for form, (_, dtypes) in GATHER.items():
+        found += [Entry("gather", form, dtype) for dtype in dtypes]
     found += [Entry("statistics", TRAIN, BF16, name) for name in BUILT_IN]
     found += [Entry("statistics", TRAIN, dtype, name) for dtype in (FP16, FP32) for name in TWO]
     for dtype, vocabularies in {BF16: ("", ODD), FP16: ("",), FP32: ("", ODD)}.items():
@@ -202,6 +213,10 @@ def launches(entry: Entry, target: aot.Target) -> list[aot.Launch]:
         options = {"n_cols": LARGE, "k": SLOTS, **TOPK[entry.form][0]}
         sizes = options.pop("n_cols"), options.pop("k")
         return forms.topk_launches(divergence, *sizes, dtype, target, **options)
+    if entry.kernel == "gather":
+        options = {"n_cols": LARGE, "k": SLOTS, **GATHER[entry.form][0]}
+        sizes = options.pop("n_cols"), options.pop("k")
+        return forms.gather_launches(*sizes, dtype, target, **options)
     if entry.kernel == "statistics":
         return forms.statistics_launches(divergence, LARGE, dtype, target)
     if entry.kernel == "token":

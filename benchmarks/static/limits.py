@@ -63,7 +63,10 @@ COUNTED_WITH = "3.7."  # Triton's version; 3.6 takes up to 1% more of the same s
 OTHER_COMPILERS = 1.02
 
 # instructions an element of one sweep of the other kernels, on NVIDIA
-A_SWEEP = {"token": {"normalise": 12.0, "differentiate": 12.0}, "scale": {"loop": 8.0}}
+A_SWEEP = {
+    "token": {"normalise": 12.0, "differentiate": 12.0}, "gather": {"normalise": 12.0},
+    "scale": {"loop": 8.0},
+}  # fmt: skip
 TOPK_SWEEPS = {"normalise": 11.0, "differentiate": 7.25}  # bf16, the bucket and one hard label
 # bytes of stack that are known, and with them some spills: entry and launch, target
 KNOWN_STACK = {

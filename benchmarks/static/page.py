@@ -24,6 +24,7 @@ OTHERS = (
     ("top-k jensen_shannon", "topk", "jensen_shannon", BUCKET),
     ("token log-probability", "token", None, LOG_PROB),
     ("token with entropy", "token", None, ENTROPY),
+    ("gather of 64", "gather", None, "K=64"),
 )
 VERSIONS = ("python", "torch", "triton", "distill_ops")
 

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, logits, metrics, reduction, rows, statistics, token, topk
+from ..kernels import dense, gather, logits, metrics, reduction, rows, statistics, token, topk
 from ..kernels.launch import DeviceFacts
 
 
@@ -46,6 +46,7 @@ TARGETS = {
 # modules whose kernels are launched, and the kernels
 KERNELS = (
     (dense, "dense_kernel"),
+    (gather, "gather_kernel"),
     (logits, "finish_kernel"),
     (logits, "softcap_gradient_kernel"),
     (metrics, "metrics_kernel"),

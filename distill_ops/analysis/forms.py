@@ -13,11 +13,13 @@ from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
 from ..kernels import dense, topk
 from ..operators.dense import dense_loss
+from ..operators.gather import gather_log_probs
 from ..operators.register import LossOperator, Plan
 from ..operators.statistics import distillation_statistics
 from ..operators.tokens import token_log_probs
 from ..operators.topk import topk_loss
-from ..problem import BACKWARD, Options
+from ..problem import BACKWARD, NO_GRADIENT, Options
+from ..support import GatherInputs, GatherOptions
 from . import aot, sass
 
 
@@ -95,6 +97,19 @@ def token_launches(
     )
     options = problem.TokenOptions("triton", 1.0, -100, entropy)
     return _recorded(token_log_probs, inputs, options, BACKWARD, target)
+
+
+def gather_launches(
+    n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
+    masked: bool = False, vocab_size: int | None = None, n_rows: int = 4096,
+) -> list[aot.Launch]:  # fmt: skip
+    """The gather kernel's launch."""
+    inputs = GatherInputs(
+        _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k, dtype=torch.int64),
+        _meta(n_rows).bool() if masked else None,
+    )  # fmt: skip
+    options = GatherOptions("triton", 1.0, vocab_size or n_cols)
+    return _recorded(gather_log_probs, inputs, options, NO_GRADIENT, target)
 
 
 def statistics_launches(

@@ -4,14 +4,11 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import NO_TAIL, LossOptions, with_loss_options
-from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import block_options, given_options, head_options
-from ..checks.tokens import check_options
-from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
 from ..results import LossResult
 from .choices import LossModule, loss_result
-from .heads import NO_HEAD, linear_problem
+from .heads import checked_heads, linear_problem
 
 WITHOUT = ("infinities",)
 OWN = (
@@ -106,24 +103,11 @@ def linear_distillation_loss(
     """
     arguments = given_options("linear_distillation_loss", options, *WITHOUT, own=OWN)
     blocks = block_options(logits_dtype, memory_budget, kept_tokens)
-    student_options = head_options("student_", student_logit_scale, student_softcap)
-    teacher_options = head_options("teacher_", teacher_logit_scale, teacher_softcap)
-    student = student_hidden, student_weight, student_bias
-    check_head("student_", *student)
-    teacher = teacher_hidden, teacher_weight, teacher_bias
-    if teacher_hidden is None or teacher_weight is None:
-        teacher = NO_HEAD
-    else:
-        check_head("teacher_", *teacher, frozen=True)
-        # in training no graph is made through a head
-        teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
-    rows = TokenRows("student_hidden", student_hidden)
-    n_cols = check_heads(
-        rows, student_weight, teacher_hidden, teacher_weight, arguments, teacher_logits
-    )
-    if teacher is NO_HEAD:
-        check_no_teacher(teacher_bias, teacher_options)
-    arguments = check_options(rows, arguments)
+    student, student_options, teacher, teacher_options, n_cols, arguments = checked_heads(
+        (student_hidden, student_weight, student_bias), (student_logit_scale, student_softcap),
+        (teacher_hidden, teacher_weight, teacher_bias), (teacher_logit_scale, teacher_softcap),
+        arguments, teacher_logits,
+    )  # fmt: skip
     inputs, options, made = linear_problem(
         student, student_options, teacher, teacher_options, (None, None), NO_TAIL, n_cols,
         arguments, blocks, teacher_logits if arguments.soft else None,

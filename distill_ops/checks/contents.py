@@ -24,6 +24,13 @@ from ..problem import (
     TopKInputs,
 )
 from ..results import StatisticsCoefficients
+from ..support import (
+    GatherInputs,
+    GatherOptions,
+    LinearGatherInputs,
+    LinearGatherOptions,
+    SupportOptions,
+)
 from .values import readable
 
 # a logsumexp of 32 to 64 in bfloat16 is up to 1/8 off, and the logarithm of every probability with it;
@@ -59,22 +66,34 @@ def of_loss(
     if inputs.teacher_rows is not None:
         _teacher_rows(inputs.teacher_rows, math.prod(inputs.teacher_leading), counted)
     if options.tail is not None:
-        log_probs, ids = (
-            (inputs.log_probs, inputs.ids) if isinstance(inputs, TopKInputs)
-            else (inputs.teacher_log_probs, inputs.teacher_ids)
-        )  # fmt: skip
-        if inputs.teacher_rows is None:
-            kept = counted.kept(ids[..., 0])
-        else:  # the rows of a token that counts
-            kept = torch.zeros_like(ids[..., 0], dtype=torch.bool).contiguous()
-            kept.view(-1)[inputs.teacher_rows[counted.kept(inputs.teacher_rows)]] = True
-        _slots(log_probs, ids, options, kept)
+        of_logits = isinstance(inputs, TopKInputs)
+        names = ("log_probs", "ids") if of_logits else ("teacher_log_probs", "teacher_ids")
+        log_probs, ids = (getattr(inputs, name, None) for name in names)
+        if ids is not None:  # those of a support are made of logits
+            _slots(log_probs, ids, options, _kept_slots(ids, inputs.teacher_rows, counted))
     if kept_tokens is not None:
         _kept_tokens(kept_tokens, counted, inputs[0])
 
 
 def of_linear_loss(inputs: LinearInputs, options: LinearOptions) -> None:
     of_loss(inputs, options.loss, options.blocks.kept_tokens)
+
+
+def of_support(inputs: DenseInputs, options: SupportOptions) -> None:
+    of_loss(inputs, options.loss)
+
+
+def of_gather(inputs: GatherInputs | LinearGatherInputs, options: GatherOptions) -> None:
+    """Mask and ids."""
+    counted = Counted(inputs.loss_mask)
+    if readable(inputs.ids):
+        if counted.loss_mask is not None:
+            _weights(counted)
+        _slot_ids("ids", inputs.ids, options.n_cols, counted.kept(inputs.ids[..., 0]))
+
+
+def of_linear_gather(inputs: LinearGatherInputs, options: LinearGatherOptions) -> None:
+    of_gather(inputs, options.gather)
 
 
 def of_statistics(
@@ -207,20 +226,38 @@ def _teacher_rows(rows: torch.Tensor, n_rows: int, counted: Counted) -> None:
         )
 
 
+def _kept_slots(
+    ids: torch.Tensor, teacher_rows: torch.Tensor | None, counted: Counted
+) -> torch.Tensor:
+    """Which rows of a teacher's slots count ``[...]``: those of a token that does."""
+    if teacher_rows is None:
+        return counted.kept(ids[..., 0])
+    kept = torch.zeros_like(ids[..., 0], dtype=torch.bool).contiguous()
+    kept.view(-1)[teacher_rows[counted.kept(teacher_rows)]] = True
+    return kept
+
+
+def _slot_ids(name: str, ids: torch.Tensor, n_cols: int, kept: torch.Tensor) -> torch.Tensor:
+    """Ids ``[..., K]`` of rows that count, which ``kept [...]`` says, -1 in unused slots; returns the least
+    of all."""
+    low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()),) * 2
+    if low < -1 or high >= n_cols:
+        outside = (ids.lt(-1) | ids.ge(n_cols)) & kept[..., None]
+        if outside.any():
+            raise ValueError(
+                f"{name} must lie in [0, {n_cols}), or be -1 in unused slots, "
+                f"got {ids[outside][0].item()}"
+            )
+    return low
+
+
 def _slots(
     log_probs: torch.Tensor, ids: torch.Tensor, options: Options, kept: torch.Tensor
 ) -> None:
     """Ids and log-probabilities of rows that count, which ``kept [...]`` says; unused slots hold an id of
     -1."""
+    low = _slot_ids("teacher_ids", ids, options.n_cols, kept)
     kept = kept[..., None]
-    low, high = ids.aminmax() if ids.numel() else (ids.new_zeros(()),) * 2
-    if low < -1 or high >= options.n_cols:
-        outside = ((ids < -1) | (ids >= options.n_cols)) & kept
-        if outside.any():
-            raise ValueError(
-                f"teacher_ids must lie in [0, {options.n_cols}), or be -1 in unused slots, "
-                f"got {ids[outside][0].item()}"
-            )
     twice, in_order = repeated(ids)
     if twice.any():  # a server pads with ids that it gave before, of log-probability -inf
         twice, in_order = repeated(ids.masked_fill(log_probs == -math.inf, -1))

@@ -1,5 +1,5 @@
-"""Checks of a top-k teacher: the slots that hold its log-probabilities and ids, and its tail; and which
-slots repeat an id."""
+"""Checks of a top-k teacher and of K tokens a row: the slots that hold log-probabilities and ids, and the
+tail; and which slots repeat an id."""
 
 import math
 
@@ -10,12 +10,13 @@ from ..divergences.base import Divergence
 from ..results import OF_WHOLE_TEACHER, asked
 from ..scalars import flag, integer, number, one_of
 from .logits import check_teacher_given
-from .tokens import check_options
+from .tokens import check_mask, check_options
 from .values import TokenRows, check_float_dtype, check_id_dtype, check_plain, of_teacher
 
 TAILS = ("bucket", "renormalize", "ignore", "restrict", "drop")
 FLOORED = ("bucket", "restrict", "drop")  # the tails in which no column outside is an outcome
 WITH_MASSES = ("forward_kl", "reverse_kl", "symmetric_kl")
+SUPPORTS = ("student", "teacher")
 MOST_SLOTS = 1024  # of a top-k teacher: a vector of the kernel holds them and the rest
 
 
@@ -40,15 +41,7 @@ def check_topk(
         check_teacher_given(name, tensor, arguments)
         if tensor is None:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [..., K], got {type(tensor).__name__}")
-        check_plain(name, tensor)
-        if tensor.dim() == 0 or tensor.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
-            )
-        rows.check_teacher_leading(name, tensor.shape[:-1], arguments.teacher_rows)
-        rows.check_device(name, tensor)
+        _check_slots(rows, name, tensor, arguments.teacher_rows)
     if teacher_log_probs is None or teacher_ids is None:
         return arguments, NO_TAIL
     check_float_dtype("teacher_log_probs", teacher_log_probs)
@@ -105,3 +98,39 @@ def without_repeats(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     again = zero[..., 1:] & (in_order[..., 1:] == in_order[..., :-1])
     again = torch.cat([torch.zeros_like(zero[..., :1]), again], -1)
     return in_order.masked_fill(again, -1).gather(-1, order.argsort(dim=-1))
+
+
+def _check_slots(
+    rows: TokenRows, name: str, tensor: torch.Tensor, teacher_rows: torch.Tensor | None = None
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [..., K], got {type(tensor).__name__}")
+    check_plain(name, tensor)
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be [..., K] with at least one slot, got shape {tuple(tensor.shape)}"
+        )
+    rows.check_teacher_leading(name, tensor.shape[:-1], teacher_rows)
+    rows.check_device(name, tensor)
+
+
+def check_gather(rows: TokenRows, ids: torch.Tensor, loss_mask: torch.Tensor | None) -> None:
+    """Check K ids a row, and the rows' weights."""
+    _check_slots(rows, "ids", ids)
+    check_id_dtype("ids", ids)
+    integer("the number of slots K", ids.shape[-1], 1, MOST_SLOTS)
+    if loss_mask is not None:
+        check_mask(loss_mask, rows)
+
+
+def check_support(support: str, k: int, n_cols: int, arguments: LossArguments) -> int:
+    """Check whose ``k`` tokens are a row's outcomes, of ``n_cols``; returns k."""
+    one_of("support", support, SUPPORTS)
+    whole = OF_WHOLE_TEACHER if support == "teacher" else (*OF_WHOLE_TEACHER, "teacher_argmax")
+    unknown = asked(whole, arguments.token_outputs)
+    if unknown:
+        raise ValueError(
+            f"token_outputs={unknown} are of the teacher's whole row, of which support={support!r} takes k "
+            f"tokens: leave them out, or pass both models' logits to distillation_loss"
+        )
+    return integer("k", k, 1, min(n_cols, MOST_SLOTS))

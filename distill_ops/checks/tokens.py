@@ -63,7 +63,7 @@ def check_parameters(divergence: Divergence, rows: TokenRows) -> None:
             rows.check_device(title, value)
 
 
-def _check_mask(loss_mask: torch.Tensor, rows: TokenRows) -> None:
+def check_mask(loss_mask: torch.Tensor, rows: TokenRows) -> None:
     rows.check_per_token("loss_mask", loss_mask)
     constant("loss_mask", loss_mask)
     if loss_mask.dtype not in WEIGHT_DTYPES:
@@ -95,7 +95,7 @@ def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
     others, which :func:`given_options` checked; labels and indices are int64 then."""
     labels, teacher_rows = arguments.labels, arguments.teacher_rows
     if arguments.loss_mask is not None:
-        _check_mask(arguments.loss_mask, rows)
+        check_mask(arguments.loss_mask, rows)
     if labels is not None:
         labels = _check_ids("labels", labels, rows)
     elif arguments.hard:

@@ -16,6 +16,7 @@ from .metrics import metrics
 from .outputs import RowOutputs
 from .rows import PerRow, kept_groups, per_row
 from .tokens import Buffers, fill_gradient, log_probs, tempered, write_gradient
+from .tokens import log_probs_at as log_probs_at
 from .topk import topk
 
 

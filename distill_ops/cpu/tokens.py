@@ -1,5 +1,7 @@
 """Token log-probabilities on the CPU: chunks of rows in cache, ignored rows not read."""
 
+import math
+
 import torch
 
 from .rows import LOWEST, kept_groups, row_sums, rows_in_chunk
@@ -56,6 +58,32 @@ def log_probs(
         if with_entropy:
             entropies[places] = entropy_of(log_q, work)
     return found, entropies
+
+
+def log_probs_at(
+    logits: torch.Tensor,  # [..., V]
+    ids: torch.Tensor,  # [N, K], -1 in unused slots
+    loss_mask: torch.Tensor | None,  # [N]
+    temperature: float,
+    n_cols: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Log-probabilities ``[N, K]`` of K tokens a row: -inf in unused slots and in rows of weight 0,
+    NaN for an id outside the vocabulary, which shows what a GPU's host does not look at."""
+    found = torch.full(ids.shape, -math.inf, dtype=dtype, device=logits.device)
+    keep = None if loss_mask is None else loss_mask != 0
+    buffers = Buffers(len(ids), n_cols, dtype, logits.device)
+    for (matrix, _), rows, places in kept_groups(
+        keep, logits, gradient=None, size=buffers.size, copies=True
+    ):
+        chunk = matrix[:, :n_cols][rows]
+        work, log_q = buffers(len(chunk))
+        torch.log_softmax(tempered(chunk, temperature, work), -1, out=log_q)
+        slots = ids[places].long()
+        used = (slots >= 0) & (slots < n_cols)
+        values = log_q.gather(-1, slots.masked_fill(~used, 0)).masked_fill_(~used, math.nan)
+        found[places] = values.masked_fill_(slots == -1, -math.inf)
+    return found
 
 
 def write_gradient(

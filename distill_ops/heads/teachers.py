@@ -162,7 +162,7 @@ def teacher_of(
 ) -> tuple[Given | Formed | None, Tokens]:
     """The teacher of a call, and the selected tokens as it wants them."""
     loss, teacher_rows = options.loss, tokens.teacher_rows
-    if loss.tail is not None:
+    if loss.tail is not None and options.support is None:
         slots = inputs.teacher_log_probs, inputs.teacher_ids
         return Given.slots(*slots, tokens, selection.index), tokens
     if not loss.soft:

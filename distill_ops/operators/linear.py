@@ -12,6 +12,8 @@ from ..heads.select import on_device, select
 from ..heads.teachers import in_order, teacher_of
 from ..problem import FORWARD, NO_GRADIENTS, Tokens, Wanted
 from ..results import OutputBuffers
+from ..support import SupportOptions
+from .gather import slots_of
 from .logits import LOSS_OUTPUTS, loss_fakes
 from .path import path_of
 from .register import LossOperator, Plan
@@ -51,6 +53,9 @@ class LinearPass:
         self.teacher, self.tokens = teacher_of(
             inputs, options, self.tokens, selection, shared, logits_dtype
         )
+        self.support = None
+        if options.support is not None:
+            self.support = SupportOptions(options.loss, options.support, options.support_k)
         of_teacher = (0, None)
         if self.teacher is not None:
             of_teacher = self.teacher.row_bytes, self.teacher.kept_bytes
@@ -72,6 +77,8 @@ class LinearPass:
         n_rows, teacher, tokens = len(student), None, self.tokens.rows(rows)
         if self.teacher is not None:
             teacher, tokens = self.teacher.rows(rows, tokens)
+        if self.support is not None:
+            teacher = slots_of(student, teacher, tokens.weights, self.support, self.dtype)
         if self.triton:
             parts = self.parts
             if parts.shape[1] != n_rows:  # the last rows; the kernel wants them contiguous
@@ -141,5 +148,8 @@ linear_loss = LossOperator(
     "linear_loss", problem.LinearInputs, problem.LinearOptions, forward=forward, gradient=gradient, fake=fake,
     check=contents.of_linear_loss,
     students=("student_hidden", "student_weight", "student_bias"), outputs=LOSS_OUTPUTS, kept=3,
-    references={"linear_topk_distillation_loss": "topk_distillation_loss of the student's logits"},
+    references={
+        "linear_topk_distillation_loss": "topk_distillation_loss of the student's logits",
+        "linear_support_distillation_loss": "support_distillation_loss of both models' logits",
+    },
 )  # fmt: skip

@@ -11,6 +11,7 @@ from .linear import (
     linear_distillation_statistics,
     linear_token_log_probs,
 )
+from .support import gather_log_probs, support_distillation_loss
 from .tokens import (
     distillation_statistics,
     mixture_token_log_probs,
@@ -23,10 +24,12 @@ __all__ = [
     "LossComponents",
     "distillation_loss",
     "distillation_statistics",
+    "gather_log_probs",
     "linear_distillation_loss",
     "linear_distillation_statistics",
     "linear_token_log_probs",
     "mixture_token_log_probs",
+    "support_distillation_loss",
     "token_log_probs",
     "topk_distillation_loss",
 ]

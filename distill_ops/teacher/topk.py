@@ -7,14 +7,9 @@ import torch
 
 from ..checks.logits import check_alone
 from ..checks.values import check_temperature, of_teacher
-from ..cpu.rows import row_blocks
 from ..problem import working_dtype
 from ..scalars import integer
-
-NEG_INF = float("-inf")
-# of the float32 copy of some rows, whatever the vocabulary: 8 MiB stay near a CPU's caches, and 64
-# keep a GPU busy
-CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 24
+from ..selection import NEG_INF, largest, row_chunks
 
 
 class TeacherTopK(NamedTuple):
@@ -73,23 +68,17 @@ def teacher_topk(
     leading = logits.shape[:-1]
     log_probs = logits.new_empty((math.prod(leading), k), dtype=torch.float32)
     ids = logits.new_empty((math.prod(leading), k), dtype=torch.int64)
-    on_cpu = logits.device.type == "cpu"
-    size = max(1, (CPU_CHUNK_ELEMENTS if on_cpu else GPU_CHUNK_ELEMENTS) // n_cols)
-    first = 0
-    for (block,) in row_blocks(logits, size=size, copies=True):
-        for rows in block[:, :n_cols].split(size):
-            out = slice(first, first + len(rows))
-            log_probs[out], ids[out] = _topk_rows(rows, k, temperature)
-            first += len(rows)
+    for rows, places in row_chunks(logits, n_cols):
+        log_probs[places], ids[places] = _topk_rows(rows, k, temperature)
     return TeacherTopK(log_probs.view(*leading, k), ids.view(*leading, k))
 
 
 def _topk_rows(rows: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = working_dtype(rows)
-    values, ids = rows.topk(k)  # NaN counts as the largest
+    values, ids = largest(rows, k)
     top = values[:, :1].to(dtype)
     # the maximum goes first: the division could overflow
     weights = rows.to(dtype, copy=True).sub_(top).div_(temperature).exp_()
     log_probs = (values.to(dtype) - top) / temperature - weights.sum(-1, keepdim=True).log()
-    unused = values == NEG_INF  # a row of -inf, which is NaN by now, is unused throughout
-    return log_probs.masked_fill(unused, NEG_INF).float(), ids.masked_fill(unused, -1)
+    # a row of -inf, which is NaN by now, is unused throughout
+    return log_probs.masked_fill(values == NEG_INF, NEG_INF).float(), ids

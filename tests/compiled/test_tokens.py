@@ -1,6 +1,6 @@
-"""The token and statistics kernels as their launchers launch them, compiled for GPUs that are not
+"""The token, gather and statistics kernels as their launchers launch them, compiled for GPUs that are not
 here: no stack, 16-byte accesses and no barrier in the loops, and at most 12 instructions an element
-a sweep of the token kernel."""
+a sweep of the token and gather kernels."""
 
 import pytest
 import torch
@@ -48,6 +48,36 @@ def test_token_kernel(entropy, dtype, n_cols, target):
         columns = lambda loop: loop.bytes_loaded / dtype.itemsize
         assert min(loop.instructions / columns(loop) for loop in whole) <= MOST_INSTRUCTIONS
         assert max(columns(loop) for loop in whole) >= 2 * launch.arguments["WIDTH"]
+
+
+GATHER = [
+    (k, dtype, n_cols, chip)
+    for k, dtype, n_cols in (
+        (64, HALF, 128256), (64, HALF, 50257), (64, WIDE, 50257), (1024, HALF, 128256),
+    )
+    for chip in aot.TARGETS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "n_cols", "target"),
+    some(GATHER, [(64, HALF, 50257, "sm_90"), (1024, HALF, 128256, "gfx942")]),
+    ids=str,
+)
+def test_gather_kernel(k, dtype, n_cols, target):
+    """The token kernel's sweep and no more, at an odd vocabulary too."""
+    target = aot.TARGETS[target]
+    (launch,) = forms.gather_launches(n_cols, k, dtype, target, masked=k == 1024)
+    stack, loops = loops_over_tiles(launch, target)
+    assert stack == 0
+    if target.backend == "hip":
+        return
+    assert loops
+    assert all(loop.barriers == 0 for loop in loops)
+    whole = [loop for loop in loops if loop.narrow_accesses == 0]
+    columns = lambda loop: loop.bytes_loaded / dtype.itemsize
+    assert min(loop.instructions / columns(loop) for loop in whole) <= MOST_INSTRUCTIONS
+    assert max(columns(loop) for loop in whole) >= 2 * launch.arguments["WIDTH"]
 
 
 ON_EVERY_TARGET = ("reverse_kl", "jensen_shannon")  # with a moment and without one

@@ -14,6 +14,7 @@ from distill_ops import reference
 from distill_ops.integrations import minillm
 from tests.interface.hostile_kinds import KINDS, MASK_AND_LABELS, Hostile, of_form
 from tests.interface.hostile_statistics import STATISTICS
+from tests.interface.hostile_support import OF_SUPPORT
 from tests.interface.hostile_teachers import CHOSEN, GIVEN
 from tests.support.forms import FORMS, HEADS, LOGITS, LOSSES, SLOTS, K, V, tensors_of
 
@@ -433,5 +434,14 @@ MORE += [
     for options, error, words in OPTIONS
     if "backend" not in options
 ]
-CASES = [*KINDS, *MASK_AND_LABELS, *LOSS_OPTIONS, *SINGLE, *STATISTICS, *CHOSEN, *GIVEN]
+CASES = [
+    *KINDS,
+    *MASK_AND_LABELS,
+    *LOSS_OPTIONS,
+    *SINGLE,
+    *STATISTICS,
+    *OF_SUPPORT,
+    *CHOSEN,
+    *GIVEN,
+]
 CASES += [Hostile(*case) for case in MORE]

@@ -29,7 +29,7 @@ def of_form(form: str, what: str, error, words: str, **changed) -> Hostile:
 
 HIDDEN = {"student_hidden", "teacher_hidden", "hidden"}
 FLOATS = {*LOGITS, "logits", *HEADS, *HIDDEN, "weight", "bias", "student_bias", "teacher_bias"}
-COUNTS = {"labels", "token_ids", "teacher_ids", "teacher_rows", "loss_mask"}
+COUNTS = {"labels", "token_ids", "teacher_ids", "ids", "teacher_rows", "loss_mask"}
 
 
 def nested(x: torch.Tensor, layout=torch.jagged) -> torch.Tensor:
@@ -56,6 +56,11 @@ def kinds_of(form: str):
         for kind, (change, words) in WRONG_KINDS.items():
             if kind in ("jagged", "nested") and tensor.dim() < 2:
                 continue
+            if (
+                form.endswith("student_topk")
+                and kind in ("elsewhere", "of other tokens")[name != "logits" :]
+            ):
+                continue  # nothing else is there to tell
             first = name == CALLED[form].positional[0] or name == "teacher_hidden"
             if kind in ("elsewhere", "of other tokens") and first:
                 name_of_error = ".*"  # it is what others are compared with

@@ -10,12 +10,13 @@ import pytest
 import distill_ops
 from distill_ops.operators import transforms
 from tests.support import ROOT
-from tests.support.forms import CALLED, FORMS, function_of, tensors_of
+from tests.support.forms import CALLED, FORMS, LOSSES, function_of, tensors_of
 
 MOST_HOPS = {
     "distillation_loss": 6, "topk_distillation_loss": 6, "linear_distillation_loss": 7,
     "linear_topk_distillation_loss": 7, "token_log_probs": 6, "linear_token_log_probs": 8,
-    "distillation_statistics": 6, "distillation_metrics": 6,
+    "distillation_statistics": 6, "distillation_metrics": 6, "support_distillation_loss": 6,
+    "linear_support_distillation_loss": 8, "gather_log_probs": 5, "linear_gather_log_probs": 8,
     "linear_distillation_statistics": 8,
 }  # fmt: skip
 
@@ -58,7 +59,7 @@ def test_hops_to_the_launch(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["topk_distillation_loss", "linear_distillation_loss", "linear_topk_distillation_loss"],
+    [name for name in LOSSES if name != "distillation_loss"],
 )
 def test_options_that_a_function_goes_without_are_refused(name):
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'infinities'"):

@@ -198,6 +198,7 @@ TRACED = {
 }
 
 
+@pytest.mark.covering("form", "name")
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("form", LOSSES)
 def test_values_under_compile_and_vmap(form, name):

@@ -8,8 +8,9 @@ from tests.support import ROOT
 
 # from the lowest; those of a line do not see each other
 LAYERS = (
-    ("kernels", "scalars", "results"), ("language", "divergences"), ("arguments",), ("problem",), ("row_statistics",),
-    ("checks",), ("reference", "cpu", "gpu"), ("heads",), ("operators",), ("api",),
+    ("kernels", "scalars", "results"), ("language", "divergences"), ("arguments",), ("problem",),
+    ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("heads", "selection"),
+    ("operators",), ("api",),
     ("teacher", "analysis"), ("integrations",),
 )  # fmt: skip
 FORMS = {"dense", "topk", "tokens", "statistics", "metrics"}  # "linear" may use them
@@ -62,6 +63,7 @@ def test_imports_go_down(module):
             "reference",
             "problem",
             "results",
+            "support",
             "arguments",
             "scalars",
             "checks",

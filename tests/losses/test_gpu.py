@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from distill_ops import distillation_loss
+from distill_ops import distillation_loss, reference, support_distillation_loss
 from tests.support.cases import DIVERGENCES
-from tests.support.helpers import assert_close_to_reference, condition, run_reference
+from tests.support.helpers import (
+    assert_close,
+    assert_close_to_reference,
+    condition,
+    run_reference,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -85,6 +90,35 @@ def test_nothing_waits_for_the_gpu(divergence, gradient):
         distillation_loss(student, teacher, **options).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_support_at_a_real_size():
+    """As the three steps, which nothing waits for; and as the oracle on some rows."""
+    student, teacher = logits(2048, 128256, torch.bfloat16)
+    ids = student.topk(64).indices  # no two of them equal: any of equal ones may be chosen
+    student.clamp_(max=5.9).scatter_(-1, ids, 6 + torch.arange(64).to(student).expand_as(ids) / 32)
+    student.requires_grad_()
+    options = {"divergence": "reverse_kl", "k": 64, "reduction": "none"}
+    options["loss_mask"] = torch.rand(2048, device="cuda") + 0.5
+    support_distillation_loss(student, teacher, **options).sum().backward()  # compiles
+    student.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = support_distillation_loss(student, teacher, **options)
+        loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    options["loss_mask"] = options["loss_mask"][ROWS]
+    found = []
+    for double in (False, True):
+        few, other = (x.detach()[ROWS] for x in (student, teacher))
+        few, other = (few.double(), other.double()) if double else (few, other)
+        few.requires_grad_()
+        expected = reference.support_distillation_loss(few, other, **options)
+        expected.sum().backward()
+        found.append((expected.detach(), few.grad))
+    for ours, eager, truth in zip((loss.detach(), student.grad), *found, strict=True):
+        assert_close("a support", ours[ROWS], eager, truth, 8.0)
 
 
 def test_cuda_graph():

@@ -61,6 +61,12 @@ FORMS = {
         distill_ops.linear_topk_distillation_loss, (*HEADS[:2], *SLOTS),
         ("student_bias", *COUNTED), HEAD,
     ),
+    "support_distillation_loss": Form(
+        partial(distill_ops.support_distillation_loss, k=K), LOGITS, COUNTED, LOGITS[:1]
+    ),
+    "linear_support_distillation_loss": Form(
+        partial(distill_ops.linear_support_distillation_loss, k=K), HEADS, (*BIASES, *COUNTED), HEAD
+    ),
     "token_log_probs": Form(
         partial(distill_ops.token_log_probs, return_entropy=True), ("logits", "token_ids"), (),
         ("logits",), outputs=2, of_token=True,
@@ -86,7 +92,8 @@ FORMS = {
 # the same functions with a teacher whose rows an index chooses, or whose logits stand for its head
 SHARED_ROWS = {
     f"{name}/rows": form._replace(named=(*form.named, "teacher_rows"))
-    for name, form in FORMS.items() if name.endswith("distillation_loss")
+    for name, form in FORMS.items()
+    if name.endswith("distillation_loss") and "support" not in name  # which has none
 }  # fmt: skip
 SHARED_ROWS["linear_distillation_loss/logits"] = Form(
     partial(distill_ops.linear_distillation_loss, teacher_hidden=None, teacher_weight=None),
@@ -94,8 +101,18 @@ SHARED_ROWS["linear_distillation_loss/logits"] = Form(
 )  # fmt: skip
 FORMS |= SHARED_ROWS
 CALLED = FORMS | {
-    "distillation_metrics": Form(distill_ops.distillation_metrics, LOGITS, (), (), outputs=7)
-}
+    "distillation_metrics": Form(distill_ops.distillation_metrics, LOGITS, (), (), outputs=7),
+    "student_topk": Form(partial(distill_ops.student_topk, k=K), ("logits",), (), ()),
+    "linear_student_topk": Form(
+        partial(distill_ops.linear_student_topk, k=K), ("hidden", "weight"), ("bias",), ()
+    ),
+    "gather_log_probs": Form(
+        distill_ops.gather_log_probs, ("logits", "ids"), ("loss_mask",), ()
+    ),
+    "linear_gather_log_probs": Form(
+        distill_ops.linear_gather_log_probs, ("hidden", "weight", "ids"), ("bias", "loss_mask"), ()
+    ),
+}  # fmt: skip
 LOSSES = [name for name in FORMS if name.endswith("distillation_loss")]
 
 
@@ -114,7 +131,7 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
         "student_hidden": normal(N, D), "student_weight": normal(V, D), "student_bias": normal(V),
         "teacher_hidden": normal(N, D), "teacher_weight": normal(V, D), "teacher_bias": normal(V),
         "hidden": normal(N, D), "weight": normal(V, D), "bias": normal(V),
-        "teacher_log_probs": log_probs, "teacher_ids": ids,
+        "teacher_log_probs": log_probs, "teacher_ids": ids, "ids": ids,
         "token_ids": torch.tensor([1, 0, 10, 7]), "labels": torch.tensor([3, -100, 0, 10]),
         "loss_mask": torch.tensor([1.0, 1.0, 0.5, 2.0]),
     }  # fmt: skip

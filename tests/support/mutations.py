@@ -16,6 +16,7 @@ from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_statistics import STATISTICS
+from tests.support.mutations_support import SUPPORT_MUTATIONS
 from tests.support.mutations_tails import TAILS_MUTATIONS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
@@ -34,6 +35,7 @@ MUTATIONS = [
     *TOPK_MUTATIONS,
     *TAILS_MUTATIONS,
     *CHOSEN_ROWS,
+    *SUPPORT_MUTATIONS,
     *ROW_STATISTICS,
     *TOKEN_OUTPUTS,
     *STATISTICS,

@@ -47,7 +47,7 @@ CHOSEN_ROWS = [
     ),
     Mutation(
         "rows: those of the slots are checked that no token has", sources.CHECKS_CONTENTS,
-        "kept.view(-1)[inputs.teacher_rows[counted.kept(inputs.teacher_rows)]] = True", "kept[...] = True",
+        "kept.view(-1)[teacher_rows[counted.kept(teacher_rows)]] = True", "kept[...] = True",
         f"{ROWS}topk[torch-SoftCrossEntropy()-bucket-forward-fewer]",
     ),
     Mutation(

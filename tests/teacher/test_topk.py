@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_ops import teacher_topk
-from distill_ops.teacher import topk
+from distill_ops import selection, teacher_topk
 from tests.support.helpers import assert_close, make_logits
 
 INF, NAN = math.inf, math.nan
@@ -94,7 +93,7 @@ class LargestTensor(TorchDispatchMode):
 def test_topk_holds_no_copy_of_the_logits(monkeypatch):
     logits, _ = make_logits((2, 64, 100), dtype=torch.bfloat16)
     whole = teacher_topk(logits, 4)
-    monkeypatch.setattr(topk, "CPU_CHUNK_ELEMENTS", 1500)
+    monkeypatch.setattr(selection, "CPU_CHUNK_ELEMENTS", 1500)
     with LargestTensor(logits) as largest:
         chunked = teacher_topk(logits, 4)
     assert largest.nbytes == 4 * max(1500, 128 * 4 * 2)  # float32 rows; the ids, int64
