@@ -29,6 +29,10 @@ for form in CALLED:
         of_form(form, "mass_terms=1", TypeError, "mass_terms must be True or False", mass_terms=1),
         of_form(form, "masses of the bucket", ValueError, "mass_terms=True makes up", mass_terms=True),
         of_form(form, "a floor of 0", ValueError, "log_prob_floor must be finite and neg", log_prob_floor=0.0),
+        *(
+            of_form(form, name, ValueError, "whole row.*support='student'", token_outputs=(name,))
+            for name in ("teacher_entropy", "acceptance", "teacher_argmax")
+        ),
         of_form(form, "suport", TypeError, "'suport': did you mean 'support'", suport="student"),
     ]  # fmt: skip
 OF_SUPPORT += [

@@ -200,6 +200,42 @@ def test_it_is_the_three_steps(support, backend, device):
         assert torch.equal(ours.gradient, steps.gradient)
 
 
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_token_outputs(support, backend, device):
+    """Of the whole student and of the teacher's K, in both forms: what teacher_mass adds up is there."""
+    student, teacher = make_pairs((3, 21), device=device)
+    options = {"k": 4, "support": support, "divergence": "reverse_kl", "temperature": 1.5}
+    options |= {"labels": LABELS[0].to(device), "reduction": "none"}
+    names = ("log_prob", "student_entropy", "student_argmax", "teacher_mass")
+    names += ("teacher_argmax",) * (support == "teacher")
+    _, ours = support_distillation_loss(
+        student, teacher, token_outputs=names, backend=backend, **options
+    )
+    _, truth = reference.support_distillation_loss(
+        student.double(), teacher.double(), token_outputs=names, **options
+    )
+    for name in names:
+        mine, expected = getattr(ours, name), getattr(truth, name)
+        torch.testing.assert_close(mine.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
+    ids = student_topk(student if support == "student" else teacher, 4)
+    mass = gather_log_probs(teacher, ids, temperature=1.5).exp().sum(-1)
+    mass[options["labels"] == -100] = 0.0
+    torch.testing.assert_close(ours.teacher_mass, mass)
+    pair = make_pair((3,), 21, device=device)
+    _, of_heads = linear_support_distillation_loss(
+        *pair[:4], token_outputs=names, backend=backend, **options
+    )
+    logits = (
+        pair.student_hidden @ pair.student_weight.t(),
+        pair.teacher_hidden @ pair.teacher_weight.t(),
+    )
+    _, expected = reference.support_distillation_loss(*logits, token_outputs=names, **options)
+    for name in names:
+        torch.testing.assert_close(
+            getattr(of_heads, name), getattr(expected, name), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_the_error_of_another_support_would_show():
     pair = make_pairs((3, 21))
     options = {"k": 5, "divergence": "reverse_kl"}
