@@ -198,13 +198,13 @@ def skew_reverse_kl(chunk: Chunk):
 
 def total_variation(chunk: Chunk):
     work, q, p, log, scratch = chunk.buffers
-    for see, logits, prob in (
-        (chunk.see_student, chunk.student_logits, q),
-        (chunk.see_teacher, chunk.teacher_logits, p),
+    for see, logits, prob, names in (
+        (chunk.see_student, chunk.student_logits, q, ("log_prob", "student_entropy")),
+        (chunk.see_teacher, chunk.teacher_logits, p, ("teacher_entropy",)),
     ):
         x = logits()
         torch.softmax(x, -1, out=prob)
-        if chunk.seen is not None:
+        if chunk.seen is not None and chunk.seen.wants(*names):
             torch.sub(x, x.amax(-1, True), out=log)
             see(log, prob, scratch, shift=prob.amax(-1, True).log_())
     chunk.see_both(q, p, scratch)

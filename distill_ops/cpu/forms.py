@@ -82,6 +82,8 @@ def rows(
     others = {"outputs": RowOutputs.of(wanted, tokens.ids, options) if wanted else None}
     others["teacher_rows"] = tokens.teacher_rows
     divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, **others)
+    if others["outputs"] is not None:
+        others["outputs"].finish()
 
     def weighted(losses):
         return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)

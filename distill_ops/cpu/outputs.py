@@ -20,13 +20,22 @@ class RowOutputs(NamedTuple):
     """The token outputs of a call."""
 
     targets: dict[str, torch.Tensor]  # [N] each, by the names of TokenOutputs
-    ids: torch.Tensor | None  # [N]: of log_prob
+    ids: torch.Tensor | None  # [N, 1]: of log_prob, 0 of those that are ignored
+    ignored: torch.Tensor | None  # [N]
     temperature: float
-    ignore_index: int
 
     @classmethod
     def of(cls, targets: dict[str, torch.Tensor], ids: torch.Tensor | None, options: Options):
-        return cls(targets, ids, options.temperature, options.ignore_index)
+        ignored = None
+        if ids is not None:
+            ignored = ids == options.ignore_index
+            ids = ids.masked_fill(ignored, 0)[:, None]
+        return cls(targets, ids, ignored, options.temperature)
+
+    def finish(self) -> None:
+        """After all rows."""
+        if self.ignored is not None:
+            self.targets["log_prob"].masked_fill_(self.ignored, 0.0)
 
     def at(self, places: Places) -> "ChunkOutputs":
         return ChunkOutputs(self, None if self.ids is None else self.ids[places], places)
@@ -49,14 +58,13 @@ class ChunkOutputs:
     def log_prob(self, log_q: torch.Tensor, shift) -> None:
         """Of log-probabilities less ``shift``, a number or ``[n, 1]``."""
         if self.wants("log_prob"):
-            ignored = self.ids == self.call.ignore_index
-            found = log_q.gather(-1, self.ids.masked_fill(ignored, 0)[:, None]) + shift
-            self.found["log_prob"] = found.squeeze(-1).masked_fill_(ignored, 0.0)
+            found = log_q.gather(-1, self.ids)
+            self.found["log_prob"] = (found + shift if torch.is_tensor(shift) else found)[:, 0]
 
     def entropy(self, name: str, log, prob, shift, scratch: torch.Tensor) -> None:
         if self.wants(name):
             total = row_sums(torch.mul(log, prob, out=scratch))
-            self.found[name] = -(total + (shift.squeeze(-1) if torch.is_tensor(shift) else shift))
+            self.found[name] = (total + shift[:, 0] if torch.is_tensor(shift) else total).neg_()
 
     def argmax(self, name: str, logits: torch.Tensor) -> None:
         """The first of equals, which NumPy finds in a quarter of PyTorch's time."""
@@ -82,8 +90,8 @@ class ChunkOutputs:
             self.found = self.from_logits(student, teacher, dtype)
         else:
             numbers = [x for x in self.found.values() if x.is_floating_point()]
-            bad = ~torch.stack(numbers).isfinite().all(0) if numbers else None
-            if bad is not None and bad.any():
+            if numbers and not math.isfinite(sum(numbers).sum()):
+                bad = ~torch.stack(numbers).isfinite().all(0)
                 ids = None if self.ids is None else self.ids[bad]
                 again = ChunkOutputs(self.call, ids, self.places)
                 of_teacher = None if teacher is None else teacher[bad]

@@ -154,10 +154,9 @@ class TopKChunk:
             moment += factor * (self.moment + self.rest_sum * shift)
             outputs.add("student_entropy", (total.log() - moment / total).squeeze(-1))
             if outputs.wants("log_prob"):
-                ignored = outputs.ids == outputs.call.ignore_index
-                logit = self.student.gather(-1, outputs.ids.masked_fill(ignored, 0)[:, None])
+                logit = self.student.gather(-1, outputs.ids)
                 log_q = (logit.to(total.dtype) - maximum) / temperature - total.log()
-                outputs.add("log_prob", log_q.squeeze(-1).masked_fill(ignored, 0.0))
+                outputs.add("log_prob", log_q.squeeze(-1))
         outputs.store(self.student, None, self.terms.dtype)
 
     def _divergence(self) -> torch.Tensor:
