@@ -133,7 +133,9 @@ def normalise_tile(
         m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
         l_h = l_h * factor + tl.sum(tl.exp2(y), axis=1)
     if TEACHER_MASS & OUTPUTS:
-        least = tl.minimum(least, tl.min(tl.where(inside, x_s, 0.0) if MASKED else x_s, axis=1))
+        tile_least = tl.min(tl.where(inside, x_s, 0.0) if MASKED else x_s, axis=1)
+        # not tl.minimum, of which with its reduction the compiler makes a form that it then refuses
+        least = tl.where(tile_least < least, tile_least, least)
     if STUDENT_ARGMAX & OUTPUTS:
         top_s = first_maximum(m_s, top_s, x_s, position)
     if not DIVERGENCE and (OF_STUDENT & OUTPUTS):
