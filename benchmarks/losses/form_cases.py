@@ -12,6 +12,7 @@ HARD_LABEL = "cross_entropy"  # the hard label alone
 LINEAR = ("linear", "linear_topk", "linear_support", "linear_tokens", "linear_statistics")
 STATISTICS = ("statistics", "linear_statistics")
 SUPPORT = ("support", "linear_support")  # the student's own K
+NUMBERS = ("log_prob", "student_entropy", "teacher_entropy", "acceptance")  # of "outputs"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class FormCase:
-    form: str  # of LINEAR, or "topk", "support", "tokens", "statistics"
+    form: str  # of LINEAR, or "topk", "support", "tokens", "statistics", "outputs"
     loss: str
     tokens: int
     hidden: int | None  # of the student; the teacher's is the same
@@ -98,6 +99,7 @@ def _others(tokens: int, linear_tokens: int, hidden: int, vocab: int, dtype: str
         FormCase("support", "reverse_kl", tokens, None, vocab, 64, dtype, "restrict"),
         FormCase("tokens", "log_prob", tokens, None, vocab, None, dtype),
         FormCase("statistics", "reverse_kl", tokens, None, vocab, None, dtype),
+        FormCase("outputs", "forward_kl", tokens, None, vocab, None, dtype),
     ]
 
 
@@ -142,7 +144,7 @@ def make_tensors(case: FormCase, device: torch.device, tokens: int) -> Tensors:
         student = normal(tokens, case.vocab, scale=2.0)
         if case.form == "support":
             apart(student, case.k)
-        if case.form in ("statistics", "support"):
+        if case.form in ("statistics", "support", "outputs"):
             found["teacher"] = student + normal(tokens, case.vocab)
         found["student"] = student.requires_grad_()
     if case.k and case.form not in SUPPORT:
@@ -174,6 +176,11 @@ def support_loss(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
 
+def with_outputs(loss: torch.Tensor, outputs) -> torch.Tensor:
+    """A loss and the means of its token outputs in one number, for the check."""
+    return loss + sum(getattr(outputs, name).mean() for name in NUMBERS)
+
+
 def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
     """The case in eager PyTorch, mean over tokens: logits in full, autograd for the gradients."""
     logits = eager_logits(case, t)
@@ -186,6 +193,11 @@ def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
         return support_loss(logits, teacher.to(logits.dtype), case.k)
     if case.form == "linear":
         return reference.distillation_loss(logits, teacher, divergence=case.loss)
+    if case.form == "outputs":
+        found = reference.distillation_loss(
+            logits, teacher, divergence=case.loss, token_ids=t.labels, token_outputs=NUMBERS
+        )
+        return with_outputs(*found)
     if case.k:
         return reference.topk_distillation_loss(
             logits, t.log_probs, t.ids, divergence=case.loss, tail=case.tail

@@ -10,12 +10,21 @@ import torch.nn.functional as F
 import distill_ops
 
 from ..core.records import EAGER, OURS
-from .form_cases import HARD_LABEL, LINEAR, SUPPORT, FormCase, Tensors, eager_loss
+from .form_cases import (
+    HARD_LABEL,
+    LINEAR,
+    NUMBERS,
+    SUPPORT,
+    FormCase,
+    Tensors,
+    eager_loss,
+    with_outputs,
+)
 from .peers import Skipped, beta_of, imported
 
 PRODUCTS = "products"
 Loss = Callable[[Tensors], torch.Tensor]
-EVERY = (*LINEAR, "topk", "support", "tokens", "statistics")
+EVERY = (*LINEAR, "topk", "support", "tokens", "statistics", "outputs")
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
             t.student, t.teacher, t.labels, divergence=case.loss
         )
         return (found.divergence + found.student_log_prob + found.student_entropy).mean()
+    if case.form == "outputs":
+        found = distill_ops.distillation_loss(
+            t.student, t.teacher, divergence=case.loss, token_ids=t.labels, token_outputs=NUMBERS
+        )
+        return with_outputs(*found)
     if case.form == "linear_tokens":
         found = distill_ops.linear_token_log_probs(
             t.hidden, t.weight, t.labels, return_entropy=True
@@ -68,6 +82,22 @@ def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
     else:
         found = distill_ops.token_log_probs(t.student, t.labels, return_entropy=True)
     return sum(found).mean()
+
+
+def outputs_apart(case: FormCase, device: torch.device) -> Loss:
+    """Ours, the numbers of the tokens by calls of their own."""
+
+    def loss(t: Tensors) -> torch.Tensor:
+        found = distill_ops.distillation_loss(t.student, t.teacher, divergence=case.loss)
+        student = t.student.detach()
+        log_prob, entropy = distill_ops.token_log_probs(student, t.labels, return_entropy=True)
+        metrics = distill_ops.distillation_metrics(student, t.teacher)
+        outputs = distill_ops.TokenOutputs(
+            log_prob, entropy, metrics.teacher_entropy, acceptance=metrics.expected_acceptance
+        )
+        return with_outputs(found, outputs)
+
+    return loss
 
 
 def torch_linear_cross_entropy(case: FormCase, device: torch.device) -> Loss:
@@ -139,6 +169,7 @@ def no_peer(reason: str) -> Callable[[FormCase, torch.device], Loss]:
 PROVIDERS = (
     FormProvider(EAGER, "eager", lambda case, _: partial(eager_loss, case)),
     FormProvider(OURS, "distill_ops", lambda case, _: partial(_ours, case)),
+    FormProvider("apart", "distill_ops, apart", outputs_apart, ("outputs",)),
     FormProvider("torch", "F.linear_cross_entropy", torch_linear_cross_entropy, ("linear",)),
     FormProvider("liger_chunked", "liger chunked JSD", liger_chunked, ("linear",)),
     FormProvider("liger_fused", "liger fused linear JSD", liger_fused, ("linear",)),

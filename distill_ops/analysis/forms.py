@@ -27,7 +27,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _recorded(
+def record_operator(
     operator: LossOperator, inputs, options, made: str, target: aot.Target
 ) -> list[aot.Launch]:
     """Launches of an operator's forward, and of its backward where the gradient is made there."""
@@ -84,7 +84,7 @@ class Form:
 
     def launches(self, divergence: Divergence, target: aot.Target) -> list[aot.Launch]:
         """The dense kernel's launches for one forward (and, made there, one backward)."""
-        recorded = _recorded(dense_loss, *self.problem(divergence), self.gradient, target)
+        recorded = record_operator(dense_loss, *self.problem(divergence), self.gradient, target)
         return [launch for launch in recorded if launch.kernel is dense.dense_kernel]
 
 
@@ -96,7 +96,7 @@ def token_launches(
         _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, dtype=torch.int64)
     )
     options = problem.TokenOptions("triton", 1.0, -100, entropy)
-    return _recorded(token_log_probs, inputs, options, BACKWARD, target)
+    return record_operator(token_log_probs, inputs, options, BACKWARD, target)
 
 
 def gather_launches(
@@ -109,7 +109,7 @@ def gather_launches(
         _meta(n_rows).bool() if masked else None,
     )  # fmt: skip
     options = GatherOptions("triton", 1.0, vocab_size or n_cols)
-    return _recorded(gather_log_probs, inputs, options, NO_GRADIENT, target)
+    return record_operator(gather_log_probs, inputs, options, NO_GRADIENT, target)
 
 
 def statistics_launches(
@@ -121,7 +121,7 @@ def statistics_launches(
     inputs = problem.StatisticsInputs(student, teacher, ids, divergence.tensors, [])
     loss = Options.of(LossArguments(divergence, reduction="none"), n_cols, "triton")
     options = problem.StatisticsOptions(loss, ())
-    return _recorded(distillation_statistics, inputs, options, BACKWARD, target)
+    return record_operator(distillation_statistics, inputs, options, BACKWARD, target)
 
 
 def topk_launches(
@@ -155,7 +155,7 @@ def topk_launches(
         None,
         rows,
     )
-    recorded = _recorded(topk_loss, inputs, options, gradient, target)
+    recorded = record_operator(topk_loss, inputs, options, gradient, target)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]
 
 

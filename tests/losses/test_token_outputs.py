@@ -5,8 +5,11 @@ import torch
 
 from tests.support.cases import DIVERGENCES
 from tests.support.helpers import assert_close, make_logits, topk_of
+from tests.support.linear_cases import count_products
 
 pytest.importorskip("triton")
+
+from dataclasses import replace
 
 from distill_ops.kernels import outputs
 
@@ -23,6 +26,9 @@ from distill_ops import (
     reference,
     topk_distillation_loss,
 )
+from distill_ops.analysis import aot
+from distill_ops.analysis.forms import Form, record_operator
+from distill_ops.operators.dense import dense_loss
 from distill_ops.results import ARGMAX, OF_TEACHER, OF_WHOLE_TEACHER, TOKEN_OUTPUTS
 
 INF = float("inf")
@@ -204,3 +210,40 @@ def test_an_ignored_id_among_tokens_that_count(backend, device):
     expected = student.log_softmax(-1)[torch.arange(3), ids.clamp(min=0)]
     expected[1] = 0.0
     torch.testing.assert_close(found.log_prob, expected)
+
+
+def test_products_are_those_of_the_loss_alone(monkeypatch):
+    """Two of logits and two of gradients, whatever is told beside."""
+    products = count_products(monkeypatch)
+    tensors = [torch.randn(shape) for shape in ((6, 7), (40, 7), (6, 7), (40, 7))]
+    tensors[0].requires_grad_()
+    tensors[1].requires_grad_()
+    for names in ((), TOKEN_OUTPUTS):
+        products.clear()
+        ids = torch.arange(6) if names else None
+        linear_distillation_loss(*tensors, token_ids=ids, token_outputs=names)
+        assert len(products) == 4
+        with torch.no_grad():
+            linear_distillation_loss(*tensors, token_ids=ids, token_outputs=names)
+        assert len(products) == 6
+
+
+@pytest.mark.parametrize("gradient", ["none", "forward", "backward"])
+def test_launches_are_those_of_the_loss_alone(gradient):
+    target = aot.TARGETS["sm_90"]
+    for form in (Form(1031, hard_label_weight=0.5), Form(1031, temperature=2.0)):
+        counts = []
+        for names in ((), TOKEN_OUTPUTS):
+            problem = replace(form, token_outputs=names).problem(SoftCrossEntropy())
+            counts.append(
+                [
+                    x.kernel.fn.__name__
+                    for x in record_operator(dense_loss, *problem, gradient, target)
+                ]
+            )
+        alone, more = counts
+        # the labels of the log-probabilities are weights of the tokens, too
+        assert [name for name in more if name != "weights_kernel"] == [
+            name for name in alone if name != "weights_kernel"
+        ]
+        assert more.count("dense_kernel") == (2 if gradient == "backward" else 1)
