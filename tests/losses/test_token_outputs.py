@@ -103,7 +103,9 @@ def test_shapes(n_cols, dtype, backend, device):
     student, teacher = make_logits((3, n_cols), dtype=dtype, device=device)
     student[0, 0], student[1, -1], student[2, 7] = 12.0, 12.0, 12.0
     student[2, -3] = 12.0  # of equals the first
-    teacher[:, 5] = teacher[:, 600] = 14.0
+    teacher[:, [5, 600, 1029]] = (
+        14.0  # the last in the lane of the first, in the tile that comes last
+    )
     ids = torch.tensor([0, n_cols - 1, 600], device=device)
     options = {"token_ids": ids, "token_outputs": TOKEN_OUTPUTS, "divergence": "jensen_shannon"}
     _, found = distillation_loss(student, teacher, backend=backend, **options)
