@@ -9,8 +9,9 @@ from .divergences.base import Divergence
 from .kernels import dense, gather, logits, metrics, reduction, statistics, token, topk
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .kernels.rows import Formula
-from .problem import BACKWARD, Options, Tokens, TopKTeacher, parameters_of
+from .problem import BACKWARD, Options
 from .results import OutputBuffers
+from .rows import Tokens, TopKTeacher, parameters_of
 
 OUTPUTS = statistics.OUTPUTS
 

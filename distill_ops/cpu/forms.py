@@ -8,8 +8,9 @@ import torch
 from .. import problem
 from ..checks.slots import without_repeats
 from ..divergences.base import column_parameters
-from ..problem import Options, Tokens, TopKTeacher, parameters_of, within_teacher
+from ..problem import Options
 from ..results import OutputBuffers
+from ..rows import Tokens, TopKTeacher, parameters_of, within_teacher
 from .chunk import NEG_INF, Terms
 from .dense import dense
 from .metrics import metrics

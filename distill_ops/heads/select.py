@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..problem import Tokens
+from ..rows import Tokens
 from .projection import Selection
 
 

@@ -5,7 +5,7 @@ import torch
 
 from .. import problem
 from ..kernels.layout import single_stride
-from ..problem import Tokens, TopKTeacher, within_teacher
+from ..rows import Tokens, TopKTeacher, within_teacher
 from .engine import Engine
 from .projection import Projection, Selection, logits_bytes
 from .select import by_teacher_row

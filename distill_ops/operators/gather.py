@@ -4,7 +4,8 @@ slots of a teacher on a support. None has a derivative."""
 import torch
 
 from ..checks import contents
-from ..problem import DenseInputs, TopKTeacher
+from ..problem import DenseInputs
+from ..rows import TopKTeacher
 from ..selection import largest_ids
 from ..support import GatherInputs, GatherOptions, SupportOptions, TopInputs, TopOptions
 from .path import path_of

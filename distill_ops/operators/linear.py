@@ -10,8 +10,9 @@ from ..heads.engine import Engine
 from ..heads.projection import Projection
 from ..heads.select import on_device, select
 from ..heads.teachers import in_order, teacher_of
-from ..problem import FORWARD, NO_GRADIENTS, Tokens, Wanted
+from ..problem import FORWARD, NO_GRADIENTS, Wanted
 from ..results import OutputBuffers
+from ..rows import Tokens
 from ..support import SupportOptions
 from .gather import slots_of
 from .logits import LOSS_OUTPUTS, loss_fakes

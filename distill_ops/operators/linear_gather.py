@@ -8,7 +8,8 @@ from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection
 from ..heads.select import on_device, select
-from ..problem import NO_GRADIENTS, BlockOptions, HeadOptions, Tokens
+from ..problem import NO_GRADIENTS, BlockOptions, HeadOptions
+from ..rows import Tokens
 from ..selection import largest_ids
 from ..support import (
     LinearGatherInputs,

@@ -7,15 +7,8 @@ from ..checks import contents
 from ..heads.engine import Engine, Gradients
 from ..heads.projection import Projection, logits_bytes
 from ..heads.select import on_device, placed, select
-from ..problem import (
-    BACKWARD,
-    FORWARD,
-    NO_GRADIENTS,
-    StatisticsInputs,
-    Tokens,
-    Wanted,
-    parameters_of,
-)
+from ..problem import BACKWARD, FORWARD, NO_GRADIENTS, StatisticsInputs, Wanted
+from ..rows import Tokens, parameters_of
 from .path import path_of
 from .register import LossOperator, Plan
 from .statistics import (

@@ -8,7 +8,8 @@ from ..heads.engine import Engine
 from ..heads.projection import Projection
 from ..heads.select import on_device, placed, select
 from ..kernels.launch import TOKEN_STATISTICS
-from ..problem import BACKWARD, NO_GRADIENTS, TokenInputs, Tokens, Wanted
+from ..problem import BACKWARD, NO_GRADIENTS, TokenInputs, Wanted
+from ..rows import Tokens
 from .path import path_of
 from .register import LossOperator, Plan
 from .tokens import fake as token_fake

@@ -8,7 +8,7 @@ from tests.support import ROOT
 
 # from the lowest; those of a line do not see each other
 LAYERS = (
-    ("kernels", "scalars", "results"), ("language", "divergences"), ("arguments",), ("problem",),
+    ("kernels", "scalars", "results", "rows"), ("language", "divergences"), ("arguments",), ("problem",),
     ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("heads", "selection"),
     ("operators",), ("api",),
     ("teacher", "analysis"), ("integrations",),

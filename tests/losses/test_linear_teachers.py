@@ -13,7 +13,7 @@ from distill_ops import (
 )
 from distill_ops.heads import engine, projection, teachers
 from distill_ops.heads.blocks import Blocks
-from distill_ops.problem import within_teacher
+from distill_ops.rows import within_teacher
 from tests.support import declared
 from tests.support.cases import DIVERGENCES, LABELS, TOKENS, VIEWS
 from tests.support.helpers import assert_close, moved, to_float64, topk_of

@@ -83,7 +83,7 @@ CHOSEN_ROWS = [
         f"{LINEAR}a_gpu_keeps_all_rows_within_half_of_the_budget[2000]", kernels=True,
     ),
     Mutation(
-        "linear rows: a row that does not exist is another", sources.PROBLEM,
+        "linear rows: a row that does not exist is another", sources.ROWS,
         "weights = torch.where(outside & (weights != 0), math.nan, weights)", "pass",
         f"{LINEAR}indices_that_nobody_looked_at",
     ),

@@ -68,7 +68,7 @@ LINEAR_FORM = [
         f"{BLOCKS}blocks_of_every_dtype[torch.float32-torch.bfloat16-float64]",
     ),
     Mutation(
-        "linear: strides of a stored teacher's slots ignored", sources.PROBLEM,
+        "linear: strides of a stored teacher's slots ignored", sources.ROWS,
         "x.contiguous().view(shape)", "x.reshape(shape)",
         f"{FORMS}topk_of_the_first_slots_that_are_stored[triton-views0]",
     ),
