@@ -64,6 +64,7 @@ OTHER_NAMES = {
     "target": "pass labels=",
     "targets": "pass labels=",
     "tau": "pass temperature=",
+    "teacher_rows": "topk_distillation_loss and the losses of whole teachers take it",
     "weight_hard_loss": "pass hard_label_weight=",
     "weight_soft_loss": "pass soft_weight=",
 }

@@ -50,7 +50,7 @@ class TokenOutputs(NamedTuple):
     acceptance: torch.Tensor | None = (
         None  # sum(min(p, q)): of speculative decoding (arXiv:2211.17192)
     )
-    teacher_mass: torch.Tensor | None = None  # sum(p) over the K, or where the student's q is not 0
+    teacher_mass: torch.Tensor | None = None  # sum(p) over the K, or where no student logit is -inf
 
 
 LossResult = (
@@ -179,4 +179,4 @@ class OutputBuffers(NamedTuple):
 
     def shaped(self, leading: torch.Size) -> tuple[torch.Tensor | None, ...]:
         """Numbers and argmax of the tokens ``leading``."""
-        return tuple(x if x is None else x.view(-1, *leading) for x in self[1:])
+        return tuple(x if x is None else x.view(x.shape[0], *leading) for x in self[1:])

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import launch
 from .layout import row_layouts
+from .math import LOG2E
 from .outputs import ACCEPTANCE, LOG_PROB
 from .row_loss import row_gradient, row_statistics
 from .row_outputs import row_outputs, shown, store_outputs
@@ -34,7 +35,7 @@ from .rows import (
     store_losses,
 )
 from .sweeps import MOMENTS, NO_MOMENT, PEELED, SYMMETRIC_MOMENT, fill_zero
-from .terms import PAIR
+from .terms import PAIR, log_of
 
 STATISTICS = tl.constexpr(launch.STATISTICS)
 
@@ -127,7 +128,12 @@ def dense_kernel(
                     )  # fmt: skip
                     store_outputs(row, outputs, shown(found, weight), WANTED)
                 if HARD:
-                    hard_loss = (statistics[5] - logit.to(tl.float32)) + tl.log(statistics[6])
+                    logit = logit.to(tl.float32)
+                    hard_loss = (statistics[5] - logit) + tl.log(statistics[6])
+                    of_fast = -log_of(
+                        logit, statistics[5], statistics[6], tl.cast(LOG2E, tl.float32)
+                    )
+                    hard_loss = tl.where(statistics[7], of_fast, hard_loss)
             else:
                 statistics = (
                     tl.load(kept), tl.load(kept + 1), tl.load(kept + 2), tl.load(kept + 3),

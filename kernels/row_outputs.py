@@ -20,7 +20,7 @@ from .outputs import (
 )
 from .running import NOWHERE
 from .sweeps import DOWN, read, sweep
-from .terms import softmax
+from .terms import log_of, softmax
 from .token_row import token_log_prob, token_sweep
 
 
@@ -28,12 +28,6 @@ from .token_row import token_log_prob, token_sweep
 def column_of(position, lead, l):
     """The column of a position, -1 where the row has no softmax."""
     return tl.where((l > 0.0) & (position < NOWHERE), position - lead, -1)
-
-
-@triton.jit
-def log_prob_of(logit, token_id, ignore_index, m, l, over_t):
-    """Of a token by its logit, which is NaN of one outside the vocabulary."""
-    return tl.where(token_id == ignore_index, 0.0, token_log_prob(logit, m, l, over_t))
 
 
 @triton.jit
@@ -75,11 +69,15 @@ def row_outputs(
     """All NAMES of a row, of which those of OUTPUTS are right; ``seen`` is what the fast ``normalise``
     saw. SWEEP: no sweep for the gradient follows, which would give a fast row's acceptance."""
     m_s, l_s, m_t, l_t, moment_s, moment_t, top_s, top_t, least = seen
+    c = over_t * LOG2E
+    log_q = 0.0
     overlap = 0.0
     mass = 1.0
     h_s = 0.0
     h_t = 0.0
     if fast & (least > -INFINITY):  # the mass is 1 there
+        if LOG_PROB & OUTPUTS:
+            log_q = log_of(logit, m_s, l_s, c)
         if STUDENT_ENTROPY & OUTPUTS:
             h_s = tl.log(l_s) - tl.fdiv(moment_s, l_s) * LN2
         if TEACHER_ENTROPY & OUTPUTS:
@@ -97,7 +95,6 @@ def row_outputs(
                 False,
             )
     else:
-        c = over_t * LOG2E
         if (OF_STUDENT | OF_BOTH) & OUTPUTS:
             m_s, l_s, h_s, top_s = token_sweep(
                 student, lead, n_cols, c, LANES, WIDTH, ENDS, True, True, True
@@ -121,11 +118,11 @@ def row_outputs(
             poison = tl.where((l_s > 0.0) & (l_t > 0.0), 0.0, float("nan"))
             overlap += poison
             mass += poison
-    log_prob = 0.0
-    if LOG_PROB & OUTPUTS:
-        log_prob = log_prob_of(logit, token_id, ignore_index, m_s, l_s, over_t)
+        if LOG_PROB & OUTPUTS:
+            log_q = token_log_prob(logit, m_s, l_s, over_t)
+    log_q = tl.where(token_id == ignore_index, 0.0, log_q)
     return (
-        log_prob, h_s, h_t, column_of(top_s, lead, l_s), column_of(top_t, lead, l_t), overlap, mass,
+        log_q, h_s, h_t, column_of(top_s, lead, l_s), column_of(top_t, lead, l_t), overlap, mass,
     )  # fmt: skip
 
 

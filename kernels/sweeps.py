@@ -130,7 +130,7 @@ def normalise_tile(
     m_s, l_s, m_t, l_t, moment_t, moment_s, m_h, l_h, h_s, h_t, top_s, top_t, least = state
     x_s = read(student_row, position, inside, MASKED, KEEP)
     if OWN_HARD:  # the hard-label term's normaliser: temperature 1, the student unrestricted
-        m_h, factor, shift, y = rescale(m_h, l_h, x_s, LOG2E, GUARDED)
+        m_h, factor, shift, y = rescale(m_h, l_h, x_s, tl.cast(LOG2E, tl.float32), GUARDED)
         l_h = l_h * factor + tl.sum(tl.exp2(y), axis=1)
     if TEACHER_MASS & OUTPUTS:
         tile_least = tl.min(tl.where(inside, x_s, 0.0) if MASKED else x_s, axis=1)
@@ -218,7 +218,7 @@ def normalise(
     lanes_l_t = l_t
     m_s, l_s, factor_s, shift_s = combine_lanes(m_s, l_s, c, GUARDED)
     m_t, l_t, factor_t, shift_t = combine_lanes(m_t, l_t, c, GUARDED)
-    m_h, l_h, _, _ = combine_lanes(m_h, l_h, LOG2E, GUARDED)
+    m_h, l_h, _, _ = combine_lanes(m_h, l_h, tl.cast(LOG2E, tl.float32), GUARDED)
     if MOMENT == SOFT_MOMENT:
         shift = shift_s
     elif MOMENT == SYMMETRIC_MOMENT:
@@ -297,7 +297,7 @@ def differentiate_tile(
     if HARD:
         m_h, l_h, label_position = hard
         if OWN_HARD:
-            _, q = softmax(x_s, m_h, l_h, 1.0, GUARDED)
+            _, q = softmax(x_s, m_h, l_h, tl.cast(1.0, tl.float32), GUARDED)
         gradient += (q - tl.where(position == label_position, 1.0, 0.0)) * hard_scale
     if GUARDED:
         gradient += poison

@@ -47,6 +47,13 @@ def softmax(x, m, l, over_t, GUARDED: tl.constexpr):
 
 
 @triton.jit
+def log_of(x, m, l, c):
+    """``log softmax(x / T)`` of a logit by what the fast loops sum, which is relative to ``m * c`` as it
+    is rounded there (``running.rescale``)."""
+    return fma(fma(x.to(tl.float32), c, -rounded_product(m, c)), LN2, -tl.log(l))
+
+
+@triton.jit
 def log_quotient(x, y):
     """``log(x / y)``, without what the division is rounded by: 6e-8, which is much of nearly equal
     rows' losses."""

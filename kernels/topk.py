@@ -231,7 +231,7 @@ def topk_kernel(
                 if SWEPT:
                     outside = (m_r, row_l_r, moment, top)
                 found = topk_outputs(
-                    x, token_id, used, log_probs_ptr + slots, lane, outside, lead, over_t, logit_there,
+                    x, token_id, used, log_probs_ptr + slots, lane, outside, lead, n_cols, over_t, logit_there,
                     output_id, ignore_index, OUTPUTS,
                 )  # fmt: skip
                 store_outputs(row, outputs, shown(found, weight), WANTED)

@@ -5,13 +5,13 @@ import triton.language as tl
 
 from .math import INFINITY, LN2, LOG2E
 from .outputs import LOG_PROB, STUDENT_ENTROPY, TEACHER_ARGMAX, TEACHER_MASS
-from .row_outputs import log_prob_of
 from .running import LOWEST, NOWHERE, finite_or_zero
+from .token_row import token_log_prob
 
 
 @triton.jit
 def topk_outputs(
-    x, token_id, used, log_probs, lane, outside, lead, over_t, logit, output_id, ignore_index,
+    x, token_id, used, log_probs, lane, outside, lead, n_cols, over_t, logit, output_id, ignore_index,
     OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """All NAMES of a row, of which those of OUTPUTS that a top-k teacher has are right. ``x`` are the
@@ -36,7 +36,8 @@ def topk_outputs(
     top_s = tl.where((l > 0.0) & (first < NOWHERE), first, -1)
     log_prob = 0.0
     if LOG_PROB & OUTPUTS:
-        log_prob = log_prob_of(logit, output_id, ignore_index, m, l, over_t)
+        log_prob = token_log_prob(logit, m, l, over_t)
+        log_prob = tl.where(output_id == ignore_index, 0.0, log_prob)
     top_t = -1
     mass = 0.0
     if (TEACHER_ARGMAX | TEACHER_MASS) & OUTPUTS:
@@ -44,6 +45,9 @@ def topk_outputs(
         mass = tl.sum(tl.exp(log_p), axis=0)
         largest = tl.max(log_p, axis=0)
         first = tl.min(tl.where(used & (log_p == largest), token_id.to(tl.int32), NOWHERE), axis=0)
+        # an id beyond the vocabulary may be the largest's
+        beyond = tl.max(((token_id < -1) | (token_id >= n_cols)).to(tl.int32), axis=0)
+        mass = tl.where(beyond > 0, float("nan"), mass)
         known = (mass < INFINITY) & (largest > -INFINITY)
         top_t = tl.where(known & (first < NOWHERE), first, -1)
     return log_prob, h_s, 0.0, top_s, top_t, 0.0, mass

@@ -6,12 +6,14 @@ slots repeat an id.
 import triton
 import triton.language as tl
 
-from .math import INFINITY, LOG2E, uncancelled
+from .math import INFINITY, LOG2E
 from .terms import column_terms, log_quotient
 
 # The divergence whose masses are added, ``factor * (q - p)``: factor 1, -1, or by its weight between
 NO_MASSES, FORWARD, REVERSE, SYMMETRIC = map(tl.constexpr, range(4))
 MASSES = {"forward": 1, "reverse": 2, "symmetric": 3}  # by Formula.moment
+
+SERIES_BELOW = tl.constexpr(0.35)  # of a logarithm of a ratio
 
 
 @triton.jit
@@ -33,6 +35,15 @@ def floored(y_s, y_t, l_s, l_t, floor):
     below = (y_s < lowest) & (zero == 0)
     y_t = tl.where((y_t < lowest_t) & (zero == 0), lowest_t, y_t)
     return tl.where(below, lowest, y_s), y_t, below
+
+
+@triton.jit
+def generalised_kl(d, of_reverse):
+    """``(1 - w) (p d - (p - q)) + w (q (-d) + (p - q))`` over q for ``d = log(p / q)``: the series of what
+    two terms of first order in d leave, up to d**7; the next term is 7e-7 of the sum at 0.35."""
+    forward = 1 / 2 + d * (1 / 3 + d * (1 / 8 + d * (1 / 30 + d * (1 / 144 + d * (1 / 840)))))
+    reverse = 1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
+    return d * d * (forward + of_reverse * (reverse - forward))
 
 
 @triton.jit
@@ -58,13 +69,18 @@ def outcome_terms(
         if DROP:
             dead = y_s == -INFINITY
         difference = tl.exp2(y_t * LOG2E) * tl.fdiv(1.0, l_t) - q  # p - q
-        difference = uncancelled(difference, (y_t - y_s) + log_quotient(l_s, l_t), q)
         factor = one
+        of_reverse = 0.0
         if MASSES == REVERSE:
             factor = -one
+            of_reverse = 1.0
         elif MASSES == SYMMETRIC:
-            factor = 1.0 - 2.0 * row_values[0]
+            of_reverse = row_values[0]
+            factor = 1.0 - 2.0 * of_reverse
         value -= tl.where(dead, 0.0, factor * difference)
+        d = (y_t - y_s) + log_quotient(l_s, l_t)
+        near = (tl.abs(d) < SERIES_BELOW) & (dead == 0)
+        value = tl.where(near, q * generalised_kl(tl.where(near, d, 0.0), of_reverse), value)
         slope += tl.where(dead, 0.0, factor * q)
     if HAS_FLOOR:
         slope = tl.where(below, 0.0, slope)

@@ -62,9 +62,10 @@ def distillation_loss(
         labels: ``[...]``, int64 or int32, aligned with the logits: the token that each predicts. No
             shift happens inside; with Hugging Face labels pass ``logits[:, :-1]`` of both models and
             ``labels[:, 1:]`` (a ``loss_mask`` of the same tokens: ``[:, 1:]``). Tokens whose label is
-            ``ignore_index`` have weight 0. Where ``hard_label_weight`` is 0 they do no more than that,
-            and may lie outside the vocabulary.
-        hard_label_weight: w above, in [0, 1]; above 0 it needs ``labels``.
+            ``ignore_index`` have weight 0. Where ``hard_label_weight`` is 0 they do no more than that
+            (but for "log_prob" among the token outputs), and may lie outside the vocabulary.
+        hard_label_weight: w above, in [0, 1] (any number beside ``soft_weight``); but for 0 it needs
+            ``labels``.
         soft_weight: u above, where it is not ``1 - w``: then both are any finite numbers, and their
             terms two of a sum (Liger's ``weight_soft_loss``, Hinton's mixtures). A term of weight 0
             is not computed.
@@ -92,7 +93,8 @@ def distillation_loss(
         return_components: return ``LossComponents(loss, divergence, hard_label)``, the last two
             detached and reduced alike.
         token_outputs: names of :class:`TokenOutputs`: return a pair, the second being these numbers of
-            each token, from the sweeps that run anyway. "acceptance" takes one more without a gradient.
+            each token, from the sweeps that run anyway; "acceptance" takes one more where the forward
+            makes no gradient.
         token_ids: ``[...]``, int64 or int32: of what token "log_prob" among them is; by default the labels.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
         teacher_rows: ``[...]``, int64 or int32: the teacher's row that each token is compared with, so

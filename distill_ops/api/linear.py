@@ -21,8 +21,8 @@ OWN = (
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_weight: torch.Tensor | None,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
     *,
     student_bias: torch.Tensor | None = None,
     student_logit_scale: float = 1.0,
@@ -152,8 +152,8 @@ class LinearDistillationLoss(LossModule):
         self,
         student_hidden: torch.Tensor,
         student_weight: torch.Tensor,
-        teacher_hidden: torch.Tensor | None,
-        teacher_weight: torch.Tensor | None,
+        teacher_hidden: torch.Tensor | None = None,
+        teacher_weight: torch.Tensor | None = None,
         **arguments,
     ) -> LossResult:
         """``arguments`` are those that change from step to step: ``loss_mask``, ``labels``..."""

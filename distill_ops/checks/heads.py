@@ -68,7 +68,7 @@ def check_heads(
     if teacher_logits is not None:
         return _check_logits_of_teacher(rows, student_weight, of_teacher, teacher_logits, arguments)
     for name, tensor in of_teacher.items():
-        check_teacher_given(name, tensor, arguments)
+        check_teacher_given(name, tensor, arguments, " (or teacher_logits=)")
     widths = [student_weight.shape[0]]
     if teacher_hidden is not None and teacher_weight is not None:
         leading = teacher_hidden.shape[:-1]

@@ -29,14 +29,16 @@ def check_vocabulary(vocab_size: int | None, *widths: int) -> int:
     return integer("vocab_size", vocab_size, 1, widest)
 
 
-def check_teacher_given(name: str, teacher: torch.Tensor | None, arguments: LossArguments) -> None:
+def check_teacher_given(
+    name: str, teacher: torch.Tensor | None, arguments: LossArguments, instead: str = ""
+) -> None:
+    """``instead``: what else may be given."""
     if teacher is None and arguments.soft:
         weight, share = arguments.hard_label_weight, arguments.soft_weight
-        raise ValueError(
-            f"{name} is None, which needs hard_label_weight=1, got {weight}"
-            if share is None
-            else f"{name} is None, which needs soft_weight=0, got {share}"
-        )
+        needed = f"hard_label_weight=1{instead}, got {weight}"
+        if share is not None:
+            needed = f"soft_weight=0{instead}, got {share}"
+        raise ValueError(f"{name} is None, which needs {needed}")
     if teacher is None and arguments.teacher_rows is not None:
         raise ValueError(
             f"teacher_rows is unused where {name} is None, got {shown(arguments.teacher_rows)}: "

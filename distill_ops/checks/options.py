@@ -88,11 +88,12 @@ def _token_outputs(given) -> tuple[str, ...]:
 def _weights(hard: float, soft: float | None) -> tuple[float, float | None]:
     """Of the hard labels, and of the divergence: without one, what the hard labels leave of 1."""
     if soft is None:
-        return check_share("hard_label_weight", hard), None
+        expected = "a number in [0, 1], or any beside soft_weight="
+        return check_share("hard_label_weight", hard, expected), None
     found = []
     for name, value in (("hard_label_weight", hard), ("soft_weight", soft)):
         found.append(number(name, value, "a finite number"))
-        if not math.isfinite(found[-1]):
+        if not -math.inf < found[-1] < math.inf:  # math.isfinite is no part of a graph
             raise ValueError(f"{name} must be finite, got {value}")
     if not any(found):
         raise ValueError("soft_weight=0 and hard_label_weight=0 leave no loss: give one a weight")

@@ -174,7 +174,7 @@ def statistics_of_tokens(inputs: problem.StatisticsInputs, options: Options, kee
     outputs = torch.stack([divergence, log_q, log_p, student_entropy, teacher_entropy])
     entropies = student_entropy if keep else None
     leading = inputs.leading
-    return outputs.view(-1, *leading), agree.view(leading), (None, entropies)
+    return outputs.view(len(outputs), *leading), agree.view(leading), (None, entropies)
 
 
 def statistics_gradient(

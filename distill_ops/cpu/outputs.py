@@ -69,9 +69,13 @@ class ChunkOutputs:
     def argmax(self, name: str, logits: torch.Tensor) -> None:
         """The first of equals, which NumPy finds in a quarter of PyTorch's time."""
         if self.wants(name):
-            on_cpu = logits.is_cpu
-            found = torch.from_numpy(logits.detach().numpy().argmax(-1)) if on_cpu else None
-            self.found[name] = found if on_cpu else logits.argmax(-1)
+            if logits.is_cpu:
+                found = torch.from_numpy(logits.detach().numpy().argmax(-1))
+            else:
+                found = logits.argmax(-1)
+            # NaN and +inf are found, and -inf alone is left, where there is no softmax
+            largest = logits.gather(-1, found[:, None])[:, 0]
+            self.found[name] = found.masked_fill(~largest.isfinite(), -1)
 
     def both(self, q, p, student: torch.Tensor, scratch: torch.Tensor) -> None:
         """Of both probabilities and the student's logits."""

@@ -46,8 +46,8 @@ def head_logits(
 def linear_distillation_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_weight: torch.Tensor | None,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
     *,
     student_bias: torch.Tensor | None = None,
     student_logit_scale: float = 1.0,

@@ -163,6 +163,7 @@ def test_which_options_compile_a_graph_anew():
     options = {
         "temperature": ({}, float, 3),
         "hard_label_weight": ({"labels": labels}, float, 3),
+        "soft_weight": ({"labels": labels, "hard_label_weight": 0.5}, float, 3),
         "normalizer": ({}, float, 3),
         "normalizer as a tensor": ({}, torch.tensor, 1),
     }

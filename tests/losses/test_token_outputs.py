@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.cases import DIVERGENCES
-from tests.support.helpers import assert_close, make_logits, topk_of
+from tests.support.helpers import assert_close, check, make_logits, topk_of
 from tests.support.linear_cases import count_products
 
 pytest.importorskip("triton")
@@ -28,6 +28,7 @@ from distill_ops import (
 )
 from distill_ops.analysis import aot
 from distill_ops.analysis.forms import Form, record_operator
+from distill_ops.checks import contents
 from distill_ops.operators.dense import dense_loss
 from distill_ops.results import ARGMAX, OF_TEACHER, OF_WHOLE_TEACHER, TOKEN_OUTPUTS
 
@@ -212,6 +213,60 @@ def test_an_ignored_id_among_tokens_that_count(backend, device):
     expected = student.log_softmax(-1)[torch.arange(3), ids.clamp(min=0)]
     expected[1] = 0.0
     torch.testing.assert_close(found.log_prob, expected)
+
+
+@pytest.mark.parametrize("offset", [300.0, -3e4])
+def test_logits_far_from_zero(offset, backend, device):
+    """What rounds the sweeps' exponents does not round the logarithms: the labels' among them."""
+    student, teacher = make_logits((32, 257), offset=offset, device=device)
+    labels = torch.arange(32, device=device)
+    options = {"labels": labels, "token_outputs": TOKEN_OUTPUTS, "divergence": "forward_kl"}
+    _, found = distillation_loss(student, teacher, backend=backend, **options)
+    assert_outputs(found, reference.distillation_loss, student, teacher, **options)
+    options = {"labels": labels, "hard_label_weight": 1.0, "reduction": "none"}
+    check(distillation_loss, student, None, backend=backend, **options)
+    options["hard_label_weight"], options["divergence"] = 0.5, "total_variation"
+    check(distillation_loss, student, teacher, backend=backend, **options)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_no_tokens(shape, backend, device):
+    student, teacher = torch.zeros(2, *shape, 9, device=device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    options = {"token_ids": ids, "backend": backend}
+    _, found = distillation_loss(student, teacher, token_outputs=TOKEN_OUTPUTS, **options)
+    assert {tuple(x.shape) for x in found} == {shape}
+    log_p, slots = topk_of(teacher, 2)
+    _, found = topk_distillation_loss(student, log_p, slots, token_outputs=OF_TOPK, **options)
+    assert found.teacher_mass.shape == shape
+
+
+def test_the_argmax_alone_of_rows_without_a_softmax(backend, device):
+    student, teacher = make_rows("not finite", device)
+    student[4] = -INF
+    options = {"token_outputs": ["student_argmax"], "backend": backend}
+    hard = {"labels": torch.zeros(5, dtype=torch.int64, device=device), "hard_label_weight": 1.0}
+    expected = student.argmax(-1)
+    expected[[1, 2, 4]] = -1
+    _, found = distillation_loss(student, None, **hard, **options)
+    assert torch.equal(found.student_argmax, expected)
+    log_p, slots = topk_of(torch.zeros_like(student), 2)
+    for tail in ("bucket", "restrict"):
+        _, found = topk_distillation_loss(student, log_p, slots, tail=tail, **options)
+        assert torch.equal(found.student_argmax, expected)
+
+
+@pytest.mark.interpreter
+def test_of_a_slot_beyond_the_vocabulary_the_mass_is_unknown(monkeypatch):
+    """On a GPU nobody looks at an id."""
+    monkeypatch.setattr(contents, "readable", lambda *tensors: False)
+    student, teacher = make_logits((2, 21))
+    log_p, ids = topk_of(teacher, 3)
+    ids[0, 1] = 21
+    names = ("teacher_mass", "teacher_argmax")
+    _, found = topk_distillation_loss(student, log_p, ids, token_outputs=names, backend="triton")
+    assert found.teacher_mass.isnan().tolist() == [True, False]
+    assert found.teacher_argmax.tolist() == [-1, int(ids[1, log_p[1].argmax()])]
 
 
 def test_products_are_those_of_the_loss_alone(monkeypatch):
