@@ -22,6 +22,7 @@ from distill_ops import (
     SymmetricKL,
     TotalVariation,
     distillation_loss,
+    reference,
     topk_distillation_loss,
 )
 
