@@ -155,7 +155,11 @@ def hold(ours, theirs, tensors):
             error, its_error = (mine - truth).abs().max(), (eager - truth).abs().max()
             assert error <= 2 * its_error + 2e-6 * truth.abs().max(), f"result {i}: {error}"
         else:
-            assert_close(f"result {i}", mine, eager, truth)
+            condition = 1.0
+            if i == 0 and truth.dim() == 0 and len(outputs) > 1:  # a sum of the others, which may cancel
+                size = sum(x.abs().sum() for x in found[2][1 : len(outputs)])
+                condition = max(1.0, (size / truth.abs()).item())
+            assert_close(f"result {i}", mine, eager, truth, condition)
     return found[0]
 
 
