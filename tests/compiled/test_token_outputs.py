@@ -49,7 +49,7 @@ def topk_cost(divergence, names=(), **limit):
     [
         (dense_cost, TOKEN_OUTPUTS, SoftCrossEntropy()),
         (dense_cost, TOKEN_OUTPUTS, JensenShannon()),
-        (topk_cost, OF_TOPK, ReverseKL()),
+        pytest.param(topk_cost, OF_TOPK, ReverseKL(), marks=pytest.mark.full),
     ],
     ids=["dense one sweep", "dense two sweeps", "topk"],
 )

@@ -321,6 +321,7 @@ print(peak, (hidden.numel() + weight.numel()) * 4)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "coefficients",
     [pytest.param(None, marks=pytest.mark.full), (1.0, -0.5, 0.1)],

@@ -42,7 +42,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # The same examples in every run; few where the interpreter runs them. The fixture that hypothesis
 # would warn of is a name, the same for every example.
 search = settings(
-    max_examples=12 if INTERPRETING else 200,
+    max_examples=6 if INTERPRETING else 120,
     deadline=None,
     derandomize=True,
     database=None,

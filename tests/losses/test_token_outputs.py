@@ -73,7 +73,7 @@ def make_rows(kind, device, shape=(5, 37)):
     return student, teacher
 
 
-@pytest.mark.covering("divergence.operands rows", "divergence gradient", "rows gradient")
+@pytest.mark.covering("divergence", "rows gradient")
 @pytest.mark.parametrize("gradient", [None, "forward", "backward"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -150,7 +150,7 @@ def test_without_a_divergence(temperature, backend, device):
 TAILS = ("bucket", "renormalize", "ignore")
 
 
-@pytest.mark.covering("divergence tail", "tail gradient", "hard divergence", "rows divergence")
+@pytest.mark.covering("divergence tail", "gradient", "hard", "rows")
 @pytest.mark.parametrize("rows", ["plain", "student -inf", "not finite"])
 @pytest.mark.parametrize("hard", [0.0, 0.4])
 @pytest.mark.parametrize("gradient", [None, "forward", "backward"])
@@ -218,8 +218,8 @@ def test_an_ignored_id_among_tokens_that_count(backend, device):
 @pytest.mark.parametrize("offset", [300.0, -3e4])
 def test_logits_far_from_zero(offset, backend, device):
     """What rounds the sweeps' exponents does not round the logarithms: the labels' among them."""
-    student, teacher = make_logits((32, 257), offset=offset, device=device)
-    labels = torch.arange(32, device=device)
+    student, teacher = make_logits((12, 257), offset=offset, device=device)
+    labels = torch.arange(12, device=device)
     options = {"labels": labels, "token_outputs": TOKEN_OUTPUTS, "divergence": "forward_kl"}
     _, found = distillation_loss(student, teacher, backend=backend, **options)
     assert_outputs(found, reference.distillation_loss, student, teacher, **options)

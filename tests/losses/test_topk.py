@@ -41,7 +41,7 @@ def make_topk(shape, k, temperature=1.0, seed=0, dtype=torch.float32, device="cp
     return student, *topk_of(teacher.float(), k, temperature)
 
 
-@pytest.mark.covering("divergence.operands tail", "divergence")
+@pytest.mark.covering("divergence", "tail")
 @by_tail
 @by_name
 def test_value_and_gradient(divergence, tail, backend, device):
@@ -49,7 +49,7 @@ def test_value_and_gradient(divergence, tail, backend, device):
     check_topk(*inputs, divergence=divergence, tail=tail, backend=backend)
 
 
-@pytest.mark.covering("divergence tail", "k tail")
+@pytest.mark.covering("divergence k", "tail")
 @by_tail
 @pytest.mark.parametrize("k", [1, 21])  # the latter all columns: no rest
 @pytest.mark.parametrize("divergence", SOME, ids=str)
@@ -83,8 +83,8 @@ MIXED = ("low_temperature", "float_mask_none", "hard_temperature", "hard_backwar
 CASES = [(SOME[0], "bucket", name) for name in SHARED]
 CASES += [(SOME[1], "ignore", name) for name in MIXED]
 CASES += [(SOME[2], "renormalize", name) for name in MIXED]
-CASES += [(SOME[0], "restrict", name) for name in MIXED]
-CASES += [(SOME[1], "drop", name) for name in MIXED]
+CASES += [(SOME[0], "restrict", name) for name in MIXED[::2]]
+CASES += [(SOME[1], "drop", name) for name in MIXED[1::2]]
 
 
 @pytest.mark.parametrize(("divergence", "tail", "option"), CASES, ids=str)

@@ -66,6 +66,7 @@ def test_all_columns_are_the_dense_loss(divergence, tail, temperature):
 SHARED_OPTIONS = [x for x in OPTIONS if not {"gradient", "infinities"} & set(OPTIONS[x])]
 
 
+@pytest.mark.covering("option divergence", "tail divergence")
 @by_tail
 @pytest.mark.parametrize("option", SHARED_OPTIONS)
 @pytest.mark.parametrize("divergence", ["soft_cross_entropy", SymmetricKL(0.3)], ids=str)
@@ -105,6 +106,7 @@ def test_components_and_a_teacher_that_is_not_needed():
 # --- by hand -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("divergence tail", "divergence k", "tail temperature k")
 @by_tail
 @by_name
 @pytest.mark.parametrize("k", [1, 4, 11])
@@ -218,6 +220,7 @@ ZEROS = {
 }
 
 
+@pytest.mark.covering("divergence tail", "divergence place", "tail place")
 @by_tail
 @by_name
 @pytest.mark.parametrize("place", ZEROS)
@@ -278,6 +281,7 @@ def test_disjoint_supports():
     assert loss.item() == pytest.approx(math.log(2), rel=1e-12)
 
 
+@pytest.mark.covering("divergence tail", "tail bad")
 @by_tail
 @by_name
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "p nan", "p inf"])

@@ -58,6 +58,7 @@ def test_distil_text(examples, tmp_path, monkeypatch):
     assert (tmp_path / "distill_text.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_offline_teacher(examples, tmp_path, monkeypatch):
     record = run(examples.offline_teacher, tmp_path, monkeypatch)
     config, store = record["config"], record["store"]

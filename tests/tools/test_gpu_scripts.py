@@ -77,6 +77,7 @@ DEAF = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("code", "note"), [(LAST_WORDS, "2 failed so far"), (DEAF, "on")], ids=["interrupted", "killed"]
 )
