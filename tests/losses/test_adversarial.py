@@ -154,7 +154,7 @@ MODES = [(divergence, "forward") for divergence in DIVERGENCES]
 MODES += [(d, "backward") for d in DIVERGENCES if d.moment != "none"]
 
 
-@pytest.mark.covering("row divergence.operands", "divergence gradient")
+@pytest.mark.covering("row gradient", "divergence gradient")
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(("divergence", "gradient"), MODES, ids=str)
 def test_adversarial_rows(divergence, row, gradient, backend, device):
@@ -184,7 +184,7 @@ def test_adversarial_rows(divergence, row, gradient, backend, device):
         allowed = allowed / options["temperature"]
 
 
-@pytest.mark.covering("row divergence.operands", "divergence")
+@pytest.mark.covering("row", "divergence")
 @pytest.mark.parametrize("row", [row for row in ROWS if "apart" not in row and "of the" not in row])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_identical_rows(divergence, row, backend, device):

@@ -212,6 +212,7 @@ def test_kind_has_no_default():
         reverse_kl_estimate(X, X)
 
 
+@pytest.mark.full
 def test_example_of_the_page():
     (block,) = (ROOT / "docs/estimators.md").read_text().split("```python\n")[1:]
     subprocess.run([sys.executable, "-c", block.split("```")[0]], check=True)

@@ -267,6 +267,7 @@ print(peak, (hidden.numel() + weight.numel()) * dtype.itemsize)
 """
 
 
+@pytest.mark.full
 @pytest.mark.covering("dtype", "gradient")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("gradient", "softcap"), [("forward", None), ("backward", 30.0)])

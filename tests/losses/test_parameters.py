@@ -161,10 +161,10 @@ def test_which_options_compile_a_graph_anew():
     student, teacher = make_logits((4, 33))
     labels = torch.tensor([1, 2, 3, 4])
     options = {
-        "temperature": ({}, float, 3),
-        "hard_label_weight": ({"labels": labels}, float, 3),
-        "soft_weight": ({"labels": labels, "hard_label_weight": 0.5}, float, 3),
-        "normalizer": ({}, float, 3),
+        "temperature": ({}, float, 2),
+        "hard_label_weight": ({"labels": labels}, float, 2),
+        "soft_weight": ({"labels": labels, "hard_label_weight": 0.5}, float, 2),
+        "normalizer": ({}, float, 2),
         "normalizer as a tensor": ({}, torch.tensor, 1),
     }
     for title, (others, kind, expected) in options.items():
@@ -172,7 +172,7 @@ def test_which_options_compile_a_graph_anew():
         counter = torch._dynamo.testing.CompileCounter()
         compiled = torch.compile(distillation_loss, fullgraph=True, backend=counter)
         name = title.split()[0]
-        for value in (0.5, 0.7, 0.9):
+        for value in (0.5, 0.7):
             compiled(student, teacher, **{name: kind(value)}, **others)
         assert counter.frame_count == expected, title
 

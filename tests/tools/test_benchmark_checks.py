@@ -177,6 +177,7 @@ def test_check_rejects_a_wrong_provider(build, dtype):
         require(errors(build), limits)
 
 
+@pytest.mark.full
 def test_a_provider_that_fails_is_reported_and_not_timed():
     def broken(case, device):
         return lambda student, teacher: student.no_such_method()

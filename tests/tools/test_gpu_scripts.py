@@ -91,6 +91,7 @@ def test_a_stage_ends_at_its_limit_and_keeps_its_output(code, note, monkeypatch)
     assert log.getvalue().splitlines()[-1] == note.encode()
 
 
+@pytest.mark.full
 def test_the_next_stages_get_what_time_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 0.5)
     wanted = [python("slow", DEAF, 30.0), python("late", "print('never')")]
@@ -168,6 +169,7 @@ def budgeted(folder: Path, seconds: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_a_time_budget_is_spent_on_every_function_first(tmp_path):
     run = budgeted(tmp_path, "6")
     assert run.returncode == 0, run.stdout
