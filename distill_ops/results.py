@@ -166,17 +166,6 @@ class OutputBuffers(NamedTuple):
         numbers, argmax = (iter(()) if x is None else iter(x) for x in self[1:])
         return tuple(next(argmax if name in ARGMAX else numbers)[rows] for name in self.names)
 
-    def placed(self, index: torch.Tensor, n_rows: int) -> "OutputBuffers":
-        """Among ``n_rows`` tokens, of which these are those of the index."""
-        if not self.names:
-            return self
-        like = self.argmax if self.numbers is None else self.numbers
-        out = OutputBuffers.of(self.names, n_rows, like, like.dtype)
-        for target, values in zip(out[1:], self[1:], strict=True):
-            if target is not None:
-                target.index_copy_(1, index, values)
-        return out
-
     def shaped(self, leading: torch.Size) -> tuple[torch.Tensor | None, ...]:
         """Numbers and argmax of the tokens ``leading``."""
         return tuple(x if x is None else x.view(x.shape[0], *leading) for x in self[1:])

@@ -72,6 +72,8 @@ class Chunk:
     ) -> torch.Tensor | None:
         """Fill ``gradient`` (inplace: it is the student's memory); returns the cross-entropy of
         each row, where it is asked for."""
+        if self.terms.divergence is not None:
+            self.store_outputs()
         out = None
         if gradient is not None:
             # PyTorch's backward of softmax ignores the strides of its ``out``

@@ -73,8 +73,6 @@ class _Pass:
                 bad = (~losses.isfinite()).nonzero().squeeze(-1)
                 # these rows come again: copied before a gradient overwrites them
                 again = [None if matrix is None else matrix[bad] for matrix in group]
-        if self.terms.divergence is not None:
-            chunk.store_outputs()
         hard_losses = chunk.finish(write, group[2], self.inplace)
         if hard_losses is not None:
             self.store(1, places, hard_losses)

@@ -95,7 +95,7 @@ class TopKChunk:
         self.own_hard = terms.hard and (terms.temperature != 1 or not self.rest)
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
-        self.given = log_probs.to(terms.dtype).masked_fill(ids < 0, NEG_INF)
+        self.log_probs = log_probs
         self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1])
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -129,7 +129,8 @@ class TopKChunk:
 
     def _tell(self) -> None:
         """Store the token outputs: the student's are of its whole row, the teacher's of the K."""
-        outputs, log_p = self.outputs, self.given
+        outputs = self.outputs
+        log_p = self.log_probs.to(self.terms.dtype).masked_fill(self.ids < 0, NEG_INF)
         outputs.add("teacher_mass", log_p.double().exp().sum(-1).to(self.terms.dtype))
         if outputs.wants("teacher_argmax"):
             top = log_p.amax(-1, keepdim=True)

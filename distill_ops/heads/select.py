@@ -36,11 +36,14 @@ def select(
     return tokens._replace(weights=weights), Selection(bound, index, weights == 0)
 
 
-def placed(found: torch.Tensor, selection: Selection, n_tokens: int) -> torch.Tensor:
-    """Results ``[..., n]`` of the selected tokens at their places among all; 0 at the others'."""
-    if selection.index is None:
+def placed(
+    found: torch.Tensor | None, selection: Selection, n_tokens: int, fill: int = 0
+) -> torch.Tensor | None:
+    """Results ``[..., n]`` of the selected tokens, if there are any, at their places among all; ``fill`` at
+    the others'."""
+    if selection.index is None or found is None:
         return found
-    everywhere = found.new_zeros((*found.shape[:-1], n_tokens))
+    everywhere = found.new_full((*found.shape[:-1], n_tokens), fill)
     return everywhere.index_copy_(-1, selection.index, found)
 
 

@@ -1,5 +1,6 @@
 """The operator of losses of hidden states: the engine of ``heads/`` with a loss of rows of logits."""
 
+import functools
 import math
 
 import torch
@@ -8,7 +9,7 @@ from .. import problem
 from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection
-from ..heads.select import on_device, select
+from ..heads.select import on_device, placed, select
 from ..heads.teachers import in_order, teacher_of
 from ..problem import FORWARD, NO_GRADIENTS, Wanted
 from ..results import OutputBuffers
@@ -63,7 +64,7 @@ class LinearPass:
         self.engine = Engine(student, logits_dtype, wanted, blocks.memory_budget, *of_teacher)
         n_rows, new = selection.n_rows, inputs.student_hidden.new_empty
         n_under_work = min(self.engine.blocks.rows, n_rows)
-        self.index = selection.index
+        self.selection = selection
         self.outputs = OutputBuffers.of(
             self.options.token_outputs, n_rows, inputs.student_hidden, self.dtype, not self.triton
         )
@@ -100,15 +101,12 @@ class LinearPass:
     def results(self, leading) -> tuple[torch.Tensor | None, ...]:
         """The loss, its components and the token outputs where asked for."""
         losses, components = self.losses, self.components[: 2 if self.options.components else 0]
-        if self.options.reduction == "none" and self.index is not None:  # to their own places
-            n_rows = math.prod(leading)
-            losses = losses.new_zeros(n_rows).index_copy_(0, self.index, losses)
-            zeros = components.new_zeros((len(components), n_rows))
-            components = zeros.index_copy_(1, self.index, components)
+        place = functools.partial(placed, selection=self.selection, n_tokens=math.prod(leading))
+        if self.options.reduction == "none":
+            losses, components = place(losses), place(components)
         loss, components = self.path.reduced(losses, components, self.options, self.tokens, leading)
-        outputs = self.outputs
-        if self.index is not None:
-            outputs = outputs.placed(self.index, math.prod(leading))
+        numbers, argmax = place(self.outputs.numbers), place(self.outputs.argmax, fill=-1)
+        outputs = self.outputs._replace(numbers=numbers, argmax=argmax)
         return loss, components if self.options.components else None, *outputs.shaped(leading)
 
 

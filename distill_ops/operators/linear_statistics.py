@@ -93,8 +93,7 @@ class StatisticsPass:
 
         gradients = self.engine.run(store)
         outputs, agreement, *kept = (
-            None if x is None else placed(x, self.selection, self.n_tokens)
-            for x in (outputs, agreement, *kept)
+            placed(x, self.selection, self.n_tokens) for x in (outputs, agreement, *kept)
         )
         return outputs, agreement, kept, gradients
 

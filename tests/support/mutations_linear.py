@@ -42,9 +42,9 @@ LINEAR_FORM = [
         f"{LINEAR_GRADIENTS}only_wanted_gradients_are_made[torch-('student_hidden',)]",
     ),
     Mutation(
-        "linear: losses of the kept tokens at the front", sources.OPERATORS_LINEAR,
-        "losses.new_zeros(n_rows).index_copy_(0, self.index, losses)",
-        "losses.new_zeros(n_rows).index_copy_(0, self.index.argsort(), losses)",
+        "linear: losses of the kept tokens at the front", sources.HEADS_SELECT,
+        "everywhere.index_copy_(-1, selection.index, found)",
+        "everywhere.index_copy_(-1, selection.index.argsort(), found)",
         f"{LINEAR}masked_tokens_are_not_read[torch-kept_tokens_none]",
     ),
     Mutation(

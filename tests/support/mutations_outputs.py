@@ -42,9 +42,8 @@ TOKEN_OUTPUTS = [
         f"{OUTPUTS}each_alone[torch-student_entropy]",
     ),
     Mutation(
-        "host: token outputs at the places of the kept tokens", sources.OPERATORS_LINEAR,
-        "outputs = outputs.placed(self.index, math.prod(leading))",
-        "outputs = outputs.placed(self.index * 0, math.prod(leading))",
+        "host: a dropped token's argmax is 0", sources.OPERATORS_LINEAR,
+        "place(self.outputs.argmax, fill=-1)", "place(self.outputs.argmax)",
         f"{OUTPUTS}linear[torch-None]",
     ),
 ]  # fmt: skip
