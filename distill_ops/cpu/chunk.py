@@ -31,6 +31,15 @@ softmax_backward = torch.ops.aten._softmax_backward_data.out
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
 
 
+def softmax(logits: torch.Tensor, prob: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
+    """Probabilities and their logarithms, the latter by subtraction: in less time than PyTorch takes to
+    make both, or an exponential of one. Returns ``prob``."""
+    torch.softmax(logits, -1, out=prob)
+    largest = prob.amax(-1, True).log_()
+    torch.sub(logits, logits.amax(-1, True), out=log).add_(largest)
+    return prob
+
+
 # How a chunk is done: as if every logit were finite; its closed form with guards; row by row
 UNGUARDED, GUARDS, ROW_BY_ROW = range(3)
 
@@ -114,7 +123,8 @@ class Chunk:
         return self._see_argmax("teacher_argmax", self.teacher, logits)
 
     def _see_argmax(self, name: str, raw: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Of the logits as they came: a quotient may be the same of two. Of half precision it is not."""
+        """Of the logits as they came: a quotient may be the same of two. Of half precision it is not.
+        Rows without a softmax come again, by their loss."""
         if self.seen is not None:
             self.outputs.argmax(name, raw if raw.dtype == logits.dtype else logits)
         return logits
@@ -129,44 +139,36 @@ class Chunk:
         """Where token outputs go that a form without guards shows."""
         return None if self.guards else self.outputs
 
-    def see_student(
-        self,
-        log_q: torch.Tensor,
-        q: torch.Tensor | None,
-        scratch: torch.Tensor,
-        room=None,
-        shift=0.0,
+    def log_softmax(
+        self, logits: torch.Tensor, log: torch.Tensor, room: torch.Tensor, entropy: str
     ) -> torch.Tensor | None:
-        """Tell of the student's logarithms, less ``shift``, and probabilities, which are made in ``room``
-        where an output needs them and there are none; returns them. ``scratch`` is written over."""
-        if self.seen is None:
-            return q
-        self.seen.log_prob(log_q, shift)
-        return self._see("student_entropy", log_q, q, scratch, room, shift)
+        """Into ``log``; where the output ``entropy`` or another needs the probabilities, those too, in
+        ``room``, which is returned then."""
+        if self.seen is not None and self.seen.wants(entropy, "acceptance"):
+            return softmax(logits, room, log)
+        torch.log_softmax(logits, -1, out=log)
+        return None
+
+    def see_student(
+        self, log_q: torch.Tensor, q: torch.Tensor | None, scratch: torch.Tensor, shift=0.0
+    ) -> None:
+        """Tell of the student's logarithms, less ``shift``, and probabilities, which may be None where
+        :meth:`log_softmax` found that no output needs them. ``scratch`` is written over."""
+        if self.seen is not None:
+            self.seen.log_prob(log_q, shift)
+            self.seen.entropy("student_entropy", log_q, q, shift, scratch)
 
     def see_teacher(
-        self,
-        log_p: torch.Tensor,
-        p: torch.Tensor | None,
-        scratch: torch.Tensor,
-        room=None,
-        shift=0.0,
-    ) -> torch.Tensor | None:
+        self, log_p: torch.Tensor, p: torch.Tensor | None, scratch: torch.Tensor, shift=0.0
+    ) -> None:
         """As :meth:`see_student`."""
-        if self.seen is None:
-            return p
-        return self._see("teacher_entropy", log_p, p, scratch, room, shift)
-
-    def _see(self, name: str, log, prob, scratch, room, shift) -> torch.Tensor | None:
-        if prob is None and self.seen.wants(name, "acceptance"):
-            prob = torch.exp(log, out=room)
-        self.seen.entropy(name, log, prob, shift, scratch)
-        return prob
+        if self.seen is not None:
+            self.seen.entropy("teacher_entropy", log_p, p, shift, scratch)
 
     def see_both(
         self, q: torch.Tensor | None, p: torch.Tensor | None, scratch: torch.Tensor
     ) -> None:
-        """Tell of both probabilities, as the two methods above return them."""
+        """Tell of both probabilities."""
         if self.seen is not None:
             self.seen.both(q, p, self.student, scratch)
 
@@ -180,12 +182,16 @@ class Chunk:
     def cross_entropy(self) -> tuple[torch.Tensor, Write]:
         _, work, log_q, *_ = self.buffers
         logits = self.logits(self.student, 1.0, work)
-        torch.log_softmax(logits, -1, out=log_q)
-        if self.terms.divergence is None and self.terms.temperature == 1:
-            self._see_argmax("student_argmax", self.student, logits)
-            self.see_student(log_q, None, self.buffers[3], self.buffers[4])
+        alone = self.terms.divergence is None and self.terms.temperature == 1
+        if alone:
+            q = self.log_softmax(logits, log_q, self.buffers[3], "student_entropy")
+        else:
+            torch.log_softmax(logits, -1, out=log_q)
         labels = self.labels[:, None]
         loss = -log_q.gather(-1, labels).squeeze(-1)
+        if alone and self.seen is not None and math.isfinite(loss.sum()):
+            self._see_argmax("student_argmax", self.student, logits)
+            self.see_student(log_q, q, self.buffers[4])
 
         def write(out):
             slope = work.zero_().scatter_(-1, labels, -1.0).mul_(self.hard_scale)

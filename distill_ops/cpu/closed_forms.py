@@ -12,7 +12,7 @@ With ``D = sum(slope)`` the gradient is ``slope - q D``: the backward of log_sof
 import torch
 
 from ..divergences.base import is_number
-from .chunk import NEG_INF, Chunk, log_softmax_backward, softmax_backward
+from .chunk import NEG_INF, Chunk, log_softmax_backward, softmax, softmax_backward
 from .rows import row_sums
 
 
@@ -44,13 +44,13 @@ def _subtract_slope(
 
 def soft_cross_entropy(chunk: Chunk):
     work, log_q, p, log_p, room = chunk.buffers
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
+    q = chunk.log_softmax(chunk.student_logits(), log_q, room, "student_entropy")
     teacher = chunk.teacher_logits()
     torch.softmax(teacher, -1, out=p)
     if chunk.seen is not None and chunk.seen.wants("teacher_entropy"):
         torch.sub(teacher, teacher.amax(-1, True), out=log_p)
         chunk.see_teacher(log_p, p, work, shift=p.amax(-1, True).log_())
-    q = chunk.see_student(log_q, None, work, room)
+    chunk.see_student(log_q, q, work)
     chunk.see_both(q, p, work)
     chunk.finite_log(log_q)
     chunk.without_student_zeros(p)
@@ -60,12 +60,11 @@ def soft_cross_entropy(chunk: Chunk):
 
 def forward_kl(chunk: Chunk):
     work, log_q, log_p, p, room = chunk.buffers
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
-    teacher = chunk.teacher_logits()
-    torch.log_softmax(teacher, -1, out=log_p)
-    torch.softmax(teacher, -1, out=p)
-    q = chunk.see_student(log_q, None, work, room)
-    chunk.see_both(q, chunk.see_teacher(log_p, p, work), work)
+    q = chunk.log_softmax(chunk.student_logits(), log_q, room, "student_entropy")
+    softmax(chunk.teacher_logits(), p, log_p)
+    chunk.see_student(log_q, q, work)
+    chunk.see_teacher(log_p, p, work)
+    chunk.see_both(q, p, work)
     chunk.without_student_zeros(p)
     loss = row_sums(chunk.finite_log(log_p).sub_(chunk.finite_log(log_q)).mul_(p))
     return loss, lambda out: _subtract_slope(p.mul_(-chunk.scale), log_q, q, out)
@@ -81,12 +80,11 @@ def _restricted_student(chunk: Chunk, buffer: torch.Tensor) -> torch.Tensor:
 
 def reverse_kl(chunk: Chunk):
     work, log_q, log_p, q, other = chunk.buffers
-    student = _restricted_student(chunk, other)
-    torch.log_softmax(student, -1, out=log_q)
-    torch.softmax(student, -1, out=q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
+    softmax(_restricted_student(chunk, other), q, log_q)
+    p = chunk.log_softmax(chunk.teacher_logits(), log_p, other, "teacher_entropy")
     chunk.see_student(log_q, q, work)
-    chunk.see_both(q, chunk.see_teacher(log_p, None, work, other), work)
+    chunk.see_teacher(log_p, p, work)
+    chunk.see_both(q, p, work)
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
     loss = row_sums(torch.mul(q, log_ratio, out=work))
@@ -96,11 +94,11 @@ def reverse_kl(chunk: Chunk):
 def symmetric_kl(chunk: Chunk):
     work, log_q, log_p, q, p = chunk.buffers
     (weight,) = chunk.parameters
-    torch.log_softmax(_restricted_student(chunk, p), -1, out=log_q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    torch.exp(log_q, out=q)
-    torch.exp(log_p, out=p)
-    chunk.see_both(chunk.see_student(log_q, q, work), chunk.see_teacher(log_p, p, work), work)
+    softmax(_restricted_student(chunk, p), q, log_q)
+    softmax(chunk.teacher_logits(), p, log_p)
+    chunk.see_student(log_q, q, work)
+    chunk.see_teacher(log_p, p, work)
+    chunk.see_both(q, p, work)
     chunk.without_student_zeros(p)
     log_ratio = chunk.finite_log(log_q).sub_(chunk.finite_log(log_p))
     chunk.without_student_zeros(log_ratio)
@@ -222,10 +220,11 @@ def alpha_beta(chunk: Chunk):
     cross, log_q, log_p, student, room = chunk.buffers
     alpha, beta = chunk.parameters
     total = alpha + beta
-    torch.log_softmax(chunk.student_logits(), -1, out=log_q)
-    torch.log_softmax(chunk.teacher_logits(), -1, out=log_p)
-    q = chunk.see_student(log_q, None, cross, student)
-    chunk.see_both(q, chunk.see_teacher(log_p, None, cross, room), cross)
+    q = chunk.log_softmax(chunk.student_logits(), log_q, student, "student_entropy")
+    p = chunk.log_softmax(chunk.teacher_logits(), log_p, room, "teacher_entropy")
+    chunk.see_student(log_q, q, cross)
+    chunk.see_teacher(log_p, p, cross)
+    chunk.see_both(q, p, cross)
     torch.mul(log_q, beta, out=student)
     torch.mul(log_p, alpha, out=cross).add_(student).exp_()
     torch.mul(log_q, total, out=student).exp_()

@@ -8,6 +8,7 @@ from the logits by themselves: rows with infinite logits, the hard label alone, 
 import math
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from ..problem import Options
@@ -42,70 +43,95 @@ class RowOutputs(NamedTuple):
 
 
 class ChunkOutputs:
-    """Those of some rows: ``found`` by name, ``[n]`` each."""
+    """Those of some rows. A chunk is done in a quarter of a millisecond: each small operation counts."""
 
     def __init__(self, call: RowOutputs, ids: torch.Tensor | None, places: Places):
         self.call, self.ids, self.places = call, ids, places
-        self.found: dict[str, torch.Tensor] = {}
+        self.found: dict[
+            str, torch.Tensor
+        ] = {}  # [n] each; of neighbouring rows, parts of the targets
 
     def wants(self, *names: str) -> bool:
         return any(name in self.call.targets for name in names)
 
+    def room(self, name: str) -> torch.Tensor:
+        """``[n]`` to write an output to."""
+        target = self.call.targets[name]
+        if not isinstance(self.places, slice):
+            target = target.new_empty(len(self.places))
+        else:
+            target = target[self.places]
+        self.found[name] = target
+        return target
+
     def add(self, name: str, values: torch.Tensor) -> None:
         if name in self.call.targets:
-            self.found[name] = values
+            self.room(name).copy_(values)
 
     def log_prob(self, log_q: torch.Tensor, shift) -> None:
         """Of log-probabilities less ``shift``, a number or ``[n, 1]``."""
         if self.wants("log_prob"):
-            found = log_q.gather(-1, self.ids)
-            self.found["log_prob"] = (found + shift if torch.is_tensor(shift) else found)[:, 0]
+            room = torch.gather(log_q, -1, self.ids, out=self.room("log_prob")[:, None])
+            if torch.is_tensor(shift):
+                room.add_(shift)
 
     def entropy(self, name: str, log, prob, shift, scratch: torch.Tensor) -> None:
         if self.wants(name):
             total = row_sums(torch.mul(log, prob, out=scratch))
-            self.found[name] = (total + shift[:, 0] if torch.is_tensor(shift) else total).neg_()
+            if torch.is_tensor(shift):
+                total.add_(shift[:, 0])
+            torch.neg(total, out=self.room(name))
 
     def argmax(self, name: str, logits: torch.Tensor) -> None:
-        """The first of equals, which NumPy finds in a quarter of PyTorch's time."""
+        """The first of equals, which NumPy finds in a quarter of PyTorch's time. Of rows without a softmax
+        it is any column."""
         if self.wants(name):
+            room = self.room(name)
             if logits.is_cpu:
-                found = torch.from_numpy(logits.detach().numpy().argmax(-1))
+                numpy.argmax(logits.detach().numpy(), -1, out=room.numpy())
             else:
-                found = logits.argmax(-1)
-            # NaN and +inf are found, and -inf alone is left, where there is no softmax
+                torch.argmax(logits, -1, out=room)
+
+    def checked_argmax(self, name: str, logits: torch.Tensor) -> None:
+        """As :meth:`argmax`, and -1 of rows without a softmax."""
+        if self.wants(name):
+            self.argmax(name, logits)
+            found = self.found[name]
+            # NaN and +inf are found, and -inf alone is left, where there is none
             largest = logits.gather(-1, found[:, None])[:, 0]
-            self.found[name] = found.masked_fill(~largest.isfinite(), -1)
+            found.masked_fill_(~largest.isfinite(), -1)
 
     def both(self, q, p, student: torch.Tensor, scratch: torch.Tensor) -> None:
         """Of both probabilities and the student's logits."""
         if self.wants("acceptance"):
-            self.found["acceptance"] = row_sums(torch.minimum(q, p, out=scratch))
-        if self.wants("teacher_mass"):  # NaN: of part of the columns
-            whole = student.amin(-1) > NEG_INF
-            self.found["teacher_mass"] = torch.where(whole, 1.0, math.nan).to(scratch.dtype)
+            self.add("acceptance", row_sums(torch.minimum(q, p, out=scratch)))
+        if self.wants(
+            "teacher_mass"
+        ):  # of all columns 1; of those without -inf NaN, for the moment
+            self.room("teacher_mass").fill_(1.0).sub_(student.amin(-1), alpha=0)
 
     def store(
         self, student: torch.Tensor, teacher: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
         """All that is asked for, of rows of logits ``[n, V]``."""
         targets = self.call.targets
-        if not targets.keys() <= self.found.keys():
-            self.found = self.from_logits(student, teacher, dtype)
-        else:
+        if targets.keys() <= self.found.keys():
             numbers = [x for x in self.found.values() if x.is_floating_point()]
-            if numbers and not math.isfinite(sum(numbers).sum()):
+            if not all(math.isfinite(x.sum()) for x in numbers):
                 bad = ~torch.stack(numbers).isfinite().all(0)
                 ids = None if self.ids is None else self.ids[bad]
-                again = ChunkOutputs(self.call, ids, self.places)
+                again = ChunkOutputs(self.call, ids, bad.nonzero()[:, 0])
                 of_teacher = None if teacher is None else teacher[bad]
-                for name, values in again.from_logits(student[bad], of_teacher, dtype).items():
-                    self.found[name] = self.found[name].clone()
+                again.from_logits(student[bad], of_teacher, dtype)
+                for name, values in again.found.items():
                     self.found[name][bad] = values
-        for name, target in targets.items():
-            target[self.places] = self.found[name].to(target.dtype)
+        else:
+            self.from_logits(student, teacher, dtype)
+        if not isinstance(self.places, slice):
+            for name, target in targets.items():
+                target[self.places] = self.found[name]
 
-    def from_logits(self, student, teacher, dtype) -> dict[str, torch.Tensor]:
+    def from_logits(self, student, teacher, dtype) -> None:
         """By whole rows, whatever they hold."""
         log_q, fails_s = self._log_softmax(student, dtype)
         self.log_prob(log_q, 0.0)
@@ -122,7 +148,6 @@ class ChunkOutputs:
                 f"{side}_entropy", log.clamp(min=LOWEST), log.exp(), 0.0, log.new_empty(log.shape)
             )
             self.add(f"{side}_argmax", logits.argmax(-1).masked_fill(fails, -1))
-        return self.found
 
     def _log_softmax(self, logits, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """``[n, V]`` and which rows have none, being NaN."""

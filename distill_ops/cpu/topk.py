@@ -136,10 +136,10 @@ class TopKChunk:
             top = log_p.amax(-1, keepdim=True)
             ids = self.ids.masked_fill((log_p != top) | (self.ids < 0), MOST_COLUMNS).amin(-1)
             unknown = ~top.isfinite()[:, 0] | (ids == MOST_COLUMNS)
-            outputs.found["teacher_argmax"] = ids.masked_fill(unknown, -1)
+            outputs.add("teacher_argmax", ids.masked_fill(unknown, -1))
         if outputs.wants("student_argmax"):
             wide = self.student.dtype in (torch.float32, torch.float64)
-            outputs.argmax(
+            outputs.checked_argmax(
                 "student_argmax", self.student if wide else self.buffers[2].copy_(self.student)
             )
         if self._looks() and self.moment is not None:

@@ -90,7 +90,10 @@ def test_dense(divergence, rows, gradient, backend, device):
     options.pop("token_outputs")
     alone = student.clone().requires_grad_(gradient is not None)
     expected = distillation_loss(alone, teacher, **options, **made)
-    assert torch.equal(loss.nan_to_num(), expected.nan_to_num())
+    if device == "cpu" and backend == "torch":  # other operations of the same accuracy
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, equal_nan=True)
+    else:
+        assert torch.equal(loss.nan_to_num(), expected.nan_to_num())
     if gradient:
         loss.backward()
         expected.backward()

@@ -38,7 +38,7 @@ TOKEN_OUTPUTS = [
     ),
     Mutation(
         "host: rows that are not finite are left as a form shows them", sources.CPU_OUTPUTS,
-        "if numbers and not math.isfinite(sum(numbers).sum()):", "if False:",
+        "if not all(math.isfinite(x.sum()) for x in numbers):", "if False:",
         f"{OUTPUTS}each_alone[torch-student_entropy]",
     ),
     Mutation(
