@@ -137,6 +137,34 @@ class DistillationMetrics(NamedTuple):
     top1_agreement: torch.Tensor  # bool: the same most likely token; the first of equals
 
 
+class OnPolicyLoss(NamedTuple):
+    """A loss of :mod:`distill_ops.methods.on_policy`, and numbers to log: detached, nats, float32 (float64 for
+    float64 inputs), each ``[...]`` unless it says 0-d; 0 where a token does not count. None: not known.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops.methods import on_policy
+        >>> logits, ids = torch.zeros(1, 2, 4), torch.tensor([[3, 0]])
+        >>> found = on_policy.loss(logits, logits, ids, torch.tensor([[True, False]]))
+        >>> [[round(x, 4) for x in row] for row in found.student_log_prob.tolist()]
+        [[-1.3863, 0.0]]
+    """
+
+    loss: torch.Tensor  # 0-d, differentiable; [...] for reduction="none"
+    divergence: torch.Tensor | None  # over the whole vocabulary
+    student_log_prob: torch.Tensor  # of the sampled token
+    teacher_log_prob: torch.Tensor | None
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor | None
+    k1: torch.Tensor | None  # estimates of the reverse KL: distill_ops.reverse_kl_estimate
+    k2: torch.Tensor | None
+    k3: torch.Tensor | None
+    importance_weights: torch.Tensor  # what the gradient is multiplied by: after the bounds
+    out_of_bounds: torch.Tensor  # bool: truncated, masked, or without a gradient by the clip
+    share_out_of_bounds: torch.Tensor  # 0-d: of the tokens that count
+    teacher_mass: torch.Tensor | None  # the teacher's probability of the support
+
+
 class OutputBuffers(NamedTuple):
     """Where a path puts the token outputs of n tokens."""
 

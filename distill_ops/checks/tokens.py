@@ -70,7 +70,7 @@ def check_mask(loss_mask: torch.Tensor, rows: TokenRows) -> None:
         raise TypeError(f"loss_mask must be bool, int or float, got {loss_mask.dtype}")
 
 
-def _check_normalizer(
+def check_normalizer(
     normalizer: float | torch.Tensor | None, rows: TokenRows
 ) -> float | torch.Tensor | None:
     """The normalizer: a number, for one that lies on a CPU beside logits elsewhere."""
@@ -105,7 +105,7 @@ def check_options(rows: TokenRows, arguments: LossArguments) -> LossArguments:
     if teacher_rows is not None:
         what = "indices of the teacher's rows"
         teacher_rows = _check_ids("teacher_rows", teacher_rows, rows, what)
-    normalizer = _check_normalizer(arguments.normalizer, rows)
+    normalizer = check_normalizer(arguments.normalizer, rows)
     ids = _check_outputs(rows, arguments)
     return arguments._replace(
         labels=labels, normalizer=normalizer, token_ids=ids, teacher_rows=teacher_rows

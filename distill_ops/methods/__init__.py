@@ -1,0 +1,1 @@
+"""Training methods over the fused functions, in plain PyTorch: one file a method."""
