@@ -271,8 +271,10 @@ def check_on_policy_tokens(
     kept = (mask != 0) & (ids != ignore_index)
     weights = mask.to(dtype).masked_fill(~kept, 0.0)
     total = weights.new_ones(())
-    if normalizer is not None:
-        total = torch.as_tensor(normalizer, dtype=dtype, device=weights.device)
+    if isinstance(normalizer, torch.Tensor):
+        total = normalizer.to(dtype)
+    elif normalizer is not None:
+        total = weights.new_full((), normalizer)
     elif options.reduction == "mean":
         total = weights.sum()
     # without a token that counts the sum is 0, and so is the mean
@@ -295,9 +297,11 @@ def given_tensors(options: OnPolicyOptions) -> list[torch.Tensor]:
 
 def check_teacher_of_sampled(
     options: OnPolicyOptions, name: str, teacher: torch.Tensor | None
-) -> None:
-    """A teacher is its logits or hidden states, ``name``, or its log-probabilities of the tokens."""
-    if options.teacher_log_probs is not None and teacher is not None:
+) -> bool:
+    """Whether a teacher is its log-probabilities of the tokens, and not logits or hidden states, ``name``."""
+    served = options.teacher_log_probs is not None
+    if served and teacher is not None:
         raise ValueError(f"{name} must be None where teacher_log_probs is given, got both")
-    if options.objective == "sampled" and teacher is None and options.teacher_log_probs is None:
+    if options.objective == "sampled" and teacher is None and not served:
         raise ValueError(f"{name} is None, which needs teacher_log_probs, got None")
+    return served

@@ -17,7 +17,7 @@ from ..api.linear_tokens import linear_token_log_probs
 from ..api.statistics import distillation_statistics
 from ..api.support import support_distillation_loss
 from ..api.tokens import token_log_probs
-from ..checks.heads import check_head
+from ..checks.heads import check_head, check_no_teacher
 from ..checks.logits import check_alone, check_pair, check_vocabulary
 from ..checks.on_policy import (
     OnPolicyOptions,
@@ -27,6 +27,7 @@ from ..checks.on_policy import (
     on_policy_options,
     with_on_policy_options,
 )
+from ..checks.options import head_options
 from ..checks.values import TokenRows
 from ..results import DistillationStatistics, OnPolicyLoss
 
@@ -133,8 +134,7 @@ def loss(
         RuntimeError: from backward, on a second derivative.
     """
     options = on_policy_options("on_policy.loss", options)
-    check_teacher_of_sampled(options, "teacher_logits", teacher_logits)
-    served = options.teacher_log_probs is not None
+    served = check_teacher_of_sampled(options, "teacher_logits", teacher_logits)
     if served:
         n_cols = check_alone("student_logits", student_logits, vocab_size)
     else:
@@ -204,13 +204,15 @@ def linear_loss(
     Result and errors are those of :func:`loss`.
     """
     options = on_policy_options("on_policy.linear_loss", options)
-    check_teacher_of_sampled(options, "teacher_hidden", teacher_hidden)
-    check_head("student_", student_hidden, student_weight, student_bias)
+    served = check_teacher_of_sampled(options, "teacher_hidden", teacher_hidden)
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
-    rows = TokenRows("student_hidden", student_hidden)
+    check_head("student_", *student)
     how = {"logits_dtype": logits_dtype, "memory_budget": memory_budget, "backend": backend}
-    if options.teacher_log_probs is not None:
+    if served:
+        check_no_teacher(
+            teacher_bias, head_options("teacher_", teacher_logit_scale, teacher_softcap)
+        )
         n_cols = check_vocabulary(vocab_size, len(student_weight))
         call = partial(
             linear_token_log_probs, student_hidden, student_weight[:n_cols],
@@ -218,6 +220,7 @@ def linear_loss(
             logit_scale=student_logit_scale, softcap=student_softcap, **how,
         )  # fmt: skip
     else:
+        check_head("teacher_", *teacher, frozen=True)
         on_support = options.objective == "support"
         call = partial(
             linear_support_distillation_loss if on_support else linear_distillation_statistics,
@@ -226,7 +229,7 @@ def linear_loss(
             teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
             vocab_size=vocab_size, **how,
         )  # fmt: skip
-    models = (*student, *teacher)
+    rows, models = TokenRows("student_hidden", student_hidden), (*student, *teacher)
     return _loss(call, check_on_policy_tokens(rows, models, token_ids, mask, options), options)
 
 
