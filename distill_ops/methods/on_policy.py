@@ -190,8 +190,8 @@ def linear_loss(
 
     One call of :func:`distill_ops.linear_distillation_statistics`,
     :func:`distill_ops.linear_support_distillation_loss` or :func:`distill_ops.linear_token_log_probs`: four
-    matrix products in all where the forward makes the gradients (see :func:`loss`), six where the backward
-    does, three with ``teacher_log_probs``.
+    matrix products in all where the forward makes the gradients (see :func:`loss`) or with
+    ``teacher_log_probs``, else six.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,

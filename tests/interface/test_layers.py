@@ -11,7 +11,7 @@ LAYERS = (
     ("kernels", "scalars", "results", "rows"), ("language", "divergences"), ("arguments",), ("problem",),
     ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("heads", "selection"),
     ("operators",), ("api",),
-    ("teacher", "analysis"), ("integrations",),
+    ("teacher", "analysis"), ("methods",), ("integrations",),
 )  # fmt: skip
 FORMS = {"dense", "topk", "tokens", "statistics", "metrics"}  # "linear" may use them
 FILES = [*ROOT.glob("distill_ops/**/*.py"), *ROOT.glob("kernels/*.py")]
