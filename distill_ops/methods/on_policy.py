@@ -266,14 +266,14 @@ def _on_support(
 ) -> OnPolicyLoss:
     outputs = ("log_prob", "student_entropy", "teacher_mass")
     call = partial(call, token_outputs=outputs, token_ids=tokens.ids)
-    if known and options.token_weights is None:
-        loss, given = call(loss_mask=tokens.weights, normalizer=tokens.denominator)
-    else:  # all that count are read, whatever their weight
-        losses, given = call(loss_mask=tokens.kept, reduction="none")
+    fused = known and options.token_weights is None  # else one that counts may have a weight of 0
+    if fused:
+        result, given = call(loss_mask=tokens.weights, normalizer=tokens.denominator)
+    else:
+        result, given = call(loss_mask=tokens.kept, reduction="none")
     found = DistillationStatistics(None, given.log_prob, None, given.student_entropy, None, None)
     weights, out = _weights(found, tokens, options)
-    if not (known and options.token_weights is None):
-        loss = _reduced(_times(weights, losses), tokens, options)
+    loss = result if fused else _reduced(_times(weights, result), tokens, options)
     record = _with_record(loss, found, tokens, weights, out)
     return record._replace(teacher_mass=given.teacher_mass)
 

@@ -1,4 +1,4 @@
-"""``methods.on_policy`` against its float64 reference, at the edges, and what it refuses."""
+"""``methods.on_policy`` against its float64 reference, and at the edges."""
 
 import math
 
@@ -53,6 +53,7 @@ class Batch:
             "token_weights": draw(*shape),
         }
 
+        self.tensors["token_weights"].view(-1)[2:3] = 0  # of a token that counts
         ids, noise = self.ids, 0.2 * draw(*shape)  # a policy near the student
         self.behaviours = {
             False: distill_ops.token_log_probs(self.logits[0], ids).to(dtype) + noise,
@@ -336,117 +337,6 @@ def test_under_compile(name):
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     assert torch.equal(compiled(batch.logits[0]), call(batch.logits[0]))
-
-
-# --- what is refused -------------------------------------------------------------------------------
-
-SAMPLED, OLD_LOG_PROBS = {"objective": "sampled"}, torch.full((B, S), -1.0, dtype=torch.float64)
-WRONG = [
-    ({"objective": "reverse_kl"}, ValueError, "objective must be one of 'full', 'support', 'sampled'"),
-    ({"objective": "topk"}, ValueError, "objective .*'topk': 'support', with k="),
-    ({"objective": "policy_gradient"}, ValueError, "objective .*'sampled'"),
-    ({"importance": "tis"}, ValueError, "importance must be one of .*'tis': 'truncate'"),
-    ({"importance": "icepop"}, ValueError, "'icepop': 'mask'"),
-    ({"importance": "mask"}, ValueError, "importance='mask' needs behaviour_log_probs"),
-    ({"behaviour_log_probs": OLD_LOG_PROBS}, ValueError, "behaviour_log_probs needs importance='trunc.*a tensor"),
-    ({"bounds": (0, 2)}, ValueError, "bounds needs importance='truncate', 'mask' or 'clip'"),
-    ({"importance_level": "prefix"}, ValueError, "importance_level needs importance="),
-    ({"importance_level": "sequence"}, ValueError, "importance_level must be one of 'token', 'prefix'"),
-    (CLIP, ValueError, "importance='clip' is PPO's.*needs objective='sampled', got objective='full'"),
-    (CLIP | SAMPLED | {"importance_level": "prefix"}, ValueError, "importance='clip' needs importance_level='token'"),
-    (CLIP | SAMPLED | {"bounds": (1.1, 1.2)}, ValueError, r"must enclose 1, got \(1.1, 1.2\)"),
-    (TRUNCATE | {"bounds": 2.0}, TypeError, r"bounds must be two numbers \(lower, upper\), got 2.0"),
-    (TRUNCATE | {"bounds": (2.0, 0.5)}, ValueError, r"bounds must be 0 <= lower < upper, got \(2.0, 0.5\)"),
-    (TRUNCATE | {"bounds": (-1, 2)}, ValueError, "bounds must be 0 <= lower"),
-    (TRUNCATE | {"bounds": (0, NAN)}, ValueError, "bounds must be 0 <= lower"),
-    (TRUNCATE | {"bounds": ("0", 2)}, TypeError, "each of bounds must be a number, got str"),
-    ({"objective": "support"}, ValueError, "k is None, but objective='support'"),
-    ({"objective": "support", "k": V + 1}, ValueError, rf"k must be in \[1, {V}\]"),
-    ({"objective": "support", "k": 2, "tail": "rest"}, ValueError, "tail must be one of"),
-    ({"k": 3}, ValueError, "k needs objective='support', got k=3"),
-    (SAMPLED | {"tail": "restrict"}, ValueError, "tail needs objective='support'"),
-    (SAMPLED | {"divergence": "forward_kl"}, ValueError, "divergence of objective='sampled' must be the reverse KL"),
-    ({"divergence": "jsd"}, ValueError, "'jsd': pass 'jensen_shannon'"),
-    ({"reward_clip": 5}, ValueError, "reward_clip needs objective='sampled'"),
-    (SAMPLED | {"reward_clip": 0}, ValueError, "reward_clip must be positive, got 0"),
-    (SAMPLED | {"reward_clip": "5"}, TypeError, "reward_clip must be None or a positive number, got str"),
-    ({"teacher_log_probs": OLD_LOG_PROBS}, ValueError, "teacher_log_probs needs objective='sampled'"),
-    (SAMPLED | {"teacher_log_probs": OLD_LOG_PROBS}, ValueError, "teacher_logits must be None where teacher_log_probs"),
-    ({"teacher": None}, TypeError, "teacher_logits must be a tensor"),
-    (SAMPLED | {"teacher": None}, ValueError, "teacher_logits is None, which needs teacher_log_probs"),
-    ({"teacher": torch.zeros(B, S, V + 1).double()}, ValueError, "pass vocab_size="),
-    ({"teacher": torch.zeros(B, S, V).double().requires_grad_()}, ValueError, "teacher_logits requires grad"),
-    ({"student": [[1.0]]}, TypeError, "student_logits must be a tensor"),
-    ({"temperature": 0}, ValueError, "temperature must be positive"),
-    ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
-    ({"normalizer": 3, "reduction": "sum"}, ValueError, "normalizer replaces .*reduction='sum'"),
-    ({"normalizer": 0}, ValueError, "normalizer must be positive where a token counts, got 0"),
-    ({"normalizer": torch.tensor(-1.0)}, ValueError, "normalizer must be positive where a token"),
-    ({"vocab_size": V + 1}, ValueError, "vocab_size must be in"),
-    ({"mask": None}, TypeError, r"mask must be a tensor \[...\], got NoneType"),
-    ({"mask": torch.ones(B, S + 1)}, ValueError, r"mask must have the leading shape .*\(3, 5\), got \(3, 6\)"),
-    ({"mask": torch.full((B, S), NAN)}, ValueError, "mask must hold finite numbers, not negative .*got nan"),
-    ({"mask": torch.full((B, S), -100)}, ValueError, "mask must hold finite numbers, not negative .*got -100"),
-    ({"mask": torch.ones(B, S, requires_grad=True)}, ValueError, "mask requires grad"),
-    ({"mask": torch.ones(B, S, dtype=torch.complex64)}, TypeError, "mask must be bool, int or float"),
-    ({"ids": torch.full((B, S), V)}, ValueError, rf"token_ids must lie in \[0, {V}\)"),
-    ({"ids": torch.zeros(B, S)}, TypeError, "token_ids must be int64 or int32"),
-    ({"ids": torch.zeros(B, S, V).long()}, ValueError, "token_ids must have the leading shape"),
-    ({"token_weights": torch.full((B, S), INF)}, ValueError, "token_weights must hold finite numbers, got inf"),
-    ({"token_weights": torch.ones(S)}, ValueError, "token_weights must have the leading shape"),
-    ({"token_weights": 2.0}, TypeError, "token_weights must be a tensor"),
-    (TRUNCATE | {"behaviour_log_probs": OLD_LOG_PROBS * NAN}, ValueError, "behaviour_log_probs must hold finite .*nan"),
-    (TRUNCATE | {"behaviour_log_probs": OLD_LOG_PROBS * INF}, ValueError, "behaviour_log_probs must hold finite .*-inf"),
-    (TRUNCATE | {"behaviour_log_probs": -OLD_LOG_PROBS}, ValueError, "log-probabilities, at most 0, got 1"),
-    (TRUNCATE | {"behaviour_log_probs": OLD_LOG_PROBS.long()}, TypeError, "behaviour_log_probs must be float32"),
-    (TRUNCATE | {"behaviour_log_probs": OLD_LOG_PROBS.clone().requires_grad_()}, ValueError, "requires grad.*detach"),
-    (SAMPLED | {"teacher": None, "teacher_log_probs": -OLD_LOG_PROBS}, ValueError, "teacher_log_probs must hold log-prob"),
-    (SAMPLED | {"teacher": None, "teacher_log_probs": OLD_LOG_PROBS[:1]}, ValueError, "teacher_log_probs must have the"),
-    ({"loss_mode": "k3"}, TypeError, r"on_policy.loss\(\) got an unexpected .*'loss_mode': pass objective="),
-    ({"old_log_probs": OLD_LOG_PROBS}, TypeError, "'old_log_probs': pass behaviour_log_probs="),
-    ({"tis_clip": 2.0}, TypeError, "'tis_clip': pass importance='truncate', bounds="),
-    ({"beta": 0.5}, TypeError, r"'beta': a divergence takes it"),
-    ({"temprature": 2.0}, TypeError, "'temprature': did you mean 'temperature'"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "error", "words"), WRONG, ids=lambda x: str(x)[:50])
-def test_errors(change, error, words):
-    batch = Batch()
-    given = {k: OLD_LOG_PROBS if v is True else v for k, v in change.items()}
-    positional = {
-        "student": batch.logits[0], "teacher": batch.logits[1], "ids": batch.ids,
-        "mask": torch.ones(B, S, dtype=torch.bool),
-    }  # fmt: skip
-    positional = [given.pop(name, value) for name, value in positional.items()]
-    with pytest.raises(error, match=words):
-        on_policy.loss(*positional, **given)
-
-
-HIDDEN_WRONG = [
-    ({"student_weight": None}, TypeError, "student_weight must be a tensor"),
-    ({"teacher_hidden": None}, TypeError, "teacher_hidden must be a tensor"),
-    (SAMPLED | {"teacher_hidden": None}, ValueError, "teacher_hidden is None, which needs teacher_log"),
-    (
-        SAMPLED | {"teacher_hidden": None, "teacher_log_probs": OLD_LOG_PROBS, "teacher_softcap": 2.0},
-        ValueError, "teacher_softcap is unused",
-    ),
-    ({"student_softcap": 0}, ValueError, "student_softcap must be positive"),
-    ({"mask": torch.ones(B, S + 1)}, ValueError, "mask must have the leading shape of student_hidden"),
-    ({"inplace": True}, TypeError, r"on_policy.linear_loss\(\) got an unexpected .*'inplace'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "error", "words"), HIDDEN_WRONG, ids=lambda x: str(x)[:50])
-def test_errors_of_hidden_states(change, error, words):
-    batch, given = Batch(), dict(change)
-    names = "student_hidden", "student_weight", "teacher_hidden", "teacher_weight"
-    positional = dict(zip(names, batch.heads, strict=True))
-    positional |= {"ids": batch.ids, "mask": batch.mask}
-    positional = [given.pop(name, value) for name, value in positional.items()]
-    with pytest.raises(error, match=words):
-        on_policy.linear_loss(*positional, **given)
 
 
 def test_the_record_is_what_the_names_say():
