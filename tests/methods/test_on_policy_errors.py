@@ -67,7 +67,6 @@ WRONG = [
     ({"token_weights": torch.ones(S)}, ValueError, "token_weights must have the leading shape"),
     ({"token_weights": 2.0}, TypeError, "token_weights must be a tensor"),
     (TRUNCATE | {"behaviour_log_probs": OLD * NAN}, ValueError, "behaviour_log_probs must hold finite .*nan"),
-    (TRUNCATE | {"behaviour_log_probs": OLD * INF}, ValueError, "behaviour_log_probs must hold finite .*-inf"),
     (TRUNCATE | {"behaviour_log_probs": -OLD}, ValueError, "log-probabilities, at most 0, got 1"),
     (TRUNCATE | {"behaviour_log_probs": OLD.long()}, TypeError, "behaviour_log_probs must be float32"),
     (TRUNCATE | {"behaviour_log_probs": OLD.clone().requires_grad_()}, ValueError, "requires grad.*detach"),
@@ -118,3 +117,10 @@ def test_errors_of_hidden_states(change, error, words):
     positional = [given.pop(name, value) for name, value in positional.items()]
     with pytest.raises(error, match=words):
         on_policy.linear_loss(*positional, **given)
+
+
+def test_what_was_sampled_has_a_probability():
+    logits, ids = torch.zeros(B, S, V), torch.zeros(B, S).long()
+    old = {"importance": "truncate", "behaviour_log_probs": OLD * INF}
+    with pytest.raises(ValueError, match="behaviour_log_probs must hold finite .*got -inf"):
+        on_policy.loss(logits, logits, ids, torch.ones(B, S), **old)

@@ -5,7 +5,7 @@ from tests.support.mutants import Mutation
 
 TARGETS = "tests/methods/test_on_policy_targets.py::test_"
 EDGES = "tests/methods/test_on_policy.py::test_"
-ERRORS = "tests/methods/test_on_policy_errors.py"
+ERRORS = "tests/methods/test_on_policy_errors.py::test_"
 
 ON_POLICY = [
     Mutation(
@@ -104,6 +104,6 @@ ON_POLICY = [
         sources.CHECKS_ON_POLICY,
         "fine & (values > -math.inf)",
         "fine",
-        ERRORS,
+        f"{ERRORS}what_was_sampled_has_a_probability",
     ),
 ]
