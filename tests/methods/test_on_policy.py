@@ -172,6 +172,7 @@ def poisoned(batch, value):
     return batch.map(poison)
 
 
+@pytest.mark.covering("name linear", "value")
 @linear
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("name", OPTIONS)

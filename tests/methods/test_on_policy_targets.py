@@ -166,19 +166,30 @@ def test_estimates_that_are_differentiated(kind, forward):
 # --- samples of another policy ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["full", "sampled"])
+def target_of(objective, drawn_by):
+    return per_token(of_support(1), drawn_by) if "k" in objective else target(drawn_by=drawn_by)
+
+
+objectives = pytest.mark.parametrize(
+    "objective",
+    [{}, {"objective": "sampled"}, {"objective": "support", "k": 1}],
+    ids=["full", "sampled", "support"],
+)
+
+
+@objectives
 def test_prefix_weights_are_unbiased(objective):
     found = expectation(
-        B, objective=objective, importance="truncate", bounds=ALL, importance_level="prefix"
+        B, importance="truncate", bounds=ALL, importance_level="prefix", **objective
     )
-    assert_equal(found, target())
+    assert_equal(found, target_of(objective, Q))
 
 
-@pytest.mark.parametrize("objective", ["full", "sampled"])
+@objectives
 def test_token_weights_leave_the_prefixes_to_the_behaviour(objective):
-    found = expectation(B, objective=objective, importance="truncate", bounds=ALL)
-    assert_equal(found, target(drawn_by=B))
-    assert (found - target()).norm() > 1e-2
+    found = expectation(B, importance="truncate", bounds=ALL, **objective)
+    assert_equal(found, target_of(objective, B))
+    assert (found - target_of(objective, Q)).norm() > 1e-3
 
 
 def test_full_needs_no_token_weights():
