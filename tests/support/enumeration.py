@@ -30,13 +30,18 @@ def random_table(
     return table.requires_grad_(requires_grad)
 
 
+def contexts_of(ids: torch.Tensor, vocab: int = VOCAB) -> torch.Tensor:
+    """The number of the prefix before each token, ``[n, length]``: a policy's row."""
+    context, first, found = torch.zeros_like(ids[:, 0]), 0, []
+    for t in range(ids.shape[1]):
+        found.append(first + context)
+        context, first = context * vocab + ids[:, t], first + vocab**t
+    return torch.stack(found, 1)
+
+
 def logits_of(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A policy's logits for every token of ids ``[n, length]``: ``[n, length, vocab]``."""
-    vocab, context, first, rows = table.shape[-1], 0, 0, []
-    for t in range(ids.shape[1]):
-        rows.append(torch.as_tensor(first + context).expand(len(ids)))
-        context, first = context * vocab + ids[:, t], first + vocab**t
-    return table[torch.stack(rows, 1)]
+    return table[contexts_of(ids, table.shape[-1])]
 
 
 def log_probs_of(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
