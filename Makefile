@@ -55,4 +55,7 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline
+example-mode-seeking: setup
+	$(RUN) examples/mode_seeking.py
+
+.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-mode-seeking

@@ -10,21 +10,20 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-import distill_ops
-
 EAGER, OURS = "eager", "distill_ops"
 COLOURS = {EAGER: "#9db7d5", OURS: "#d1495b"}
+PACKAGES = ("torch", "transformers", "tokenizers", "distill_ops")
 GREY, LIMIT = "#555555", "#2a7f62"
 TIMES = {
     "step": "whole step",
@@ -43,9 +42,8 @@ def cpu_model() -> str:
     return platform.processor()
 
 
-def surroundings() -> dict:
+def surroundings(packages: Sequence[str] = PACKAGES) -> dict:
     """When, where and with what a result was made."""
-    modules = (torch, transformers, tokenizers, distill_ops)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -57,7 +55,7 @@ def surroundings() -> dict:
         },
         "versions": {
             "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in modules},
+            **{package: version(package) for package in packages},
         },
     }
 
