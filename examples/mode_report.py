@@ -1,13 +1,14 @@
 """Table and plot of ``mode_seeking.py``.
 
-    python examples/mode_report.py examples/results/mode_seeking.json
+    python examples/mode_report.py examples/results/mode_seeking.json --page docs/which-divergence.md
 
-draws the plot again, beside the JSON file.
+draws the plot again, beside the JSON file, and writes the numbers between the page's marks.
 """
 
+import argparse
 import json
 import math
-import sys
+import re
 from pathlib import Path
 
 import torch
@@ -84,6 +85,40 @@ def show(record: dict) -> None:
         console.print(f"{name}: {changes(points)}")
 
 
+def markdown(record: dict) -> str:
+    """The numbers as a page has them: a row a divergence, then the families."""
+    starts = record["config"]["starts"]["count"]
+    lines = [
+        "| divergence | mean | sigma | loss | void | missed | starts | local minima: mean, sigma, "
+        "loss, starts |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, found in record["divergences"].items():
+        best, *others = found["minima"]
+        local = "; ".join(
+            f"{m['mean']:.2f}, {m['sigma']:.2f}, {m['loss']:.3f}, {m['starts'] / starts:.0%}"
+            for m in others
+        )
+        numbers = f"{best['mean']:.3f} | {best['sigma']:.3f} | {best['loss']:.4f}"
+        shares = f"{best['void']:.0%} | {best['missed']:.0%} | {best['starts'] / starts:.0%}"
+        lines.append(f"| {name} | {numbers} | {shares} | {local or 'none'} |")
+    count = len(next(iter(record["families"].values())))
+    lines += ["", f"Along a parameter, in {count} steps, the global minimum", ""]
+    lines += [f"- of `{name}` {changes(points)};" for name, points in record["families"].items()]
+    return "\n".join(lines).removesuffix(";") + "."
+
+
+def write_into(page: Path, text: str) -> None:
+    """Between the page's marks, in place of what stands there."""
+    begin, end = "<!-- mode_seeking:begin -->", "<!-- mode_seeking:end -->"
+    found, n = re.subn(
+        f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text(), flags=re.DOTALL
+    )
+    if n != 1:
+        raise SystemExit(f"{page} must have {begin} and, once, {end}")
+    page.write_text(found)
+
+
 def density(x: torch.Tensor, mean: float, sigma: float) -> torch.Tensor:
     """Of a Gaussian that is normalised over the points ``x``."""
     values = torch.exp(-0.5 * ((x - mean) / sigma) ** 2)
@@ -158,6 +193,18 @@ def draw(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path, help="mode_seeking.json")
+    parser.add_argument("--page", type=Path, help="page to write the numbers into")
+    options = parser.parse_args()
+    record = json.loads(options.record.read_text())
+    draw(record, options.record.with_suffix(".png"))
+    if options.page:
+        write_into(options.page, markdown(record))
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    draw(json.loads(source.read_text()), source.with_suffix(".png"))
+    main()

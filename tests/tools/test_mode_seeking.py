@@ -112,6 +112,34 @@ def test_where_families_turn(example):
             assert point["sigma"] == pytest.approx(other["sigma"], abs=1e-3), (name, point)
 
 
+def test_what_the_page_says(example):
+    """Its numbers are those of the JSON, and what it says of them holds."""
+    page = (ROOT / "docs/which-divergence.md").read_text()
+    assert example.report.markdown(PUBLISHED) in page
+    behaviour = example.report.behaviour
+    assert [behaviour(m) for m in minima(PUBLISHED, "reverse KL")] == ["seeks", "seeks", "covers"]
+    seeking, covering, _ = minima(PUBLISHED, "Jensen-Shannon 0.5")
+    assert [behaviour(m) for m in (seeking, covering)] == ["seeks", "covers"]
+    assert covering["starts"] > PUBLISHED["config"]["starts"]["count"] / 2
+    (symmetric,) = minima(PUBLISHED, "symmetric KL")
+    assert behaviour(symmetric) == "covers"
+    sigma_of_mode = PUBLISHED["config"]["modes"][0]["sigma"]
+    assert minima(PUBLISHED, "total variation")[0]["sigma"] > 1.5 * sigma_of_mode
+    after = [p["sigma"] for p in PUBLISHED["families"]["SymmetricKL(weight)"][-10:]]
+    assert sorted(after, reverse=True) == after
+    assert after[0] > 1.5 * after[-1]
+
+
+def test_a_page_without_marks_is_refused(example, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- mode_seeking:begin -->\nold\n<!-- mode_seeking:end -->\nb\n")
+    example.report.write_into(page, "new")
+    assert page.read_text() == "a\n<!-- mode_seeking:begin -->\nnew\n<!-- mode_seeking:end -->\nb\n"
+    page.write_text("a\n")
+    with pytest.raises(SystemExit, match="must have"):
+        example.report.write_into(page, "new")
+
+
 def test_what_is_no_minimum_is_told(example):
     """Far from the teacher the total variation is flat: a start that stays there has found nothing."""
     starts = torch.tensor([[-5.9, math.log(0.02)], [-2.0, 0.0]], dtype=torch.float64)
