@@ -9,7 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill_ops import TotalVariation
+from distill_ops import (
+    AlphaBeta,
+    JensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    distillation_loss,
+)
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support import ROOT, formulas, optional
 
@@ -19,6 +26,7 @@ for name in ("matplotlib", "rich"):
 EXAMPLES = ROOT / "examples"
 MODULES = [path.stem for path in EXAMPLES.glob("*.py")]
 PUBLISHED = json.loads((EXAMPLES / "results/mode_seeking.json").read_text())
+VOCABULARY = 16
 FOUND = ("mean", "sigma", "loss")
 
 
@@ -128,6 +136,44 @@ def test_what_the_page_says(example):
     after = [p["sigma"] for p in PUBLISHED["families"]["SymmetricKL(weight)"][-10:]]
     assert sorted(after, reverse=True) == after
     assert after[0] > 1.5 * after[-1]
+
+
+def bound_of(divergence) -> float:
+    """The column "at most" of docs/which-divergence.md."""
+    if isinstance(divergence, JensenShannon):
+        b = divergence.beta
+        return -b * math.log(b) - (1 - b) * math.log(1 - b)
+    if isinstance(divergence, AlphaBeta):
+        a, b = divergence.alpha, divergence.beta
+        return VOCABULARY ** max(0, 1 - a - b) / (a * b)
+    return 1.0 if isinstance(divergence, TotalVariation) else -math.log(divergence.alpha)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        *map(JensenShannon, (0.1, 0.5, 0.9)),
+        *map(SkewForwardKL, (0.1, 0.7)),
+        *map(SkewReverseKL, (0.1, 0.7)),
+        TotalVariation(),
+        *map(AlphaBeta, (0.5, 0.2, 0.9), (0.5, 0.7, 0.9)),
+    ],
+    ids=repr,
+)
+def test_the_bounds_of_the_page(divergence):
+    """Kept by random rows, and reached where models exclude each other's tokens (of alpha-beta with a
+    sum below 1, to the factor that half of the vocabulary for each costs)."""
+    bound = bound_of(divergence)
+    generator = torch.Generator().manual_seed(0)
+    logits = 10 * torch.randn(2, 200, VOCABULARY, generator=generator, dtype=torch.float64)
+    rows = distillation_loss(*logits, divergence=divergence, reduction="none")
+    assert rows.max() <= bound
+    n = VOCABULARY if getattr(divergence, "alpha", 1) == 0.2 else 2
+    apart = torch.full((2, n), -torch.inf, dtype=torch.float64)
+    apart[0, : n // 2] = apart[1, n // 2 :] = 0
+    reached = distillation_loss(*apart[:, None], divergence=divergence).item()
+    expected = bound / 2**0.1 if n == VOCABULARY else bound
+    assert reached == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_page_without_marks_is_refused(example, tmp_path):
