@@ -49,13 +49,14 @@ check: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+.PHONY: example-mode-seeking
+example-mode-seeking: setup
+	$(RUN) examples/mode_seeking.py
+
 example: setup
 	$(RUN) examples/distill_text.py
 
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-example-mode-seeking: setup
-	$(RUN) examples/mode_seeking.py
-
-.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-mode-seeking
+.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline
