@@ -114,6 +114,31 @@ class StatisticsCoefficients(NamedTuple):
     entropy: float | torch.Tensor | None = None
 
 
+class PolicyLoss(NamedTuple):
+    """A policy method's loss and its parts, for logging: 0-d and detached, but the loss.
+
+    ``loss = policy + single_step - entropy_coef * entropy``, each reduced over the valid tokens; the single
+    step is part of the loss only where the method was asked for it.
+
+    Example:
+        >>> import torch
+        >>> from distill_ops.methods import minillm
+        >>> logits, ids = torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, 0]])
+        >>> losses = minillm.loss(
+        ...     logits, torch.zeros(1, 2, 4), ids, torch.ones(1, 2), advantages=torch.ones(1, 2)
+        ... )
+        >>> round(losses.policy.item(), 4), round(losses.entropy.item(), 4)  # -1, log(4)
+        (-1.0, 1.3863)
+    """
+
+    loss: torch.Tensor
+    policy: torch.Tensor
+    single_step: torch.Tensor  # the divergence of whole rows, with its weights
+    entropy: torch.Tensor  # the student's
+    clipped: torch.Tensor  # the share of the valid tokens whose ratio was clipped
+    statistics: DistillationStatistics  # of each token, detached; 0 of those that are not valid
+
+
 class DistillationMetrics(NamedTuple):
     """Per token, ``[...]``; nats, float32 (float64 for float64 logits), but the top-1 agreement.
 
