@@ -208,11 +208,13 @@ class MixedSampling:
         """Of the token after ``new`` ``[batch, n]``, ``[batch, V]`` float32."""
         device = next(self.teacher.parameters()).device
         takes = inspect.signature(self.teacher.forward).parameters
-        cache_name = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
+        cache_name = "cache" if "cache" in takes else "past_key_values"  # of older transformers
         given = {"attention_mask": self._mask.to(device), cache_name: self._cache}
         if "position_ids" in takes:
             places = (self._mask.cumsum(-1) - 1).clamp(min=0)  # padding has none
             given["position_ids"] = places[:, -new.shape[1] :].to(device)
+        if "logits_to_keep" in takes:  # of a prompt the last alone
+            given["logits_to_keep"] = 1
         outputs = self.teacher(input_ids=new.to(device), use_cache=True, **given)
         self._cache = outputs[cache_name]
         return outputs.logits[:, -1].float()
