@@ -170,12 +170,12 @@ class MixedSampling:
         self._check_continues(sequences, "sequences")
         prompt = self._ids.shape[1] - len(self._sampled)
         found, length = list(self._sampled), sequences.shape[1] - prompt
+        if length > len(found) + 1:
+            raise ValueError(
+                f"sequences have {length} generated tokens, but {len(found) + 1} were sampled here"
+            )
         if length == len(found) + 1:  # the last token, which no step followed
             found.append(self._of(sequences[:, -1:]))
-        if length > len(found):
-            raise ValueError(
-                f"sequences have {length} generated tokens, but {len(found)} were sampled here"
-            )
         return torch.stack(found[:length], 1) if length else self._last[:, :0]
 
     def _start(self, input_ids: torch.Tensor) -> None:

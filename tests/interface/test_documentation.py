@@ -26,6 +26,7 @@ PUBLIC = (
     "distill_ops.analysis",
     "distill_ops.integrations.minillm",
     "distill_ops.language",
+    "distill_ops.methods.minillm",
     "distill_ops.methods.on_policy",
     "distill_ops.reference",
 )
