@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from distill_ops import reference, teacher_topk
 
+from . import minillm
+
 HARD_LABEL = "cross_entropy"  # the hard label alone
 LINEAR = ("linear", "linear_topk", "linear_support", "linear_tokens", "linear_statistics")
 STATISTICS = ("statistics", "linear_statistics")
@@ -28,6 +30,7 @@ class Tensors:
     log_probs: torch.Tensor | None = None  # [N, K]
     ids: torch.Tensor | None = None  # [N, K]
     labels: torch.Tensor | None = None  # [N]
+    rollout: minillm.Rollout | None = None
 
     def leaves(self) -> list[torch.Tensor]:
         return [x for x in (self.student, self.hidden, self.weight) if x is not None]
@@ -36,14 +39,16 @@ class Tensors:
         """The same in float64."""
         wide = {}
         for name, x in vars(self).items():
-            if x is not None and x.is_floating_point():
+            if isinstance(x, minillm.Rollout):
+                wide[name] = x.double()
+            elif x is not None and x.is_floating_point():
                 wide[name] = x.detach().double().requires_grad_(x.requires_grad)
         return replace(self, **wide)
 
 
 @dataclass(frozen=True)
 class FormCase:
-    form: str  # of LINEAR, or "topk", "support", "tokens", "statistics", "outputs"
+    form: str  # of LINEAR, or "topk", "support", "tokens", "statistics", "outputs", "minillm"
     loss: str
     tokens: int
     hidden: int | None  # of the student; the teacher's is the same
@@ -77,7 +82,7 @@ class FormCase:
 
     def truth(self) -> Callable[[Tensors], torch.Tensor]:
         """The reference."""
-        return lambda t: eager_loss(self, t)
+        return minillm.truth if self.form == "minillm" else lambda t: eager_loss(self, t)
 
 
 def _linear(loss: str, tokens: int, hidden: int, vocab: int, dtype: str) -> FormCase:
@@ -110,6 +115,7 @@ CASES_CPU = [
     ),
     _linear("forward_kl", 512, 512, 32000, "bfloat16"),
     *_others(1024, 512, 512, 32000, "float32"),
+    FormCase("minillm", "reverse_kl", 512, None, 16384, None, "float32"),
 ]
 # hidden size and vocabulary of Llama-3 8B and Qwen2.5 7B
 CASES_GPU = [
@@ -119,6 +125,7 @@ CASES_GPU = [
     ),
     _linear("jensen_shannon", 8192, 3584, 152064, "bfloat16"),
     *_others(8192, 8192, 4096, 128256, "bfloat16"),
+    FormCase("minillm", "reverse_kl", 4096, None, 128256, None, "bfloat16"),
 ]
 
 
@@ -144,8 +151,10 @@ def make_tensors(case: FormCase, device: torch.device, tokens: int) -> Tensors:
         student = normal(tokens, case.vocab, scale=2.0)
         if case.form == "support":
             apart(student, case.k)
-        if case.form in ("statistics", "support", "outputs"):
+        if case.form in ("statistics", "support", "outputs", "minillm"):
             found["teacher"] = student + normal(tokens, case.vocab)
+        if case.form == "minillm":
+            found["rollout"] = minillm.rollout_of(student, labels)
         found["student"] = student.requires_grad_()
     if case.k and case.form not in SUPPORT:
         top = teacher_topk(normal(tokens, case.vocab, scale=2.0).float(), case.k)
@@ -183,6 +192,8 @@ def with_outputs(loss: torch.Tensor, outputs) -> torch.Tensor:
 
 def eager_loss(case: FormCase, t: Tensors) -> torch.Tensor:
     """The case in eager PyTorch, mean over tokens: logits in full, autograd for the gradients."""
+    if case.form == "minillm":
+        return minillm.original(t)
     logits = eager_logits(case, t)
     if case.loss == HARD_LABEL:
         return F.cross_entropy(logits, t.labels)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import distill_ops
 
 from ..core.records import EAGER, OURS
+from . import minillm
 from .form_cases import (
     HARD_LABEL,
     LINEAR,
@@ -24,7 +25,7 @@ from .peers import Skipped, beta_of, imported
 
 PRODUCTS = "products"
 Loss = Callable[[Tensors], torch.Tensor]
-EVERY = (*LINEAR, "topk", "support", "tokens", "statistics", "outputs")
+EVERY = (*LINEAR, "topk", "support", "tokens", "statistics", "outputs", "minillm")
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class FormProvider:
     label: str
     build: Callable[[FormCase, torch.device], Loss]
     forms: tuple[str, ...] = EVERY
+    truth: Loss | None = None  # where it is not the case's
 
 
 def _ours(case: FormCase, t: Tensors) -> torch.Tensor:
+    if case.form == "minillm":
+        return minillm.ours(t)
     if case.loss == HARD_LABEL:
         return distill_ops.linear_distillation_loss(
             t.hidden, t.weight, None, None, labels=t.labels, hard_label_weight=1.0
@@ -170,6 +174,14 @@ PROVIDERS = (
     FormProvider(EAGER, "eager", lambda case, _: partial(eager_loss, case)),
     FormProvider(OURS, "distill_ops", lambda case, _: partial(_ours, case)),
     FormProvider("apart", "distill_ops, apart", outputs_apart, ("outputs",)),
+    FormProvider(
+        minillm.STATISTICS, "its statistics alone", minillm.build(minillm.statistics), ("minillm",),
+        minillm.statistics_truth,
+    ),
+    FormProvider(
+        "first_update", "distill_ops, first update", minillm.build(minillm.first_update), ("minillm",),
+        minillm.first_truth,
+    ),
     FormProvider("torch", "F.linear_cross_entropy", torch_linear_cross_entropy, ("linear",)),
     FormProvider("liger_chunked", "liger chunked JSD", liger_chunked, ("linear",)),
     FormProvider("liger_fused", "liger fused linear JSD", liger_fused, ("linear",)),
