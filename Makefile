@@ -37,7 +37,7 @@ static: setup
 	$(RUN) -m benchmarks.static
 
 report: setup
-	$(RUN) -m benchmarks.report --readme README.md --page docs/benchmarks.md
+	$(RUN) -m benchmarks.report --readme README.md --page docs/benchmarks.md --methods docs
 
 accuracy: setup
 	$(RUN) -m benchmarks.accuracy

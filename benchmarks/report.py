@@ -1,7 +1,7 @@
-"""README's benchmark picture and table, and docs/benchmarks.md, out of the JSON of runs.
+"""README's benchmark picture and table, docs/benchmarks.md and the methods' tables, out of the JSON of runs.
 
-``python -m benchmarks.report --readme README.md --page docs/benchmarks.md``; without these two it
-prints the table. Nothing is measured, and no figure is typed.
+``python -m benchmarks.report --readme README.md --page docs/benchmarks.md --methods docs``; without these
+it prints the table. Nothing is measured, and no figure is typed.
 """
 
 import argparse
@@ -13,12 +13,15 @@ from .core.machine import RESULTS, machine_line
 from .core.markdown import markdown_table, replace_marked
 from .core.records import EAGER, OURS, Measured, find, group_by_case, load
 from .core.screen import mebibytes, number
-from .losses import forms_report, plot
+from .losses import forms_report, minillm, plot
 from .losses import report as dense_report
 from .losses.forms import FormRecord
 from .losses.records import COMPILE, Record, timed_training
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+METHODS = {
+    "minillm": "minillm-cpu.json"
+}  # docs/NAME.md has the table of its own JSON between the markers
 # the README's lines: dense losses at the first shape, and the first case of (form, loss)
 DENSE = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 FORMS = (
@@ -121,6 +124,11 @@ def page(
     )
 
 
+def method_part(name: str) -> str:
+    """What stands between the markers of a method's page."""
+    return forms_report.of_a_method(*load(RESULTS / METHODS[name], FormRecord), minillm.STATISTICS)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     add = parser.add_argument
@@ -133,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--readme", type=Path, help=f"replace what lies between {BEGIN} and {END}")
     add("--page", type=Path, help="write every table there, and the picture beside the JSON")
+    add(
+        "--methods",
+        type=Path,
+        metavar="DOCS",
+        help="the folder of the methods' pages, for their tables",
+    )
     options = parser.parse_args(arguments)
     dense, facts = load(options.json, Record)
     forms = load(options.forms, FormRecord)
@@ -143,6 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.page.parent.mkdir(parents=True, exist_ok=True)
         text = page((dense, facts), forms, _link(picture, options.page))
         options.page.write_text(text, encoding="utf-8")
+    for name in METHODS if options.methods else ():
+        file = options.methods / f"{name}.md"
+        text = replace_marked(file.read_text(encoding="utf-8"), method_part(name), BEGIN, END)
+        file.write_text(text, encoding="utf-8")
     if options.readme:
         every = (options.page or options.readme.parent / "docs/benchmarks.md").resolve()
         links = _link(picture, options.readme), _link(every, options.readme)

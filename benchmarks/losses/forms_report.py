@@ -52,3 +52,29 @@ def markdown(records: Sequence[FormRecord], facts: dict[str, object]) -> str:
         f"`{facts['command']}` on {machine_line(facts)}.",
     ]
     return "\n".join(lines)
+
+
+def of_a_method(records: Sequence[FormRecord], facts: dict[str, object], alone: str) -> str:
+    """A row for each provider of one case, beside eager PyTorch and the fused call ``alone``."""
+    timed = {r.provider: r for r in records if r.measured}
+    base = timed[alone]
+
+    def row(r: FormRecord) -> list[str]:
+        return [
+            "its code in eager PyTorch" if r.provider == EAGER else r.label,
+            number(r.median_ms),
+            number(r.times_eager, "x"),
+            f"{r.median_ms / base.median_ms:.2f}x",
+            mebibytes(r.peak_bytes),
+            mebibytes(r.above_gradients_bytes),
+        ]
+
+    header = ["", "ms", "faster than its code", "of the statistics alone", "peak MiB", "less the gradient"]  # fmt: skip
+    rounds = min(r.rounds for r in timed.values())
+    lines = markdown_table(header, map(row, timed.values()))
+    lines += [
+        "",
+        f"Forward + backward of logits {records[0].shape}, medians of {rounds} or more interleaved rounds; "
+        f"memory above the inputs. `{facts['command']}` on {machine_line(facts)}.",
+    ]
+    return "\n".join(lines)

@@ -69,8 +69,25 @@ def of_tokens() -> dict:
     }
 
 
+def of_minillm() -> dict:
+    """Prompts padded on the left, plain text, and the models."""
+    prompt = batch()["ids"][:, :5]
+    prompt[0, :2] = 0
+    student = causal_model(0)
+    return {
+        "student": student,
+        "teacher": causal_model(1, hidden_size=48),
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.01),
+        "prompt": prompt,
+        "attention_mask": (prompt != 0).long(),
+        "end_of_text": 2,
+        "text": batch(1)["ids"],
+    }
+
+
 READERS_OWN = {
     "README.md": of_the_readme,
     "docs/linear.md": of_linear,
+    "docs/minillm.md": of_minillm,
     "docs/tokens.md": of_tokens,
 }
