@@ -10,7 +10,9 @@ import distill_ops
 from distill_ops.methods import minillm, sampling
 from distill_ops.reference import minillm as reference
 from tests.support.helpers import make_logits
-from tests.support.recipes import causal_model
+from tests.support.recipes import VOCAB_SIZE, causal_model
+
+transformers = pytest.importorskip("transformers")
 
 NEW, PAD, END = 6, 0, 2
 PROMPT = torch.tensor([[0, 0, 7, 9], [5, 8, 3, 4], [0, 6, 1, 5]])
@@ -58,8 +60,23 @@ def row_logits(model, sequences):
     return torch.stack(found)
 
 
-def test_generating_samples_from_the_mixture_with_the_teachers_own_cache(models):
+def with_absolute_positions():
+    """To which how far a prompt is padded is no matter of distances alone."""
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=16, n_embd=16, n_layer=1, n_head=2
+    )
+    teacher = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        teacher.transformer.wpe.weight *= 50
+        teacher.lm_head.weight *= 20
+    return teacher
+
+
+@pytest.mark.parametrize("kind", ["rotary positions", "absolute positions"])
+def test_generating_samples_from_the_mixture_with_the_teachers_own_cache(models, kind):
     student, teacher = models
+    teacher = teacher if kind == "rotary positions" else with_absolute_positions()
     processor = minillm.MixedSampling(teacher.train(), ATTENTION, teacher_share=0.4)
     forwards = []
     hook = teacher.register_forward_pre_hook(
@@ -71,7 +88,7 @@ def test_generating_samples_from_the_mixture_with_the_teachers_own_cache(models)
     assert forwards == [PROMPT.shape[1]] + [1] * (NEW - 1)
     assert not teacher.training
     sequences = output.sequences
-    student_logits, teacher_logits = (row_logits(model, sequences) for model in models)
+    student_logits, teacher_logits = (row_logits(model, sequences) for model in (student, teacher))
     mixture = minillm.mix(student_logits, teacher_logits, 0.4)
     scores = torch.stack(output.scores, 1)
     torch.testing.assert_close(scores, mixture, rtol=1e-4, atol=1e-4)
@@ -164,7 +181,6 @@ def test_a_mask_of_another_prompt(models):
 
 
 def test_it_is_a_logits_processor_and_needs_transformers_alone_to_be_made(models):
-    transformers = pytest.importorskip("transformers")
     processor = minillm.MixedSampling(models[1])
     assert isinstance(processor, transformers.LogitsProcessor)
     assert isinstance(processor, minillm.MixedSampling)

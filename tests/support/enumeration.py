@@ -103,20 +103,36 @@ def exact_gradient(objective: Callable[[torch.Tensor], torch.Tensor], table: tor
     return torch.autograd.grad(objective(table), table)[0]
 
 
-def expected_gradient(
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    table: torch.Tensor,
-    behaviour_log_probs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The expectation of ``d loss(table, ids) / d table`` over ids ``[1, length]``.
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    The loss is called once a sequence, as a trainer calls it with a sampled one, and sees nothing of
-    the others. Sequences are drawn by ``behaviour_log_probs`` ``[n, length]`` of all of them, in the order
-    of :func:`sequences`; by the policy itself without it. Nothing flows through how they are drawn."""
+
+def gradients(
+    loss: Loss, table: torch.Tensor, behaviour_log_probs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``d loss(table, ids) / d table`` of all sequences, ``[n, n_contexts, vocab]``, and their probabilities.
+
+    The loss is called once a sequence, as a trainer calls it with a sampled one, ids ``[1, length]``, and
+    sees nothing of the others. Sequences are drawn by ``behaviour_log_probs`` ``[n, length]`` of all of them,
+    in the order of :func:`sequences`; by the policy itself without it. Nothing flows through how they are
+    drawn."""
     ids = _all(table)
     drawn_by = log_probs_of(table, ids) if behaviour_log_probs is None else behaviour_log_probs
-    drawn = drawn_by.detach().sum(1).exp()
-    total = torch.zeros_like(table, requires_grad=False)
-    for probability, one in zip(drawn, ids.split(1), strict=True):
-        total += probability * exact_gradient(lambda of, one=one: loss(of, one), table)
-    return total
+    found = [exact_gradient(lambda of, one=one: loss(of, one), table) for one in ids.split(1)]
+    return torch.stack(found), drawn_by.detach().sum(1).exp()
+
+
+def expected_gradient(
+    loss: Loss, table: torch.Tensor, behaviour_log_probs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The expectation of :func:`gradients`, ``[n_contexts, vocab]``."""
+    found, drawn = gradients(loss, table, behaviour_log_probs)
+    return (drawn[:, None, None] * found).sum(0)
+
+
+def variance(
+    loss: Loss, table: torch.Tensor, behaviour_log_probs: torch.Tensor | None = None
+) -> float:
+    """The expected squared distance of :func:`gradients` from their expectation."""
+    found, drawn = gradients(loss, table, behaviour_log_probs)
+    distances = found - (drawn[:, None, None] * found).sum(0)
+    return (drawn * distances.square().sum((1, 2))).sum().item()

@@ -12,6 +12,7 @@ from tests.support.mutations_chosen import CHOSEN_ROWS
 from tests.support.mutations_host import CHECKS, CPU_PATH
 from tests.support.mutations_kernels import KERNEL_MUTATIONS
 from tests.support.mutations_linear import LINEAR_FORM
+from tests.support.mutations_minillm import MINILLM
 from tests.support.mutations_on_policy import ON_POLICY
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
@@ -41,5 +42,6 @@ MUTATIONS = [
     *TOKEN_OUTPUTS,
     *STATISTICS,
     *ON_POLICY,
+    *MINILLM,
     *TEACHER_STORES,
 ]

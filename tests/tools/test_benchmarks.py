@@ -10,9 +10,11 @@ from benchmarks.core.machine import RESULTS, ROOT
 from benchmarks.core.markdown import replace_marked
 from benchmarks.core.records import SKIPPED, load, save
 from benchmarks.core.screen import mebibytes, number
+from benchmarks.losses import minillm
 from benchmarks.losses import report as dense_report
 from benchmarks.losses.cases import LOSSES, select_cases
 from benchmarks.losses.forms import FormRecord
+from benchmarks.losses.forms import main as forms_main
 from benchmarks.losses.records import COPY, OVERHEAD, WAYS, Record
 
 TINY = ["--quick", "--device", "cpu", "--shapes", "16x64", "--losses", "forward_kl"]
@@ -109,6 +111,34 @@ def test_the_page_and_the_readme_are_what_the_json_gives():
     part = report.readme_part(dense[0], forms[0], *facts, picture, "docs/benchmarks.md")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{report.BEGIN}\n{part}\n{report.END}" in readme
+
+
+@pytest.mark.parametrize("name", report.METHODS)
+def test_a_methods_page_has_the_table_of_its_json(name):
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{report.method_part(name)}\n{report.END}" in text
+
+
+def test_minillm_costs_little_more_than_its_statistics():
+    """Of the committed run: what it was built for."""
+    records, _ = load(RESULTS / report.METHODS["minillm"], FormRecord)
+    found = {r.provider: r for r in records if r.measured}
+    gradient = records[0].tokens * records[0].vocab * 4
+    assert (records[0].tokens, records[0].vocab, records[0].dtype) == (512, 16384, "float32")
+    for ours in (found["ours"], found["first_update"]):
+        assert ours.median_ms <= 1.15 * found[minillm.STATISTICS].median_ms
+        assert ours.times_eager >= 4
+        assert ours.peak_bytes <= gradient + 8 * 2**20  # some rows at a time beside the gradient
+
+
+def test_the_quick_form_of_minillm(tmp_path):
+    path = tmp_path / "minillm.json"
+    options = ["--quick", "--forms", "minillm", "--seconds", "0.01", "--device", "cpu"]
+    assert forms_main([*options, "--json", str(path)]) == 0
+    records, _ = load(path, FormRecord)
+    errors = {r.provider: r.error for r in records if r.measured}
+    assert set(errors) == {"eager", "ours", "first_update", minillm.STATISTICS}
+    assert max(errors.values()) < 1e-4  # of each, against its own truth in float64
 
 
 def test_only_a_text_with_both_markers_is_changed():
