@@ -128,7 +128,7 @@ def test_minillm_costs_little_more_than_its_statistics():
     for ours in (found["ours"], found["first_update"]):
         assert ours.median_ms <= 1.15 * found[minillm.STATISTICS].median_ms
         assert ours.times_eager >= 4
-        assert ours.peak_bytes <= gradient + 8 * 2**20  # some rows at a time beside the gradient
+        assert ours.peak_bytes <= gradient + 12 * 2**20  # some rows at a time beside the gradient
 
 
 def test_the_quick_form_of_minillm(tmp_path):
