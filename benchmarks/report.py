@@ -19,9 +19,8 @@ from .losses.forms import FormRecord
 from .losses.records import COMPILE, Record, timed_training
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-METHODS = {
-    "minillm": "minillm-cpu.json"
-}  # docs/NAME.md has the table of its own JSON between the markers
+# pages of docs/ with the table of a JSON of their own between the markers
+METHODS = {"minillm": "minillm-cpu.json"}
 # the README's lines: dense losses at the first shape, and the first case of (form, loss)
 DENSE = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 FORMS = (

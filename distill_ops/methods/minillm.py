@@ -203,7 +203,9 @@ def _from_statistics(
         policy = terms.losses(ratio, clipped)
         slopes = (-terms.advantages * ratio).masked_fill(clipped, 0.0)
         coefficients = StatisticsCoefficients(
-            step_shares if single_step else None, shares * slopes, -entropy_coef * shares
+            step_shares if single_step else None,
+            shares * slopes,
+            -entropy_coef * shares if entropy_coef else None,
         )
         made, found = statistics(ids, coefficients=coefficients)
     else:

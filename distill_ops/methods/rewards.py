@@ -143,7 +143,8 @@ def whiten(
     Args:
         values, mask: ``[batch, sequence]``; values finite where valid.
         count_padding: take mean and variance of all entries, those of tokens that are not valid being 0,
-            as MiniLLM's code does: then they depend on how long the batch was padded.
+            as MiniLLM's code does: then they depend on how long the batch was padded. (Its variance is
+            that of all processes; on a single one it is divided by one less.)
 
     Returns:
         ``[batch, sequence]``, float32 (float64 of float64), a constant; 0 where a token is not valid.

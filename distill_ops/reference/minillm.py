@@ -12,7 +12,10 @@ from .dense import distillation_loss, log_mixture
 from .tokens import distillation_statistics
 
 
-def token_rewards(teacher_log_probs, student_log_probs, mask, *, scaling=0.5, clip=100.0):
+def token_rewards(
+    teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, mask: torch.Tensor, *,
+    scaling: float = 0.5, clip: float | None = 100.0,
+) -> torch.Tensor:  # fmt: skip
     """``r_t = clip((log p(y_t) - log q(y_t)) / scaling)``.
 
     Example:
@@ -30,7 +33,10 @@ def token_rewards(teacher_log_probs, student_log_probs, mask, *, scaling=0.5, cl
     return rewards.clamp(min=-limit, max=limit)
 
 
-def rewards_to_go(rewards, mask, *, gamma=0.95, include="next", length_normalization=True):
+def rewards_to_go(
+    rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float = 0.95, include: str = "next",
+    length_normalization: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """``R_t = r_t + gamma R_{t+1}`` over the valid tokens, backwards one by one; R_{t+1} with "next".
 
     Example:
@@ -54,7 +60,9 @@ def rewards_to_go(rewards, mask, *, gamma=0.95, include="next", length_normaliza
     return found
 
 
-def whiten(values, mask, *, count_padding=False):
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, *, count_padding: bool = False
+) -> torch.Tensor:
     """``(x - mean) / sqrt(variance + 1e-8)`` of the valid tokens, or of all with 0 for the others.
 
     Example:
@@ -72,7 +80,10 @@ def whiten(values, mask, *, count_padding=False):
     return found.masked_fill(~valid.mask, 0.0)
 
 
-def advantages(teacher_log_probs, student_log_probs, mask, *, whitening=True, **options):
+def advantages(
+    teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, mask: torch.Tensor, *,
+    whitening: bool = True, **options,
+) -> torch.Tensor:  # fmt: skip
     """``whiten(rewards_to_go(token_rewards(...)))``, each with its options.
 
     Example:
@@ -89,7 +100,10 @@ def advantages(teacher_log_probs, student_log_probs, mask, *, whitening=True, **
     return whiten(found, mask, count_padding=padding) if whitening else found
 
 
-def importance_weights(student_log_probs, behaviour_log_probs, mask, *, product="token"):
+def importance_weights(
+    student_log_probs: torch.Tensor, behaviour_log_probs: torch.Tensor, mask: torch.Tensor, *,
+    product: str = "token",
+) -> torch.Tensor:  # fmt: skip
     """``w_t = q(y_t) / b(y_t)``, or its product over the valid s < t, s <= t, or all s.
 
     Example:
@@ -113,8 +127,9 @@ def importance_weights(student_log_probs, behaviour_log_probs, mask, *, product=
 
 
 def policy_loss(
-    log_probs, old_log_probs, advantages, mask, *, weights=None, clip=0.2, reduction="mean"
-):
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    *, weights: torch.Tensor | None = None, clip: float | None = 0.2, reduction: str = "mean",
+) -> torch.Tensor:  # fmt: skip
     """``mean max(-A rho, -A clip(rho))``, ``rho = exp(log q - log q_old) w``.
 
     Example:
@@ -147,9 +162,11 @@ def _reduced(terms, valid, reduction):
 
 
 def loss(
-    student_logits, teacher_logits, token_ids, mask, *, advantages, old_log_probs=None, weights=None,
-    single_step=True, single_step_weights=None, clip=0.2, entropy_coef=0.0, reduction="mean",
-    temperature=1.0,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor,
+    mask: torch.Tensor, *, advantages: torch.Tensor, old_log_probs: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None, single_step: bool = True,
+    single_step_weights: torch.Tensor | None = None, clip: float | None = 0.2,
+    entropy_coef: float = 0.0, reduction: str = "mean", temperature: float = 1.0,
 ) -> PolicyLoss:  # fmt: skip
     """``policy_loss + mean v_t KL(q_t || p_t) - entropy_coef mean H(q_t)``.
 
@@ -179,8 +196,9 @@ def loss(
 
 
 def pretraining_loss(
-    student_logits, teacher_logits, labels, *, lm_coef=1.0, kd_ratio=0.5, ignore_index=-100
-) -> LossComponents:
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, *,
+    lm_coef: float = 1.0, kd_ratio: float = 0.5, ignore_index: int = -100,
+) -> LossComponents:  # fmt: skip
     """``lm_coef ((1 - kd_ratio) cross_entropy + kd_ratio distil)``.
 
     Example:
@@ -199,7 +217,10 @@ def pretraining_loss(
     return LossComponents(total, soft.detach(), hard.detach())
 
 
-def mix(student_logits, teacher_logits, teacher_share=0.2, *, temperature=1.0):
+def mix(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, teacher_share: float = 0.2, *,
+    temperature: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """``log((1 - a) q + a p)``.
 
     Example:

@@ -4,9 +4,10 @@ from tests.support import sources
 from tests.support.mutants import Mutation
 
 PARTS = "tests/methods/test_minillm.py::test_"
+WHOLE = "tests/methods/test_minillm_loss.py::test_"
 EXACT = "tests/methods/test_minillm_exact.py::test_"
 MIXED = "tests/methods/test_mixed_sampling.py::test_"
-LOSS = f"{PARTS}loss[logits-first update-right]"
+LOSS = f"{WHOLE}loss[logits-first update-right]"
 
 MINILLM = [
     Mutation(
@@ -77,7 +78,7 @@ MINILLM = [
         sources.METHODS_MINILLM,
         "(-terms.advantages * ratio).masked_fill(clipped, 0.0)",
         "(-terms.advantages * ratio)",
-        f"{PARTS}the_first_update_is_that_of_old_log_probabilities_of_now[logits]",
+        f"{WHOLE}the_first_update_is_that_of_old_log_probabilities_of_now[logits]",
     ),
     Mutation(
         "minillm: the first update's value is that of its coefficients",
