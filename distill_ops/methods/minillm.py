@@ -186,6 +186,18 @@ def _extra(
     return single_step, weights, check_finite("entropy_coef", entropy_coef)
 
 
+class _GradientOf(torch.autograd.Function):
+    """A value whose gradient is that of another, which a constant sets apart from it: an infinite one too."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, upstream
+
+
 def _from_statistics(
     statistics: Callable[..., DistillationStatistics],
     token_ids: torch.Tensor,
@@ -217,8 +229,8 @@ def _from_statistics(
     total = policy + step if single_step else policy
     if entropy_coef:
         total = total - entropy_coef * entropy
-    if made is not None:  # whose gradient is the loss's; its value is that of other constants
-        total = made + (total - made.detach())
+    if made is not None:
+        total = _GradientOf.apply(total, made)
     parts = (x.detach() for x in (policy, step, entropy))
     detached = DistillationStatistics(*(x.detach() for x in found))
     return PolicyLoss(total, *parts, terms.share_of(clipped), detached)

@@ -192,6 +192,21 @@ def test_nothing_to_learn_has_a_graph():
     assert math.isfinite(found.clipped)
 
 
+def test_a_sampled_token_that_the_student_excludes():
+    """What the rollout says, ratio 1, is taken for true: value and gradient are finite."""
+    mask = torch.ones(1, 1)
+    student, teacher = make_logits((1, 1, V), dtype=torch.float64)
+    student[..., 3] = -INF
+    options = {"advantages": torch.full((1, 1), -2.0), "single_step": False}
+    found, (gradient,) = compute(
+        minillm.loss, [student, teacher], torch.tensor([[3]]), mask, **options
+    )
+    assert found.loss.item() == 2
+    expected = -2 * student.softmax(-1)
+    expected[..., 3] += 2
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("first", [True, False], ids=["first update", "later"])
 def test_one_graph_under_compile(first):

@@ -83,7 +83,7 @@ MINILLM = [
     Mutation(
         "minillm: the first update's value is that of its coefficients",
         sources.METHODS_MINILLM,
-        "total = made + (total - made.detach())",
+        "total = _GradientOf.apply(total, made)",
         "total = made",
         LOSS,
     ),
