@@ -134,13 +134,15 @@ def linear_loss(
     Example:
         >>> import torch
         >>> from distill_ops.methods import minillm
-        >>> hidden, weight = torch.randn(1, 2, 4, requires_grad=True), torch.randn(7, 4)
+        >>> hidden = torch.eye(2)[None].requires_grad_()  # [1, 2, 2]
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
         >>> losses = minillm.linear_loss(
-        ...     hidden, weight, hidden.detach(), weight, torch.tensor([[1, 0]]), torch.ones(1, 2),
-        ...     advantages=torch.zeros(1, 2),
+        ...     hidden, weight, torch.eye(2)[None], weight.flip(0), torch.tensor([[0, 1]]),
+        ...     torch.ones(1, 2), advantages=torch.tensor([[0.5, -1.0]]),
         ... )
-        >>> losses.loss.item(), losses.statistics.top1_agreement.tolist()
-        (0.0, [[True, True]])
+        >>> losses.loss.backward()
+        >>> [round(x.item(), 4) for x in losses[:3]], hidden.grad.shape
+        ([0.316, 0.25, 0.066], torch.Size([1, 2, 2]))
 
     No ``[tokens, V]`` tensor exists. With ``old_log_probs=None``, the first update after a rollout, it takes
     four matrix products, else six, as the ratio must be known before its gradient is.
