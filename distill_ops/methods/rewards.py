@@ -106,10 +106,13 @@ def rewards_to_go(
     total = valid.numbers("rewards", rewards).detach()
     # R_t = total_t + factor_t R_{t+1}: doubling the number of tokens summed, until it is all of them
     factor = torch.where(valid.mask, gamma, 1.0).to(total.dtype)
+    least = (
+        torch.finfo(total.dtype).tiny if gamma else 0.0
+    )  # an infinite reward is not discounted away
     reach = 1
     while reach < total.shape[-1]:
         total = total + (factor * _later(total, reach)).masked_fill(factor == 0, 0.0)
-        factor = factor * _later(factor, reach, beyond=1.0)
+        factor = (factor * _later(factor, reach, beyond=1.0)).clamp(min=least)
         reach *= 2
     count = valid.mask.flip(-1).cumsum(-1).flip(-1)
     if include == "next":
@@ -158,9 +161,10 @@ def whiten(
     x = valid.numbers("values", values, finite=True).detach()
     counted = torch.ones_like(valid.mask) if count_padding else valid.mask
     n = counted.sum().clamp(min=1)
-    centred = (x - x.sum() / n).masked_fill(~counted, 0.0)
+    wide = x.double()  # a mean that is rounded, over the root of EPSILON, would be no small number
+    centred = (wide - wide.sum() / n).masked_fill(~counted, 0.0)
     scale = torch.rsqrt(centred.square().sum() / n + EPSILON)
-    return (centred * scale).masked_fill(~valid.mask, 0.0)
+    return (centred * scale).masked_fill(~valid.mask, 0.0).to(x.dtype)
 
 
 def advantages(
@@ -243,7 +247,8 @@ def importance_weights(
             has a probability: the behaviour's are finite.
         mask: ``[batch, sequence]``, the valid tokens.
         product: of the weights of "token" (that token alone), "before" (the valid ones before it), "through"
-            (and itself), or "sequence" (all).
+            (and itself), or "sequence" (all). A product beyond the largest number is inf, which the losses
+            refuse.
 
     Returns:
         ``[batch, sequence]``, float32 (float64 where an argument is), a constant: no gradient flows

@@ -92,8 +92,10 @@ class MixedSampling:
 
     ``generate`` applies ``temperature``, ``top_k`` and ``top_p`` after this, to the mixture, and then the
     log-probabilities here are not what was sampled: pass ``top_k=0, top_p=1.0`` (its own default is
-    ``top_k=50``) and no temperature but the one here. Processors that came before, such as a minimal
-    length, have excluded tokens (-inf): those stay excluded, of the teacher too.
+    ``top_k=50``), ``temperature=1.0`` (a model's ``generation_config`` may have others) and the
+    temperature here. Processors that came before, such as a minimal length, have excluded tokens (-inf): those
+    stay excluded, of the teacher too. One that changes other scores, such as a repetition penalty, changes
+    the student that is mixed.
 
     Args:
         teacher: a causal model of transformers, of the student's vocabulary. It is put into eval mode and
@@ -184,7 +186,7 @@ class MixedSampling:
         if self._mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must have the shape of the prompt, {tuple(input_ids.shape)}, "
-                f"got {tuple(self._mask.shape)}"
+                f"got {tuple(self._mask.shape)}; of several sequences a prompt, repeat its rows"
             )
         self._mask = self._mask.to(input_ids.device).long()
         self.teacher.eval()

@@ -67,6 +67,24 @@ def test_whitening(name, count_padding):
         assert kept.var(correction=0) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [64, 4096])
+def test_whitening_of_equal_values_is_0(n):
+    """Whatever their number: a rounded mean would be divided by the root of 1e-8."""
+    assert not minillm.whiten(torch.full((4, n), 100.1), torch.ones(4, n)).any()
+
+
+def test_whitening_of_large_values():
+    found = minillm.whiten(torch.tensor([[1e30, -1e30, 0.0]]), torch.ones(1, 3))
+    torch.testing.assert_close(found, torch.tensor([[1.0, -1.0, 0.0]]) * 1.5**0.5)
+
+
+def test_an_infinite_reward_is_not_discounted_away():
+    rewards = torch.zeros(1, 100)
+    rewards[0, -1] = -INF
+    found = minillm.rewards_to_go(rewards, torch.ones(1, 100), gamma=0.05, include="current")
+    assert (found == -INF).all()
+
+
 def test_whitening_does_not_depend_on_padding_unless_asked():
     values, mask = torch.randn(2, 4), mask_of("right")
     longer = [torch.nn.functional.pad(x, (0, 5)) for x in (values, mask)]
