@@ -1,0 +1,1 @@
+"""What a loss holds in memory, by formulas: no tensor is made."""
