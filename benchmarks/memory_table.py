@@ -12,7 +12,7 @@ from pathlib import Path
 from .core.markdown import markdown_table, replace_marked
 from .losses.cases import MODELS
 from .memory import cpu, gpu
-from .memory.sizes import FLOAT, Bytes, Sizes, eager, stored_bytes_a_token
+from .memory.sizes import EAGER, FLOAT, Bytes, Sizes, eager, stored_bytes_a_token
 
 BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
 VOCABULARIES, TOKENS = (128256, 151936, 262144), (8192, 32768)
@@ -85,6 +85,21 @@ def by_kind(sizes: Sizes, threads: int | None = None) -> list[str]:
     return markdown_table(header, ([name, *kinds(row)] for name, row in rows_of(sizes, threads)))
 
 
+def by_divergence(itemsize: int = Sizes.itemsize) -> list[str]:
+    """What the dense losses hold of a logit: eager PyTorch's depend on the divergence."""
+    header = [
+        "bytes a logit above the inputs", "eager, float32", "eager, the logits' dtype",
+        "`distillation_loss`", "`inplace=True`",
+    ]  # fmt: skip
+    return markdown_table(
+        header,
+        (
+            [f"`{name}`", str(row.bytes(FLOAT)), str(row.bytes(itemsize)), str(itemsize), "0"]
+            for name, row in EAGER.items()
+        ),
+    )
+
+
 def teachers(sizes: Sequence[Sizes]) -> list[str]:
     """What a token of the teacher takes: while a student trains, and kept for all epochs."""
     ones = {s.vocab: Sizes(**vars(s) | {"tokens": 1}) for s in sizes}
@@ -105,7 +120,7 @@ def markdown(sizes: Sequence[Sizes], threads: int | None = None) -> str:
     """Every table of these sizes."""
     tables = [totals(sizes, threads)] if len(sizes) > 1 else []
     tables += [by_kind(s, threads) for s in sizes]
-    tables.append(teachers(sizes))
+    tables += [by_divergence(), teachers(sizes)]
     return "\n\n".join("\n".join(table) for table in tables)
 
 

@@ -59,15 +59,13 @@ def linear(sizes: Sizes, device: launch.DeviceFacts = H100, *, topk: bool = Fals
     blocks = split(
         sizes.tokens, token_bytes, teacher_row + stride * FLOAT, budget, summed, gpu=True
     )
-    rest = min(
-        blocks.tokens, sizes.tokens - blocks.tokens
-    )  # of the second block, where there is one
-    of_block = (
-        blocks.tokens * (stride + sizes.hidden) * sizes.itemsize
-    )  # with a masked copy of hidden
+    # of the second block, where there is one
+    rest = min(blocks.tokens, sizes.tokens - blocks.tokens)
+    # the gradient of its logits, and its hidden states, those of tokens that do not count masked
+    of_block = blocks.tokens * (stride + sizes.hidden) * sizes.itemsize
     under_work = blocks.rows * stride * FLOAT * (1 if topk else 2)
     tokens = _rows(sizes) - SCALAR + sizes.tokens  # and which are not to be read, a byte each
-    # between two blocks the next one's hidden states are there too; within one, the top-k kernel's scratch
+    # between blocks the next one's hidden states are there too; within one, the top-k kernel's scratch
     scratch = _scratch_of_rows(sizes, blocks.rows, device) if topk else 0
     moment = max(scratch, rest * sizes.hidden * sizes.itemsize)
     temporary = of_block + under_work + tokens + (summed if rest else 0) + moment

@@ -93,16 +93,42 @@ class Sizes:
         return self.of_hidden + (0 if self.frozen_head else self.of_head)
 
 
+class PerLogit(NamedTuple):
+    """What eager PyTorch holds at its peak of a logit: numbers in the dtype that it computes with, and masks."""
+
+    numbers: int
+    masks: int
+
+    def bytes(self, compute: int) -> int:
+        """``compute``: bytes of a number."""
+        return self.numbers * compute + self.masks
+
+
+# of the losses in benchmarks/losses/eager.py, forward + backward
+EAGER = {
+    "soft_cross_entropy": PerLogit(4, 1),
+    "forward_kl": PerLogit(6, 1),
+    "reverse_kl": PerLogit(6, 1),
+    "jensen_shannon": PerLogit(13, 0),
+    "symmetric_kl": PerLogit(8, 2),
+    "skew_forward_kl": PerLogit(8, 1),
+    "skew_reverse_kl": PerLogit(8, 1),
+    "total_variation": PerLogit(5, 1),
+    "alpha_beta": PerLogit(7, 0),
+}
+EAGER_SAVED = PerLogit(2, 1)  # of soft_cross_entropy, between forward and backward
+
+
 def eager(sizes: Sizes, compute: int) -> Bytes:
     """``benchmarks/losses/eager.py: soft_cross_entropy``, which is MiniLLM's, on any device; ``compute``:
-    bytes of an element of what it computes with, 4 where it upcasts the logits.
+    bytes of a number that it computes with, 4 where it upcasts the logits.
 
     Saved for the backward are the teacher's probabilities, the student's log-probabilities and the mask of
-    infinities, a byte a logit. The peak is in the forward: their product and its masked copy beside them."""
-    saved = sizes.n_logits * (2 * compute + 1)
-    at_peak = sizes.n_logits * 2 * compute
-    gradient = sizes.logits
-    return Bytes(2 * sizes.logits, gradient, saved, at_peak - gradient, sizes.of_student)
+    infinities. The peak is in the forward: their product and its masked copy beside them."""
+    peak = sizes.n_logits * EAGER["soft_cross_entropy"].bytes(compute)
+    saved = sizes.n_logits * EAGER_SAVED.bytes(compute)
+    temporary = peak - saved - sizes.logits
+    return Bytes(2 * sizes.logits, sizes.logits, saved, temporary, sizes.of_student)
 
 
 def stored_bytes_a_token(k: int) -> int:

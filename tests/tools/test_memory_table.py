@@ -11,10 +11,11 @@ import torch
 from distill_ops.kernels.launch import TOPK_STATISTICS, DeviceFacts
 
 from benchmarks.core.machine import RESULTS, ROOT
-from benchmarks.losses.eager import soft_cross_entropy
+from benchmarks.losses.cases import LOSSES
+from benchmarks.losses.eager import FORMULAS, soft_cross_entropy
 from benchmarks.memory import cpu, gpu
 from benchmarks.memory.gpu import H100, dense, linear, topk_scratch
-from benchmarks.memory.sizes import FLOAT, Sizes, eager, stored_bytes_a_token
+from benchmarks.memory.sizes import EAGER, FLOAT, Sizes, eager, stored_bytes_a_token
 from benchmarks.memory_table import (
     BEGIN,
     END,
@@ -131,6 +132,18 @@ def test_eager_pytorch_takes_what_the_formula_says(compute):
         loss.backward()
     assert kept == pytest.approx(found.saved, rel=0.001)
     assert seen.peak == pytest.approx(found.peak, rel=0.001)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, None], ids=["float32", "native"])
+def test_eager_pytorch_of_every_divergence(compute):
+    assert set(EAGER) == set(LOSSES)
+    for name, formula in FORMULAS.items():
+        student, teacher = torch.empty(2, 500, 1000, dtype=torch.bfloat16, device="meta")
+        student.requires_grad_()
+        with Allocations(student, teacher) as seen:
+            formula(student, teacher, compute).backward()
+        expected = EAGER[name].bytes(4 if compute else 2) * teacher.numel()
+        assert seen.peak == pytest.approx(expected, rel=0.002), name
 
 
 def test_the_count_frees_what_nobody_holds():
