@@ -83,7 +83,7 @@ class Tensors:
         return lambda: torch.autograd.grad(loss(labels=self.labels, **options), leaves)
 
 
-SMALL = Sizes(256, 4096, hidden=64, teacher_hidden=96, k=16)
+SMALL = Sizes(256, 4096, hidden=64, teacher_hidden=96, k=128)
 CPU_FORMULAS = {
     "dense": lambda sizes, mode: cpu.dense(sizes, mode, threads=1),
     "topk": lambda sizes, mode: cpu.topk(sizes, threads=1),
