@@ -20,7 +20,7 @@ import torch
 
 from tests.support import FULL_VARIABLE, full
 from tests.support.covering import mark_the_rest
-from tests.support.interpreter import look_for_builtins_once
+from tests.support.interpreter import quicken
 from tests.support.mutations import MUTATIONS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 if INTERPRETING and find_spec("triton"):
-    look_for_builtins_once()
+    quicken()
 
 
 def pytest_addoption(parser):
