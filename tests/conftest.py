@@ -3,7 +3,8 @@
 Triton's interpreter is switched on when triton is imported, so the tests of the Triton kernels on
 CPU tensors (marker ``interpreter``) need processes of their own: the suite starts one for each of
 ``SHARES`` beside itself and ``test_interpreter.py`` reports what they found. With a GPU the same
-tests run on it, here.
+tests run on it, here. A run of the whole suite starts one more, for the folders ``BESIDE`` of the CPU
+path, so that no process is the last one for long.
 
 The marker ``full``, and what ``covering`` leaves out of a matrix, runs with ``--full``, with ``-m
 full``, with ``DISTILL_OPS_FULL=1`` (which the first two set), and where a test is asked for by its id.
@@ -25,13 +26,15 @@ from tests.support.mutations import MUTATIONS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
-REPORTER = "test_kernels_under_the_interpreter"
+REPORTERS = "test_kernels_under_the_interpreter", "test_the_folders_beside"
 
 # what each process under the interpreter collects: about as long each
 SHARES = {
     "losses": ["losses"],
     "others": ["oracle", "kernels", "interface", "tools"],
 }
+
+BESIDE = ["compiled", "oracle", "teacher"]
 
 # the suite's processes share the cores, and threads that wait for each other keep them busy
 torch.set_num_threads(1)
@@ -65,33 +68,44 @@ def pytest_collection_modifyitems(config, items):
             wanted = wanted and (full() or item.nodeid in config.args)
         (selected if wanted else others).append(item)
     selected.sort(
-        key=lambda item: item.originalname == REPORTER
-    )  # last: its processes run meanwhile
+        key=lambda item: item.originalname in REPORTERS
+    )  # last: their processes run meanwhile
     config.hook.pytest_deselected(items=others)
     items[:] = selected
 
 
 def pytest_collection_finish(session):
-    """Start the processes whose reports were collected."""
-    shares = [x.callspec.params["share"] for x in session.items if x.originalname == REPORTER]
-    session.config.interpreter_processes = {
-        share: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            + [f"tests/{folder}" for folder in SHARES[share]],
-            cwd=session.config.rootpath,
-            env=os.environ | {"TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=lambda: os.nice(5),  # this process, the longest, has a core to itself
-        )
-        for share in shares
-        if not (session.config.option.collectonly or INTERPRETING or HAS_GPU)
-    }
+    """Start the processes whose reports were collected, and leave to the one its folders."""
+    config = session.config
+    config.processes, config.beside = {}, []
+    if config.option.collectonly or INTERPRETING or HAS_GPU:
+        return
+    reporters = [item for item in session.items if item.originalname in REPORTERS]
+    for share in [x.callspec.params["share"] for x in reporters if hasattr(x, "callspec")]:
+        config.processes[share] = start(config, SHARES[share], {"TRITON_INTERPRET": "1"})
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and any(not hasattr(x, "callspec") for x in reporters):
+        config.processes["beside"] = start(config, BESIDE, {})
+        config.beside = [x for x in session.items if x.path.parent.name in BESIDE]
+        config.hook.pytest_deselected(items=config.beside)
+        session.items[:] = [x for x in session.items if x.path.parent.name not in BESIDE]
+
+
+def start(config, folders, environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        + [f"tests/{folder}" for folder in folders],
+        cwd=config.rootpath,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: os.nice(5),  # this process, the longest, has a core to itself
+    )
 
 
 def pytest_unconfigure(config):
-    for process in getattr(config, "interpreter_processes", {}).values():
+    for process in getattr(config, "processes", {}).values():
         if process.poll() is None:
             process.kill()
 

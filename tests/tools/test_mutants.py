@@ -28,7 +28,7 @@ def test_make_test_runs_what_kills_them(interpreter, request):
     killers = {m.test for m in MUTATIONS if m.interpreter == interpreter}
     gone = {f"{HERE}test_of_test_full", f"{HERE}test_of_test", f"{min(killers)}[gone]"}
     files = {test.split("::")[0] for test in killers | gone}
-    here = {item.nodeid for item in request.session.items}
+    here = {item.nodeid for item in request.session.items + request.config.beside}
     if interpreter or full() or not files <= {test.split("::")[0] for test in here}:
         assert uncollected(killers | gone, interpreter) == gone
     else:  # this process has collected them
