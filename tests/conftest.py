@@ -10,6 +10,7 @@ The marker ``full``, and what ``covering`` leaves out of a matrix, runs with ``-
 full``, with ``DISTILL_OPS_FULL=1`` (which the first two set), and where a test is asked for by its id.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def pytest_collection_finish(session):
     """Start the processes whose reports were collected, and leave to the one its folders."""
     config = session.config
     config.processes, config.beside = {}, []
+    gc.freeze()  # thousands of cases, which every collection of garbage would go through
     if config.option.collectonly or INTERPRETING or HAS_GPU:
         return
     reporters = [item for item in session.items if item.originalname in REPORTERS]
