@@ -74,12 +74,15 @@ def names_once_a_launch(interpreter):
 
 
 def kept_types(interpreter):
-    """One numpy dtype for each name of a type, one block type for each shape and dtype."""
+    """One numpy dtype for each name of a type, one block type for each shape and dtype; nothing is done
+    about operands whose shapes are the same."""
     from triton.language.core import block_type, constexpr, dtype, tensor
     from triton.language.core import tuple as language_tuple
+    from triton.language.semantic import TritonSemantic
 
     own_numpy, own_equal = interpreter._get_np_dtype, dtype.__eq__
     own_block, own_element = block_type.__init__, block_type.with_element_ty
+    own_broadcast = TritonSemantic.broadcast_impl_value
     dtypes, blocks = {}, {}
     scalar = constexpr(1), language_tuple([])
 
@@ -105,6 +108,10 @@ def kept_types(interpreter):
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.numel, self.shape = type.of_tensor if type.is_block() else scalar
 
+    def broadcast(self, a, b):
+        shapes = [x.type.shape.values if x.type.is_block() else None for x in (a, b)]
+        return (a, b) if shapes[0] == shapes[1] else own_broadcast(self, a, b)
+
     def same(self, other):
         return self is other or own_equal(self, other)
 
@@ -113,6 +120,7 @@ def kept_types(interpreter):
     replace(block_type, "__init__", block_init)
     replace(block_type, "with_element_ty", with_element)
     replace(tensor, "__init__", tensor_init)
+    replace(TritonSemantic, "broadcast_impl_value", broadcast)
 
 
 def no_check_without_debug():
