@@ -9,13 +9,14 @@ import math
 from types import SimpleNamespace
 
 CHANGES = []  # (owner, name, what Triton has there)
+INSIDES = "_LangPatchScope", "_patch_lang", "_patch_attr", "_get_np_dtype"  # of Triton 3.6 and 3.7
 
 
 def quicken():
-    """Make the changes, once in a process."""
+    """Make the changes, once in a process; none to a Triton with other insides."""
     from triton.runtime import interpreter
 
-    if not CHANGES:
+    if not CHANGES and all(hasattr(interpreter, name) for name in INSIDES):
         names_once_a_launch(interpreter)
         kept_types(interpreter)
         no_check_without_debug()
