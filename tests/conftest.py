@@ -50,6 +50,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()  # until the cases are collected
     if config.getoption("full") or "full" in config.getoption("markexpr").split():
         os.environ[FULL_VARIABLE] = "1"
 
@@ -79,6 +80,7 @@ def pytest_collection_finish(session):
     """Start the processes whose reports were collected, and leave to the one its folders."""
     config = session.config
     config.processes, config.beside = {}, []
+    gc.enable()
     gc.freeze()  # thousands of cases, which every collection of garbage would go through
     if config.option.collectonly or INTERPRETING or HAS_GPU:
         return
