@@ -28,6 +28,7 @@ PUBLIC = (
     "distill_ops.language",
     "distill_ops.methods.minillm",
     "distill_ops.methods.on_policy",
+    "distill_ops.methods.tokenizers",
     "distill_ops.reference",
 )
 SECTIONS = ("Example:", "Args:", "Returns:", "Raises:", "Indexing:")

@@ -1,0 +1,179 @@
+"""What is compared of two tokenizers, part by part: ids, columns, cuts, padding, and their habits."""
+
+from collections.abc import Iterable
+from itertools import takewhile
+
+from .tokenizer_report import DIFFERS, EQUAL, LOOK, UNKNOWN, Row
+from .tokenizer_side import Side
+
+SHOWN = 3  # examples of what differs
+
+
+def compare_ids(sides: tuple[Side, Side], skipped: set[int]) -> tuple[int, list[Row], list[str]]:
+    """How many ids, from 0 on, are the same tokens to both; rows; what ends them."""
+    student, teacher = sides
+    ids = sorted(student.tokens.keys() | teacher.tokens.keys())
+    different = {i for i in ids if student.tokens.get(i) != teacher.tokens.get(i)}
+    counted = sorted(different - skipped)
+    before = takewhile(lambda i: not counted or i < counted[0], ids)
+    vocab_size = 1 + max((i for i in before if i not in different), default=-1)
+
+    clash = [i for i in counted if i in student.tokens and i in teacher.tokens]
+    shared = student.ids.keys() & teacher.ids.keys()
+    moved = sorted((t for t in shared if student.ids[t] != teacher.ids[t]), key=student.ids.get)
+    counts = (f"{len(side.ids):,}" for side in sides)
+    of_shared = f"{len(shared) - len(moved):,} of {len(shared):,}"
+    added = (f"{len(side.added):,}, {len(side.special):,} special" for side in sides)
+    rows = [
+        Row("tokens", *counts, DIFFERS if clash else LOOK if different else EQUAL),
+        Row("added tokens", *added, EQUAL if student.added == teacher.added else LOOK),
+        Row("shared tokens of equal id", of_shared, of_shared, DIFFERS if moved else EQUAL),
+    ]
+    if clash:
+        shown = (f"{i} is {student.tokens[i]!r} and {teacher.tokens[i]!r}" for i in clash[:SHOWN])
+        reason = (
+            f"different tokens at {count(clash, 'id')} ({listed(shown, clash)}; if they never occur, name "
+            "them in unused=)"
+        )
+    elif moved:
+        shown = (f"{t!r} is {student.ids[t]} and {teacher.ids[t]}" for t in moved[:SHOWN])
+        reason = f"different ids of {count(moved, 'token')} ({listed(shown, moved)})"
+    else:
+        reason = (
+            f"tokens of one alone at {count(counted, 'id')} ({_one_sided(sides, counted)}; if they never "
+            "occur, name them in unused=)"
+        )
+    return vocab_size, rows, [reason]
+
+
+def _one_sided(sides: tuple[Side, Side], ids: list[int]) -> str:
+    own = {side.name: [side.tokens[i] for i in ids if i in side.tokens] for side in sides}
+    return "; ".join(f"the {name} {_quoted(tokens)}" for name, tokens in own.items() if tokens)
+
+
+def tokens_beyond(side: Side, vocab_size: int, skipped: set[int]) -> list[str]:
+    """What a loss of so many columns cannot take, in the order of ids; padding, which is masked, it may not."""
+    ids = sorted(i for i in side.tokens if i >= vocab_size and i not in skipped and i != side.pad)
+    return [side.tokens[i] for i in ids]
+
+
+def too_narrow(sides: tuple[Side, Side], vocab_size: int) -> list[str]:
+    """The heads with fewer columns than their tokenizers have ids."""
+    return [
+        f"the {side.name}'s logits have {side.columns} columns, too few for its tokenizer's ids up to "
+        f"{max(side.tokens)}: resize the model's embeddings, or name tokens that never occur in unused="
+        for side in sides
+        if side.columns == vocab_size <= max(side.tokens)
+    ]
+
+
+def compare_columns(sides: tuple[Side, Side], vocab_size: int) -> tuple[Row, list[str]]:
+    cells = ["not given" if side.columns is None else f"{side.columns:,}" for side in sides]
+    columns = {side.columns for side in sides}
+    if None in columns:
+        return Row("columns of logits", *cells, UNKNOWN), [
+            f"pass vocab_size={vocab_size} to the loss if either model's logits have more columns "
+            "(model.config.vocab_size: student_columns=, teacher_columns=)"
+        ]
+    if columns == {vocab_size}:
+        return Row("columns of logits", *cells, EQUAL), []
+    return Row("columns of logits", *cells, LOOK), [
+        f"pass vocab_size={vocab_size} to the loss: the student's logits have {cells[0]} columns, the "
+        f"teacher's {cells[1]}"
+    ]
+
+
+def compare_cuts(
+    sides: tuple[Side, Side], texts: dict[str, str], skipped: set[int]
+) -> tuple[Row, list[str]]:
+    """Whether the texts become the same tokens, and where the first that does not parts."""
+    student, teacher = sides
+    compared = f"{len(texts):,} texts, {sum(map(len, texts.values())):,} characters"
+    added = {token for i, token in student.added.items() if i not in skipped}
+    both = sorted(added & set(teacher.added.values()))
+    if both:
+        texts = {**texts, "added tokens": "".join(f" x {token} y{token}" for token in both)}
+    different = []
+    for name, text in texts.items():
+        cuts = [side.cut(name, text) for side in sides]
+        if cuts[0] != cuts[1]:
+            different.append((name, cuts))
+    if not different:
+        return Row(compared, "cut alike", "cut alike", EQUAL), []
+    name, cuts = different[0]
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(*cuts, strict=False))
+    at = sum(1 for _ in alike)
+    parts = [" ".join(map(repr, cut[at : at + SHOWN])) or "no more" for cut in cuts]
+    return Row(compared, *parts, DIFFERS), [
+        f"different cuts of {count(different, 'text')} of {len(texts):,} (first {name!r}, after {at} tokens: "
+        f"the student has {parts[0]}, the teacher {parts[1]})"
+    ]
+
+
+def only_with(reader: Side, more: list[str]) -> str:
+    return (
+        f"tokenize with the {reader.name}'s tokenizer alone: the other has {count(more, 'token')} more, "
+        f"{_quoted(more)}"
+    )
+
+
+def pad_with(side: Side, other: Side, vocab_size: int) -> list[str]:
+    """What to pad with, where the other has no such token, or a model no such column."""
+    pad = side.pad
+    if pad is None or (pad < vocab_size and side.tokens[pad] == other.tokens.get(pad)):
+        return []
+    eos = (side.roles or {}).get("eos")
+    candidates = [*([side.ids[eos]] if eos in side.ids else []), *sorted(side.special)]
+    shared = [i for i in candidates if i < vocab_size and side.tokens[i] == other.tokens.get(i)]
+    such_as = f", such as {side.tokens[shared[0]]!r} (id {shared[0]})" if shared else ""
+    return [
+        f"pad with another token than the {side.name}'s {side.tokens[pad]!r} (id {pad}), which not both "
+        f"models have: any that they do{such_as}, masked"
+    ]
+
+
+def compare_habits(sides: tuple[Side, Side], text: str) -> tuple[list[Row], list[str]]:
+    """Special tokens by their roles, what a text is begun and ended with, chat templates."""
+    student, teacher = sides
+    rows, to_do = [], []
+
+    def compare(what: str, of_student: str, of_teacher: str, advice: str) -> None:
+        same = of_student == of_teacher
+        rows.append(Row(what, of_student, of_teacher, EQUAL if same else LOOK))
+        if not same and advice:
+            to_do.append(advice)
+
+    roles = [side.roles for side in sides]
+    if None in roles:
+        cells = ("not known" if side.roles is None else _roles(side) for side in sides)
+        rows.append(Row("special tokens", *cells, UNKNOWN))
+    else:
+        ends = [side.roles["eos"] for side in sides]
+        advice = f"ends differ ({ends[0]!r}, {ends[1]!r}): end targets as the student is to stop"
+        compare("special tokens", *map(_roles, sides), advice if ends[0] != ends[1] else "")
+    wrapped = [side.wrapped(text) for side in sides]
+    advice = "give both models the same ids: the tokenizers begin or end an input differently"
+    compare("an input", *wrapped, advice)
+    if student.chat_template or teacher.chat_template:
+        advice = "render chats with one template for both models: the tokenizers' own differ"
+        templates = ["yes" if side.chat_template else "none" for side in sides]
+        if student.chat_template != teacher.chat_template and templates[0] == templates[1]:
+            templates = ["yes", "another"]
+        compare("chat template", *templates, advice)
+    return rows, to_do
+
+
+def _roles(side: Side) -> str:
+    return ", ".join(f"{role} {token}" for role, token in side.roles.items() if token is not None)
+
+
+def count(things: list, what: str) -> str:
+    return f"{len(things):,} {what}{'' if len(things) == 1 else 's'}"
+
+
+def listed(shown: Iterable[str], of: list) -> str:
+    return ", ".join(shown) + (", ..." if len(of) > SHOWN else "")
+
+
+def _quoted(tokens: list[str]) -> str:
+    return listed(map(repr, tokens[:SHOWN]), tokens)
