@@ -41,6 +41,7 @@ class Corpus:
     train: torch.Tensor  # [n_train, length + 1]
     held_out: torch.Tensor  # [n_held_out, length + 1]
     facts: dict[str, int]
+    tokenizer: Tokenizer
 
     def batches(self, n_steps: int, batch_size: int, seed: int) -> list[Batch]:
         """Batches of training windows in random order; begins anew when the corpus is used up."""
@@ -114,6 +115,7 @@ def load_corpus(vocab_size: int, length: int, seed: int) -> Corpus:
             "characters": sum(map(len, documents)),
             "vocabulary": tokenizer.get_vocab_size(),
         },
+        tokenizer=tokenizer,
     )
     tokens = {"train_tokens": corpus.train, "held_out_tokens": corpus.held_out}
     for name, windows in tokens.items():

@@ -29,6 +29,7 @@ from training import (
     Config,
     LossFunction,
     Student,
+    check_tokenizers,
     config_from,
     options_of,
     train_in_turn,
@@ -152,6 +153,7 @@ def run(config: Config) -> dict:
     corpus = load_corpus(config.vocab_size, config.length, config.seed)
     facts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in corpus.facts.items())
     console.print(f"corpus: {facts}")
+    check_tokenizers(corpus, config)
     times.append(time.perf_counter())
 
     teacher, teacher_held_out = train_teacher(corpus, config)

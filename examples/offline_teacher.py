@@ -36,7 +36,15 @@ from models import logits_of
 from offline_report import LIVE, STORED, draw, show
 from report import console, surroundings
 from rich.progress import track
-from training import Config, Student, config_from, options_of, train_in_turn, train_teacher
+from training import (
+    Config,
+    Student,
+    check_tokenizers,
+    config_from,
+    options_of,
+    train_in_turn,
+    train_teacher,
+)
 from transformers import LlamaForCausalLM
 
 import distill_ops
@@ -247,6 +255,7 @@ def run(config: OfflineConfig) -> dict:
     record = surroundings()
     times = [time.perf_counter()]
     whole = load_corpus(config.vocab_size, config.length, config.seed)
+    check_tokenizers(whole, config)
     generator = torch.Generator().manual_seed(config.seed + 2)
     n_windows = -(-config.steps * config.batch_size // config.epochs)
     chosen = torch.randperm(len(whole.train), generator=generator)[:n_windows]

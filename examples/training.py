@@ -16,6 +16,7 @@ from rich.progress import track
 from transformers import LlamaForCausalLM
 
 from distill_ops import LossComponents, TeacherTopK
+from distill_ops.methods.tokenizers import check_same_tokenizer
 
 Target = torch.Tensor | TeacherTopK  # the teacher's logits [batch, length, vocab], or some of them
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +42,18 @@ class Config:
     # Two losses round differently, and training amplifies it: with noise of 1e-7 in the gradient the
     # curves part by up to 1e-3 at a rate of 3e-3 and by 2e-6 at 1e-3, so the check needs the latter.
     student_learning_rate: float = 1e-3
+
+
+def check_tokenizers(corpus: Corpus, config: Config) -> None:
+    """Before anything is trained: column j of both models' logits must be the same token.
+
+    These two share the corpus's tokenizer, so only the width of their logits could be wrong; of models
+    that come with a tokenizer each, both are passed.
+    """
+    tokenizers = corpus.tokenizer, corpus.tokenizer
+    columns = {"student_columns": config.vocab_size, "teacher_columns": config.vocab_size}
+    report = check_same_tokenizer(*tokenizers, **columns).raise_if_unusable()
+    console.print(f"tokenizers: {report.verdict}")
 
 
 def train_teacher(corpus: Corpus, config: Config) -> tuple[LlamaForCausalLM, dict[str, float]]:

@@ -34,10 +34,23 @@ def batch(seed: int = 0, shape: tuple[int, int] = (2, 12)) -> dict[str, torch.Te
     return {"ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def tokenizers() -> dict:
+    """Of a student and a teacher, which has two tokens more; both models have VOCAB_SIZE columns."""
+    library = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, **{f"word{i}": i for i in range(1, VOCAB_SIZE - 4)}}
+    more = {**words, "<think>": len(words), "</think>": len(words) + 1}
+    student, teacher = (
+        library.Tokenizer(library.models.WordLevel(vocab, unk_token="<unk>"))
+        for vocab in (words, more)
+    )
+    return {"student_tokenizer": student, "teacher_tokenizer": teacher}
+
+
 def of_the_readme() -> dict:
     student = causal_model(0)
     return {
         **batch(),
+        **tokenizers(),
         "model": student,
         "teacher_model": causal_model(1),
         "tokenizer": None,
@@ -85,9 +98,14 @@ def of_minillm() -> dict:
     }
 
 
+def of_when_not_to_use() -> dict:
+    return {**tokenizers(), **of_linear()}
+
+
 READERS_OWN = {
     "README.md": of_the_readme,
     "docs/linear.md": of_linear,
     "docs/minillm.md": of_minillm,
     "docs/tokens.md": of_tokens,
+    "docs/when-not-to-use.md": of_when_not_to_use,
 }
