@@ -105,7 +105,7 @@ def compare_cuts(
     at = sum(1 for _ in alike)
     parts = [" ".join(map(repr, cut[at : at + SHOWN])) or "no more" for cut in cuts]
     return Row(compared, *parts, DIFFERS), [
-        f"different cuts of {count(different, 'text')} of {len(texts):,} (first {name!r}, after {at} tokens: "
+        f"different cuts of {count(different, 'text')} of {len(texts):,} (first {name!r}, at token {at}: "
         f"the student has {parts[0]}, the teacher {parts[1]})"
     ]
 
