@@ -42,7 +42,7 @@ def test_the_shift_is_that_of_hugging_face():
 
 
 def test_minillm():
-    own, left = left_by("README.md", 0)
+    own, left = left_by("README.md", 1)
     logits, teacher_logits, labels = next_tokens(own, own["model"], own["teacher_model"])
     kept = labels != -100
     log_q = logits.log_softmax(-1)
@@ -56,7 +56,7 @@ def test_minillm():
 
 
 def test_a_loop_with_hidden_states():
-    own, left = left_by("README.md", 1)
+    own, left = left_by("README.md", 2)
     student, teacher = own["student"], own["teacher"]
     for ids, _, labels in own["batches"]:
         batch = {"ids": ids, "labels": labels}

@@ -1,72 +1,37 @@
 """check_same_tokenizer on tiny tokenizers that are trained here: what is usable, with what, and why not."""
 
-import io
-import json
-import sys
 from unittest import mock
 
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers")
+from distill_ops.methods.tokenizers import sample_texts
+from tests.methods.tokenizer_pairs import (
+    BASE,
+    TEXTS,
+    N,
+    check,
+    fast,
+    permuted,
+    row,
+    slow,
+    train,
+    with_added,
+)
+from tests.support import optional
+
+tokenizers = optional("tokenizers")
 from tokenizers import (  # noqa: E402
     AddedToken,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
     processors,
-    trainers,
 )
-
-from distill_ops.methods.tokenizers import check_same_tokenizer, sample_texts  # noqa: E402
-
-CORPUS = ["the cat and the other cat sat on the mat, the end", "a banana band and an anagram"] * 4
-TEXTS = {"plain": "the cat sat", "other": "naïve 日本  \n\tx 👍🏽"}
-
-
-def train(specials=("<s>", "</s>"), corpus=CORPUS, merges=30, prefix_space=False) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(specials) + 256 + merges,
-        special_tokens=list(specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
-
-
-BASE = train()
-N = BASE.get_vocab_size()
-
-
-def with_added(*tokens: str, special: bool = True, of: Tokenizer = BASE) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(of.to_str())
-    tokenizer.add_tokens([AddedToken(token, special=special) for token in tokens])
-    return tokenizer
-
-
-def fast(tokenizer: Tokenizer, **options):
-    transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options
-    )
-
-
-def check(student, teacher, **options):
-    return check_same_tokenizer(student, teacher, **{"texts": TEXTS, **options})
-
-
-def row(report, compared: str):
-    (found,) = (row for row in report.rows if row.compared.startswith(compared))
-    return found
 
 
 def test_one_tokenizer_of_both_is_usable_whole():
-    report = check_same_tokenizer(BASE, with_added(), student_columns=N, teacher_columns=N)
+    report = check(BASE, with_added(), texts=None, student_columns=N, teacher_columns=N)
     assert report.usable
     assert (report.vocab_size, report.tokenize_with) == (N, ("student", "teacher"))
     assert (report.reasons, report.to_do) == ((), ())
@@ -138,22 +103,34 @@ def test_another_padding_token():
     report = check(both, both, student_columns=N, teacher_columns=N)
     assert (report.usable, report.vocab_size) == (True, N)
     assert sum(text.startswith("pad with another") for text in report.to_do) == 2
+    # nothing to pad with is advised that a model has no column for
+    words = {"<unk>": 0, "a": 1}
+    alone = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    alone.add_special_tokens(["<pad>"])
+    alone.enable_padding(pad_id=2, pad_token="<pad>")
+    report = check(alone, alone, student_columns=2, teacher_columns=2)
+    assert all("such as" not in text for text in report.to_do)
+
+
+def test_padding_where_no_advice_is_needed():
+    # another padding token that both have
+    student, teacher = (fast(BASE, pad_token=token) for token in ("<s>", "</s>"))
+    report = check(student, teacher, student_columns=N, teacher_columns=N)
+    assert (report.usable, report.to_do) == (True, ())
+    assert row(report, "special tokens").found == "look"
+    # that of a tokenizer which is not to be used
+    teacher = fast(with_added("<think>", "<pad>"), pad_token="<pad>")
+    report = check(fast(BASE), teacher)
+    assert report.tokenize_with == ("student",)
+    assert not any(text.startswith("pad with another") for text in report.to_do)
 
 
 def test_padding_that_is_the_end_is_no_padding_alone():
     ending = with_added("<eot>")
-    student = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+    student = optional("transformers").PreTrainedTokenizerFast(
         tokenizer_object=ending, bos_token="<s>", eos_token="<eot>", pad_token="<eot>"
     )
     assert not check(student, with_added("<think>")).usable
-
-
-def permuted(tokenizer: Tokenizer, a: str, b: str) -> Tokenizer:
-    """Of the same tokens, two of which have each other's ids."""
-    content = json.loads(tokenizer.to_str())
-    vocab = content["model"]["vocab"]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    return Tokenizer.from_str(json.dumps(content))
 
 
 def test_equal_tokens_of_other_ids():
@@ -246,6 +223,7 @@ def test_truncation_and_padding_hide_nothing():
     assert "different cuts of" in report.reasons[0]
     assert student.truncation["max_length"] == teacher.truncation["max_length"] == 2
     assert student.padding["length"] == 8
+    assert check(student, BASE, texts=texts).usable  # of more tokens than 2, and fewer than 8
     fasts = [fast(tokenizer, model_max_length=2) for tokenizer in (student, teacher)]
     assert "different cuts of" in check(*fasts, texts=texts).reasons[0]
 
@@ -256,7 +234,7 @@ def test_begin_end_and_templates_are_no_obstacle():
     begins.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    transformers = pytest.importorskip("transformers")
+    transformers = optional("transformers")
     teacher = transformers.PreTrainedTokenizerFast(
         tokenizer_object=begins, bos_token="<s>", eos_token="<s>", chat_template="{{ messages }}"
     )
@@ -268,34 +246,8 @@ def test_begin_end_and_templates_are_no_obstacle():
         "render chats with one template for both models",
     ]
     assert row(report, "an input")[1:] == ("...", "<s> ...", "look")
-
-
-def slow(words: dict[str, int]):
-    """A tokenizer of transformers in Python, of whole words."""
-    transformers = pytest.importorskip("transformers")
-
-    class Words(transformers.PreTrainedTokenizer):
-        def __init__(self, **options):
-            self.words = dict(words)
-            super().__init__(**options)
-
-        @property
-        def vocab_size(self):
-            return len(self.words)
-
-        def get_vocab(self):
-            return {**self.words, **self.added_tokens_encoder}
-
-        def _tokenize(self, text, **options):
-            return text.split()
-
-        def _convert_token_to_id(self, token):
-            return self.words.get(token, self.words["<unk>"])
-
-        def _convert_id_to_token(self, index):
-            return list(self.words)[index]
-
-    return Words(unk_token="<unk>", pad_token="<pad>")
+    assert check(BASE, begins).usable
+    assert row(check(BASE, begins), "an input")[1:] == ("...", "<s> ...", "look")
 
 
 def test_slow_fast_and_bare_tokenizers_of_the_same_words():
@@ -303,7 +255,7 @@ def test_slow_fast_and_bare_tokenizers_of_the_same_words():
     bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bare.add_special_tokens(["<unk>", "<pad>"])
-    transformers = pytest.importorskip("transformers")
+    transformers = optional("transformers")
     quick = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bare, unk_token="<unk>", pad_token="<pad>"
     )
@@ -327,64 +279,3 @@ def test_the_sample_has_what_tokenizers_differ_in():
     assert "def " in texts["Python sources"]
     with mock.patch("sysconfig.get_path", return_value="/nowhere"):
         assert texts.keys() - sample_texts().keys() == {"Python sources"}
-
-
-def test_what_is_printed(capsys):
-    report = check(BASE, with_added("[red]"), student_columns=N, teacher_columns=N + 1)
-    text = str(report)
-    assert "usable with vocab_size" in text
-    assert all(row.compared in text for row in report.rows)
-    assert all(f"- {line}" in text for line in report.to_do)
-    report.print()
-    printed = " ".join(capsys.readouterr().out.split())
-    for line in (report.verdict, *report.to_do):
-        assert line in printed  # "[red]" as it is, no markup
-    assert report.rows[0].teacher in printed
-
-    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=300)
-    unusable = check(BASE, permuted(BASE, "a", "b"))
-    unusable.print(console)
-    assert "not usable" in console.file.getvalue()
-    assert unusable.reasons[0] in console.file.getvalue()
-    with (
-        mock.patch.dict(sys.modules, {"rich.console": None}),
-        pytest.raises(ImportError, match="pip install rich"),
-    ):
-        report.print()
-
-
-WRONG = {
-    "a name": ({"student": "gpt2"}, TypeError, r"student: expected .* got str: nothing is loaded"),
-    "nothing": ({"teacher": None}, TypeError, "teacher: expected .* got NoneType"),
-    "a class": ({"teacher": Tokenizer}, TypeError, "teacher: expected .* got type"),
-    "a processor": (
-        {"student": mock.Mock(spec=["tokenizer"])}, TypeError, r"pass .* student\.tokenizer",
-    ),
-    "columns": ({"student_columns": 0}, ValueError, "student_columns: expected at least 1, got 0"),
-    "true": ({"teacher_columns": True}, TypeError, "teacher_columns: expected an int.* got bool"),
-    "float": ({"teacher_columns": 9.0}, TypeError, "teacher_columns: expected an int.* got float"),
-    "one text": ({"texts": "abc"}, TypeError, "texts: expected a dict or texts, got str"),
-    "no texts": ({"texts": []}, ValueError, "texts: expected at least one"),
-    "empty": ({"texts": ["", ""]}, ValueError, "texts: expected at least one"),
-    "ids": ({"texts": ["a", 1]}, TypeError, "texts: expected strings, got int at 'text 1'"),
-    "number": ({"texts": 1}, TypeError, "texts: expected a dict or texts, got int"),
-    "one token": ({"unused": "<s>"}, TypeError, "unused: expected tokens, got str"),
-    "strange": ({"unused": ["<no>"]}, ValueError, "unused: .* got '<no>'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("wrong", "kind", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments(wrong, kind, message):
-    arguments = {"student": BASE, "teacher": BASE, "texts": TEXTS, **wrong}
-    with pytest.raises(kind, match=message):
-        check_same_tokenizer(arguments.pop("student"), arguments.pop("teacher"), **arguments)
-
-
-def test_a_tokenizer_that_fails_on_a_text_is_named():
-    broken = mock.Mock(wraps=BASE, spec=BASE)
-    broken.truncation = broken.padding = None
-    broken.encode = mock.Mock(side_effect=Exception("no unk"))
-    with pytest.raises(
-        ValueError, match=r"teacher: its tokenizer fails on the text 'plain' \(no unk"
-    ):
-        check(BASE, broken)
