@@ -31,10 +31,11 @@ def compare_ids(sides: tuple[Side, Side], skipped: set[int]) -> tuple[int, list[
     ]
     if clash:
         shown = (f"{i} is {student.tokens[i]!r} and {teacher.tokens[i]!r}" for i in clash[:SHOWN])
-        reason = (
-            f"different tokens at {count(clash, 'id')} ({listed(shown, clash)}; if they never occur, name "
-            "them in unused=)"
+        reserved = (
+            student.special.intersection(clash) == teacher.special.intersection(clash) == set(clash)
         )
+        hint = "; if they never occur, name them in unused=" if reserved else ""
+        reason = f"different tokens at {count(clash, 'id')} ({listed(shown, clash)}{hint})"
     elif moved:
         shown = (f"{t!r} is {student.ids[t]} and {teacher.ids[t]}" for t in moved[:SHOWN])
         reason = f"different ids of {count(moved, 'token')} ({listed(shown, moved)})"

@@ -12,6 +12,8 @@ from distill_ops.methods.tokenizers import check_same_tokenizer
 from tests.methods.tokenizer_pairs import BASE, TEXTS, N, check, permuted, with_added
 from tests.support import optional
 
+PreTokenizer = optional("tokenizers").pre_tokenizers.PreTokenizer
+
 
 def test_what_is_printed(capsys):
     report = check(BASE, with_added("[red]"), student_columns=N, teacher_columns=N + 1)
@@ -64,6 +66,20 @@ def test_wrong_arguments(wrong, kind, message):
     arguments = {"student": BASE, "teacher": BASE, "texts": TEXTS, **wrong}
     with pytest.raises(kind, match=message):
         check_same_tokenizer(arguments.pop("student"), arguments.pop("teacher"), **arguments)
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_not_changed():
+    class Python:
+        def pre_tokenize(self, text):
+            pass
+
+    own = with_added()
+    own.pre_tokenizer = PreTokenizer.custom(Python())
+    assert check(own, own).usable
+    own.enable_truncation(4)
+    with pytest.raises(ValueError, match=r"teacher: .* cannot be copied .* no_truncation\(\)"):
+        check(BASE, own)
+    assert own.truncation["max_length"] == 4
 
 
 def test_a_tokenizer_that_fails_on_a_text_is_named():
