@@ -2,8 +2,8 @@
 
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
 
@@ -129,17 +129,20 @@ class Tail(NamedTuple):
 NO_TAIL = Tail()
 
 
-def with_loss_options(*without: str) -> Callable[[Function], Function]:
-    """Give a function with ``**options`` the signature that lists them, but those it goes without."""
+def with_options(
+    hints: type, defaults: Mapping[str, Any], *without: str
+) -> Callable[[Function], Function]:
+    """Give a function with ``**options`` the signature that lists them, those of a TypedDict, ``hints``, but
+    those it goes without."""
 
     def sign(function: Function) -> Function:
         signature = inspect.signature(function)
         own = list(signature.parameters.values())[:-1]
         shared = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hint
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint
             )
-            for name, hint in get_type_hints(LossOptions).items()
+            for name, hint in get_type_hints(hints).items()
             if name not in without
         ]
         function.__signature__ = signature.replace(parameters=own + shared)
@@ -150,14 +153,25 @@ def with_loss_options(*without: str) -> Callable[[Function], Function]:
     return sign
 
 
+def with_loss_options(*without: str) -> Callable[[Function], Function]:
+    """:func:`with_options` of a loss."""
+    return with_options(LossOptions, DEFAULTS, *without)
+
+
+def check_names(
+    function: str, given: Collection[str], known: Collection[str], hints: Mapping[str, str]
+) -> None:
+    """A TypeError for an option that a function does not have; ``hints`` say what is meant by others."""
+    for name in given:
+        if name not in known:
+            hint = f": {hints[name]}" if name in hints else meant(name, known)
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
 def loss_arguments(
     function: str, options: LossOptions, *without: str, own: tuple[str, ...] = ()
 ) -> LossArguments:
     """The options that a function was given; a TypeError where it has no such option. Those that are its
     ``own``, and not here, are for the message."""
-    for name in options:
-        if name in without or name not in DEFAULTS:
-            others = [x for x in (*DEFAULTS, *own) if x not in without]
-            hint = f": {OTHER_NAMES[name]}" if name in OTHER_NAMES else meant(name, others)
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+    check_names(function, options, [x for x in (*DEFAULTS, *own) if x not in without], OTHER_NAMES)
     return LossArguments(**options)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from typing_extensions import Unpack
 
 from ..api.estimators import KINDS, reverse_kl_estimate
 from ..api.linear_statistics import linear_distillation_statistics
@@ -17,24 +18,25 @@ from ..api.linear_tokens import linear_token_log_probs
 from ..api.statistics import distillation_statistics
 from ..api.support import support_distillation_loss
 from ..api.tokens import token_log_probs
+from ..arguments import with_options
 from ..checks.heads import check_head, check_no_teacher
 from ..checks.logits import check_alone, check_pair, check_vocabulary
-from ..checks.on_policy import (
+from ..checks.on_policy import OnPolicyTokens, check_on_policy_tokens, check_teacher_of_sampled
+from ..checks.on_policy_options import (
+    DEFAULTS,
+    OnPolicyArguments,
     OnPolicyOptions,
-    OnPolicyTokens,
-    check_on_policy_tokens,
-    check_teacher_of_sampled,
     on_policy_options,
-    with_on_policy_options,
 )
 from ..checks.options import head_options
 from ..checks.values import TokenRows
 from ..results import DistillationStatistics, OnPolicyLoss
+from .importance import importance_weights, sampled_losses, times
 
 __all__ = ["OnPolicyLoss", "linear_loss", "loss"]
 
 
-@with_on_policy_options
+@with_options(OnPolicyOptions, DEFAULTS)
 def loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -43,7 +45,7 @@ def loss(
     *,
     vocab_size: int | None = None,
     backend: str = "auto",
-    **options,
+    **options: Unpack[OnPolicyOptions],
 ) -> OnPolicyLoss:
     """Loss of tokens that the student sampled, against a teacher that scores them, in nats.
 
@@ -149,7 +151,7 @@ def loss(
     return _loss(partial(function, *models, backend=backend), tokens, options)
 
 
-@with_on_policy_options
+@with_options(OnPolicyOptions, DEFAULTS)
 def linear_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -168,7 +170,7 @@ def linear_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     backend: str = "auto",
-    **options,
+    **options: Unpack[OnPolicyOptions],
 ) -> OnPolicyLoss:
     """:func:`loss` of two language-model heads, without their logits in memory.
 
@@ -233,110 +235,68 @@ def linear_loss(
     return _loss(call, check_on_policy_tokens(rows, models, token_ids, mask, options), options)
 
 
-def _loss(call: Callable, tokens: OnPolicyTokens, options: OnPolicyOptions) -> OnPolicyLoss:
+def _loss(call: Callable, tokens: OnPolicyTokens, options: OnPolicyArguments) -> OnPolicyLoss:
     """The loss from the fused function, bound to the models, which is called once."""
     shared = {"temperature": options.temperature, "ignore_index": options.ignore_index}
     known = options.importance == "none" and options.reduction != "none"
     if options.objective == "support":
         shared |= options.of_support | {"divergence": options.divergence}
         return _on_support(partial(call, **shared), tokens, options, known)
-    if tokens.teacher_log_probs is not None:
+    if options.teacher_log_probs is not None:
         log_q, entropy = call(tokens.ids, return_entropy=True, **shared)
-        found = DistillationStatistics(
-            None, log_q, tokens.teacher_log_probs.to(log_q.dtype), entropy, None, None
-        )
+        found = _record(log_q, entropy, tokens)
     elif options.objective == "full" and known:
         coefficients = tokens.weights / tokens.denominator, None, None
         loss, found = call(
             tokens.ids, divergence=options.divergence, coefficients=coefficients, **shared
         )
-        return _with_record(loss, found, tokens, *_weights(found, tokens, options))
+        weights = importance_weights(found.student_log_prob, tokens, options)
+        return _result(loss, found, tokens, *weights)
     else:
         found = call(tokens.ids, divergence=options.divergence, **shared)
-    weights, out = _weights(found, tokens, options)
+    log_q, log_p = found.student_log_prob, found.teacher_log_prob
+    weights, out = importance_weights(log_q, tokens, options)
     if options.objective == "full":
-        losses = _times(weights, found.divergence)
+        losses = times(weights, found.divergence)
     else:
-        losses, weights, out = _sampled(found, weights, out, options)
-    return _with_record(_reduced(losses, tokens, options), found, tokens, weights, out)
+        losses, weights, out = sampled_losses(log_q, log_p, weights, out, tokens, options)
+    return _result(_reduced(losses, tokens, options), found, tokens, weights, out)
 
 
 def _on_support(
-    call: Callable, tokens: OnPolicyTokens, options: OnPolicyOptions, known: bool
+    call: Callable, tokens: OnPolicyTokens, options: OnPolicyArguments, known: bool
 ) -> OnPolicyLoss:
     outputs = ("log_prob", "student_entropy", "teacher_mass")
     call = partial(call, token_outputs=outputs, token_ids=tokens.ids)
     fused = known and options.token_weights is None  # else one that counts may have a weight of 0
     if fused:
-        result, given = call(loss_mask=tokens.weights, normalizer=tokens.denominator)
+        loss, given = call(loss_mask=tokens.weights, normalizer=tokens.denominator)
     else:
-        result, given = call(loss_mask=tokens.kept, reduction="none")
-    found = DistillationStatistics(None, given.log_prob, None, given.student_entropy, None, None)
-    weights, out = _weights(found, tokens, options)
-    loss = result if fused else _reduced(_times(weights, result), tokens, options)
-    record = _with_record(loss, found, tokens, weights, out)
-    return record._replace(teacher_mass=given.teacher_mass)
+        losses, given = call(loss_mask=tokens.kept, reduction="none")
+    weights, out = importance_weights(given.log_prob, tokens, options)
+    if not fused:
+        loss = _reduced(times(weights, losses), tokens, options)
+    found = _record(given.log_prob, given.student_entropy, tokens)
+    return _result(loss, found, tokens, weights, out, given.teacher_mass)
 
 
-def _times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The product, 0 where a weight is, be the value infinite."""
-    return weights * values.masked_fill(weights == 0, 0.0)
+def _record(
+    log_q: torch.Tensor, entropy: torch.Tensor, tokens: OnPolicyTokens
+) -> DistillationStatistics:
+    """What is known of a token whose statistics of both models are not."""
+    log_p = tokens.teacher_log_probs
+    log_p = log_p if log_p is None else log_p.to(log_q.dtype)
+    return DistillationStatistics(None, log_q, log_p, entropy, None, None)
 
 
-def _reduced(losses: torch.Tensor, tokens: OnPolicyTokens, options: OnPolicyOptions):
-    losses = _times(tokens.weights, losses)
+def _reduced(losses: torch.Tensor, tokens: OnPolicyTokens, options: OnPolicyArguments):
+    losses = times(tokens.weights, losses)
     return losses if options.reduction == "none" else losses.sum() / tokens.denominator
 
 
-def _weights(
-    found: DistillationStatistics, tokens: OnPolicyTokens, options: OnPolicyOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The importance weights, constants, of "clip" the ratios themselves; and which ratios are out of the
-    bounds."""
-    log_q = found.student_log_prob.detach()
-    if options.importance == "none":
-        return tokens.kept.to(log_q.dtype), torch.zeros_like(tokens.kept)
-    log_ratio = (log_q - tokens.behaviour_log_probs).masked_fill(~tokens.kept, 0.0)
-    if options.importance_level == "prefix":
-        log_ratio = log_ratio.cumsum(-1)
-        if options.objective != "sampled":  # D does not depend on the token itself
-            before = torch.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]
-            log_ratio = torch.cat(before, -1)
-    ratio = log_ratio.exp().masked_fill(~tokens.kept, 0.0)
-    lower, upper = options.bounds
-    out = ((ratio < lower) | (ratio > upper)) & tokens.kept
-    if options.importance == "mask":
-        ratio = ratio.masked_fill(out, 0.0)
-    elif options.importance == "truncate":
-        ratio = ratio.clamp(lower, upper).masked_fill(~tokens.kept, 0.0)
-    return ratio, out
-
-
-def _sampled(
-    found: DistillationStatistics, weights: torch.Tensor, out: torch.Tensor,
-    options: OnPolicyOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``w_t r_t``, whose gradient is that of ``sg(w_t r_t) log q(y_t)``; the weights of the gradient, and
-    which are out of bounds."""
-    log_q = found.student_log_prob
-    cost = reverse_kl_estimate(log_q.detach(), found.teacher_log_prob, kind="k1")
-    if options.reward_clip is not None:
-        cost = cost.clamp(-options.reward_clip, options.reward_clip)
-    cost = cost.masked_fill(weights == 0, 0.0)
-    finite = log_q.masked_fill(log_q == -torch.inf, 0.0)
-    ratio = weights * (finite - finite.detach()).exp()  # its value is the weight, and its slope
-    losses = cost * ratio
-    if options.importance == "clip":  # -min(A rho, A clip(rho)), with the advantage A = -cost
-        losses = torch.maximum(losses, cost * ratio.clamp(*options.bounds))
-        lower, upper = options.bounds
-        out = out & torch.where(cost > 0, weights < lower, (weights > upper) & (cost < 0))
-        weights = weights.masked_fill(out, 0.0)
-    return losses, weights, out
-
-
-def _with_record(
+def _result(
     loss: torch.Tensor, found: DistillationStatistics, tokens: OnPolicyTokens,
-    weights: torch.Tensor, out: torch.Tensor,
+    weights: torch.Tensor, out: torch.Tensor, teacher_mass: torch.Tensor | None = None,
 ) -> OnPolicyLoss:  # fmt: skip
     divergence, log_q, log_p, entropy, teacher_entropy, _ = (
         x if x is None else x.detach() for x in found
@@ -347,5 +307,5 @@ def _with_record(
     share = out.sum() / tokens.kept.sum().clamp(min=1)
     return OnPolicyLoss(
         loss, divergence, log_q, log_p, entropy, teacher_entropy, *estimates, weights, out,
-        share.to(log_q.dtype), None,
+        share.to(log_q.dtype), teacher_mass,
     )  # fmt: skip

@@ -2,17 +2,17 @@
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import Unpack
 
-from ..arguments import LossArguments
+from ..arguments import LossArguments, with_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.logits import check_alone, check_pair, check_vocabulary
-from ..checks.on_policy import (
+from ..checks.on_policy import check_on_policy_tokens, check_teacher_of_sampled
+from ..checks.on_policy_options import (
+    DEFAULTS,
+    OnPolicyArguments,
     OnPolicyOptions,
-    OnPolicyTokens,
-    check_on_policy_tokens,
-    check_teacher_of_sampled,
     on_policy_options,
-    with_on_policy_options,
 )
 from ..checks.options import head_options
 from ..checks.values import TokenRows
@@ -24,7 +24,7 @@ from .rows import entropy
 from .support import support_distillation_loss
 
 
-@with_on_policy_options
+@with_options(OnPolicyOptions, DEFAULTS)
 def on_policy_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -32,7 +32,7 @@ def on_policy_loss(
     mask: torch.Tensor,
     *,
     vocab_size: int | None = None,
-    **options,
+    **options: Unpack[OnPolicyOptions],
 ) -> OnPolicyLoss:
     """:func:`distill_ops.methods.on_policy.loss` in eager PyTorch, differentiable by autograd.
 
@@ -57,16 +57,16 @@ def on_policy_loss(
     else:
         n_cols = check_pair(student_logits, teacher_logits, vocab_size)
     rows, models = TokenRows("student_logits", student_logits), (student_logits, teacher_logits)
-    tokens = check_on_policy_tokens(rows, models, token_ids, mask, options)
-    dtype = working_dtype(*models)
+    check_on_policy_tokens(rows, models, token_ids, mask, options)
+    kept, dtype = _kept(token_ids, mask, options), working_dtype(*models)
     read = (
-        x if x is None else x[..., :n_cols].to(dtype).masked_fill(~tokens.kept[..., None], 0.0)
+        x if x is None else x[..., :n_cols].to(dtype).masked_fill(~kept[..., None], 0.0)
         for x in models
     )  # fmt: skip
-    return _loss(*read, tokens, options)
+    return _loss(*read, token_ids, mask, options)
 
 
-@with_on_policy_options
+@with_options(OnPolicyOptions, DEFAULTS)
 def on_policy_linear_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
@@ -82,7 +82,7 @@ def on_policy_linear_loss(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
-    **options,
+    **options: Unpack[OnPolicyOptions],
 ) -> OnPolicyLoss:
     """:func:`distill_ops.methods.on_policy.linear_loss` in eager PyTorch, differentiable by autograd.
 
@@ -114,80 +114,107 @@ def on_policy_linear_loss(
         check_head("teacher_", *teacher, frozen=True)
         arguments = LossArguments(vocab_size=vocab_size)
         n_cols = check_heads(rows, student_weight, *teacher[:2], arguments)
-    tokens = check_on_policy_tokens(rows, (*student, *teacher), token_ids, mask, options)
-    how = ~tokens.kept, n_cols, working_dtype(*student, *teacher)
+    check_on_policy_tokens(rows, (*student, *teacher), token_ids, mask, options)
+    how = ~_kept(token_ids, mask, options), n_cols, working_dtype(*student, *teacher)
     head = head_options("student_", student_logit_scale, student_softcap)
     student_logits, teacher_logits = head_logits(*student, *head, *how), None
     if not served:
         teacher_logits = head_logits(*teacher, *of_teacher, *how).detach()
-    return _loss(student_logits, teacher_logits, tokens, options)
+    return _loss(student_logits, teacher_logits, token_ids, mask, options)
+
+
+def _kept(token_ids: torch.Tensor, mask: torch.Tensor, options: OnPolicyArguments) -> torch.Tensor:
+    return (mask != 0) & (token_ids != options.ignore_index)
 
 
 def _loss(
-    student: torch.Tensor, teacher: torch.Tensor | None, tokens: OnPolicyTokens,
-    options: OnPolicyOptions,
+    student: torch.Tensor, teacher: torch.Tensor | None, token_ids: torch.Tensor,
+    mask: torch.Tensor, options: OnPolicyArguments,
 ) -> OnPolicyLoss:  # fmt: skip
     """Of logits ``[..., S, n_cols]``, 0 where a token does not count."""
-    kept = tokens.kept
+    kept = _kept(token_ids, mask, options)
+    read = lambda x: None if x is None else x.to(student.dtype).masked_fill(~kept, 0.0)
     log_q = F.log_softmax(student / options.temperature, -1)
-    ids = tokens.ids.masked_fill(~kept, 0)[..., None]
-    student_log_prob = log_q.gather(-1, ids).squeeze(-1).masked_fill(~kept, 0.0)
-    teacher_log_prob, teacher_entropy, divergence = tokens.teacher_log_probs, None, None
-    if teacher is not None:
-        log_p = F.log_softmax(teacher / options.temperature, -1)
-        teacher_log_prob = log_p.gather(-1, ids).squeeze(-1).masked_fill(~kept, 0.0)
-        teacher_entropy = entropy(log_p).masked_fill(~kept, 0.0)
-        terms = divergence_terms(student, teacher, options.divergence, options.temperature)
-        divergence = terms.sum(-1).masked_fill(~kept, 0.0)
-    weights, out = importance_weights(student_log_prob.detach(), tokens, options)
-    losses, mass = divergence, None
+    ids = token_ids.long().masked_fill(~kept, 0)[..., None]
+    student_log_prob = read(log_q.gather(-1, ids).squeeze(-1))
+    teacher_log_prob, teacher_entropy, divergence = read(options.teacher_log_probs), None, None
+    losses = mass = None
     if options.objective == "support":
         losses, outputs = support_distillation_loss(
             student, teacher, divergence=options.divergence, temperature=options.temperature,
             loss_mask=kept, reduction="none", token_outputs=("teacher_mass",), **options.of_support,
         )  # fmt: skip
-        mass, divergence, teacher_log_prob, teacher_entropy = outputs.teacher_mass, None, None, None
+        mass = outputs.teacher_mass
+    elif teacher is not None:
+        log_p = F.log_softmax(teacher / options.temperature, -1)
+        teacher_log_prob = read(log_p.gather(-1, ids).squeeze(-1))
+        teacher_entropy = read(entropy(log_p))
+        terms = divergence_terms(student, teacher, options.divergence, options.temperature)
+        losses = divergence = read(terms.sum(-1))
+    behaviour = read(options.behaviour_log_probs)
+    weights, out = importance_weights(student_log_prob.detach(), behaviour, kept, options)
+    k1, k2, k3 = estimates(student_log_prob, teacher_log_prob)
+    v = read(mask) * (1 if options.token_weights is None else read(options.token_weights))
     if options.objective == "sampled":
-        r = (student_log_prob - teacher_log_prob).detach()
-        r = r.masked_fill(student_log_prob.isneginf() & teacher_log_prob.isneginf(), 0.0)
+        r = k1
         if options.reward_clip is not None:
             r = r.clamp(-options.reward_clip, options.reward_clip)
-        value = weights * r
+        value = times(weights, r)
         if options.importance == "clip":
             lower, upper = options.bounds
-            value = torch.maximum(value, weights.clamp(lower, upper) * r)
+            value = torch.maximum(value, times(weights.clamp(lower, upper), r))
             out = out & (((r > 0) & (weights < lower)) | ((r < 0) & (weights > upper)))
+            if options.dual_clip is not None:
+                value = torch.where(r > 0, torch.minimum(value, options.dual_clip * r), value)
+                out = out | ((r > 0) & (weights > options.dual_clip))
             weights = weights.masked_fill(out, 0.0)
-        slope = weights * r  # of log q(y_t)
-        losses = value + slope * (student_log_prob - student_log_prob.detach())
+        slope = times(v * weights, r)  # of log q(y_t)
+        moves = (slope != 0) & ~student_log_prob.isneginf()
+        moving = torch.where(moves, student_log_prob, 0.0)
+        # slope is value where the term moves; its own may be infinite
+        losses = torch.where(moves, value * (moving - moving.detach()).exp(), value)
     else:
-        losses = weights * losses
-    losses = (tokens.weights * losses).masked_fill(tokens.weights == 0, 0.0)
-    loss = losses if options.reduction == "none" else losses.sum() / tokens.denominator
-    k1 = k2 = k3 = None
-    if teacher_log_prob is not None:
-        k1 = student_log_prob.detach() - teacher_log_prob.detach()
-        k2, k3 = k1**2 / 2, (-k1).exp() - 1 + k1
-    record = divergence, student_log_prob, teacher_log_prob, entropy(log_q).masked_fill(~kept, 0.0)
-    record = (x if x is None else x.detach() for x in (*record, teacher_entropy))
+        losses = times(weights, losses)
+    losses = times(v, losses)
+    over = options.normalizer if options.normalizer is not None else read(mask).sum()
+    if options.reduction != "mean" or not kept.any():
+        over = 1
+    loss = losses if options.reduction == "none" else losses.sum() / over
+    record = divergence, student_log_prob, teacher_log_prob, read(entropy(log_q)), teacher_entropy
+    record = (x if x is None else x.detach() for x in record)
     share = out.sum() / kept.sum().clamp(min=1)
     return OnPolicyLoss(loss, *record, k1, k2, k3, weights, out, share.to(loss.dtype), mass)
 
 
+def times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The product; 0 where a weight is, whatever the value."""
+    return torch.where(weights == 0, torch.zeros_like(values), weights * values)
+
+
+def estimates(log_q: torch.Tensor, log_p: torch.Tensor | None) -> tuple:
+    """k1, k2 and k3 of :func:`distill_ops.reverse_kl_estimate`."""
+    if log_p is None:
+        return None, None, None
+    neither = log_q.isneginf() & log_p.isneginf()
+    k1 = torch.where(neither, torch.zeros_like(log_q), log_q - log_p).detach()
+    k3 = torch.where(k1.isneginf(), -k1, (-k1).exp() - 1 + k1)
+    return k1, k1**2 / 2, k3
+
+
 def importance_weights(
-    student_log_prob: torch.Tensor, tokens: OnPolicyTokens, options: OnPolicyOptions
+    log_q: torch.Tensor, log_b: torch.Tensor | None, kept: torch.Tensor, options: OnPolicyArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``w_t``, for "clip" the ratios themselves, and which ratios are out of the bounds."""
-    kept = tokens.kept
     if options.importance == "none":
-        return kept.to(student_log_prob.dtype), torch.zeros_like(kept)
-    ratio = (student_log_prob - tokens.behaviour_log_probs).exp().masked_fill(~kept, 1.0)
+        return kept.to(log_q.dtype), torch.zeros_like(kept)
+    ratio = (log_q - log_b).exp()
     if options.importance_level == "prefix":
         with_own = ratio.cumprod(-1)
         own = options.objective == "sampled"
         ratio = with_own if own else torch.ones_like(with_own)
         if not own:
             ratio[..., 1:] = with_own[..., :-1]
+    ratio = ratio.clamp(max=torch.finfo(ratio.dtype).max ** 0.5)
     lower, upper = options.bounds
     out = kept & ((ratio < lower) | (ratio > upper))
     weights = ratio
