@@ -30,6 +30,8 @@ OPTIONS = {
     "sampled, mask": MASK | {"objective": "sampled", "bounds": (0.9, 1.2), "reward_clip": 0.4},
     "sampled, prefix": MASK | {"objective": "sampled", "importance_level": "prefix"},
     "sampled, clip": CLIP | {"objective": "sampled", "bounds": (0.95, 1.05), "token_weights": True},
+    "support, served": {"objective": "support", "k": 3, "teacher_log_probs": True},
+    "sampled, dual clip": CLIP | {"objective": "sampled", "dual_clip": 1.1, "bounds": (0.95, 1.05)},
     "sampled, served": TRUNCATE | {"objective": "sampled", "teacher_log_probs": True},
 }  # fmt: skip
 OBJECTIVES = ("full", "support, mask", "sampled, clip", "sampled, served")
@@ -70,7 +72,7 @@ class Batch:
         teachers = self.heads[2:] if linear else self.logits[1:]
         leaves = [x.detach().clone().requires_grad_() for x in students]
         options = self.options(name, linear) | more
-        if "teacher_log_probs" in options:
+        if "teacher_log_probs" in options and options["objective"] == "sampled":
             teachers = [None] * len(teachers)
         mask = self.mask if mask is None else mask
         found = function(*leaves, *teachers, self.ids, mask, **options)
@@ -246,51 +248,7 @@ def test_a_float_mask_weighs_and_is_counted():
     torch.testing.assert_close(found, 3 * losses.sum() / batch.mask.sum())
 
 
-# --- edges of what counts --------------------------------------------------------------------------
-
-
-def one_token(student, teacher, **options):
-    leaf = torch.tensor([[student]], requires_grad=True)
-    given = {"objective": "sampled"} | options
-    found = on_policy.loss(
-        leaf, torch.tensor([[teacher]]), torch.tensor([[0]]), torch.tensor([[True]]), **given
-    )
-    found.loss.backward()
-    return found, leaf.grad[0, 0]
-
-
-def test_a_token_that_the_teacher_excludes():
-    found, gradient = one_token([0.0, 0.0], [-INF, 0.0])
-    assert found.loss == INF
-    assert not gradient.isfinite().any()
-    found, gradient = one_token([0.0, 0.0], [-INF, 0.0], reward_clip=2.0)
-    assert found.loss == 2
-    assert gradient.tolist() == [1.0, -1.0]  # 2 (1 - q), -2 q
-    found, gradient = one_token([0.0, 0.0], [-INF, 0.0], objective="full")
-    assert found.loss == 0  # the student restricted to the teacher's support, as everywhere
-    assert found.k1 == INF
-
-
-@pytest.mark.parametrize("importance", ["truncate", "mask", "clip"])
-def test_a_token_that_the_student_has_come_to_exclude(importance):
-    """Its weight is 0: so are loss and gradient."""
-    old = {"importance": importance, "behaviour_log_probs": torch.tensor([[-1.0]])}
-    found, gradient = one_token([-INF, 0.0], [0.0, 0.0], **old)
-    assert found.importance_weights == 0
-    assert found.loss == 0
-    assert not gradient.any()
-    assert found.share_out_of_bounds == (importance == "mask")  # "clip" stops the other side
-
-
-def test_ratios_beyond_floats():
-    old = torch.tensor([[-1e4]])
-    for importance, weight in (("truncate", 2.0), ("mask", 0.0)):
-        found, gradient = one_token(
-            [0.0, 0.0], [0.0, 1.0], importance=importance, behaviour_log_probs=old
-        )
-        assert found.importance_weights == weight
-        assert found.out_of_bounds.all()
-        assert gradient.isfinite().all()
+# --- views, padding of the vocabulary, compilation, the record ------------------------------------
 
 
 def test_views_are_read_where_they_are():
@@ -324,15 +282,17 @@ def test_padded_vocabularies(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "sampled, clip",
         "support, mask",
-        *(pytest.param(x, marks=pytest.mark.full) for x in ("full", "sampled, served")),
+        *(
+            pytest.param(x, marks=pytest.mark.full)
+            for x in ("full", "sampled, clip", "sampled, served")
+        ),
     ],
 )
 def test_under_compile(name):
     batch = Batch(torch.float32)
     call = lambda student: on_policy.loss(
-        student, None if "served" in name else batch.logits[1], batch.ids, batch.mask,
+        student, None if name == "sampled, served" else batch.logits[1], batch.ids, batch.mask,
         **batch.options(name),
     ).loss  # fmt: skip
     torch.compiler.reset()

@@ -1,10 +1,14 @@
 """Calls of ``methods.on_policy`` that are wrong: the exception, and words of its message."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 
+import distill_ops
+from distill_ops.checks.on_policy_options import ELSEWHERE
 from distill_ops.methods import on_policy
 
 B, S, V, D = 3, 5, 11, 4
@@ -77,6 +81,12 @@ WRONG = [
     ({"tis_clip": 2.0}, TypeError, "'tis_clip': pass importance='truncate', bounds="),
     ({"beta": 0.5}, TypeError, r"'beta': a divergence takes it"),
     ({"temprature": 2.0}, TypeError, "'temprature': did you mean 'temperature'"),
+    (SAMPLED | {"dual_clip": 3.0}, ValueError, "dual_clip needs importance='clip', got dual_clip=3.0"),
+    (CLIP | SAMPLED | {"dual_clip": 1}, ValueError, "dual_clip must be above 1, got 1"),
+    (CLIP | SAMPLED | {"dual_clip": "3"}, TypeError, "dual_clip must be None or a number above 1, got str"),
+    ({"attention_mask": OLD}, TypeError, "'attention_mask': pass mask=, of the sampled tokens alone"),
+    ({"eps_clip": 0.2}, TypeError, "'eps_clip': pass importance='clip', bounds="),
+    ({"labels": OLD}, TypeError, "'labels': there are no labels here: token_ids are"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
 ]  # fmt: skip
 
@@ -124,3 +134,27 @@ def test_what_was_sampled_has_a_probability():
     old = {"importance": "truncate", "behaviour_log_probs": OLD * INF}
     with pytest.raises(ValueError, match="behaviour_log_probs must hold finite .*got -inf"):
         on_policy.loss(logits, logits, ids, torch.ones(B, S), **old)
+
+
+def test_a_prefix_is_along_an_axis():
+    logits, one = torch.zeros(V), torch.tensor(1)
+    with pytest.raises(
+        ValueError, match=r"'prefix' needs token_ids \[..., S\], .* got a single token"
+    ):
+        on_policy.loss(
+            logits, logits, one, one, importance="truncate", importance_level="prefix",
+            behaviour_log_probs=torch.tensor(-1.0),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [on_policy.loss, on_policy.linear_loss])
+def test_hints_name_what_there_is(function):
+    """Every ``x=`` of a hint is an argument, of the function or of the divergence that it shows."""
+    known = set(inspect.signature(function).parameters)
+    for name, hint in ELSEWHERE.items():
+        assert name not in known
+        rest = hint
+        for divergence, argument in re.findall(r"(\w+)\((\w+)=", hint):
+            assert argument in inspect.signature(getattr(distill_ops, divergence)).parameters
+            rest = hint.replace(f"{argument}=", "")
+        assert set(re.findall(r"(\w+)=", rest)) <= known, name
