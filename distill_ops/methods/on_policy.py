@@ -102,20 +102,24 @@ def loss(
         temperature: positive, of both models; that of the sampling, if nothing is to correct for it.
         k, support, tail, mass_terms, log_prob_floor: as in
             :func:`distill_ops.support_distillation_loss`; with ``objective="support"``, which needs ``k``.
-        teacher_log_probs: ``[..., S]``, float, ``log p(y_t)`` at the temperature, of a server that gives no
-            more, for "sampled": ``teacher_logits`` is None then.
+        teacher_log_probs: ``[..., S]``, float, ``log p(y_t)`` at the temperature. "sampled": of a server that
+            gives no more, ``teacher_logits`` being None then. "support": for k1 to k3, beside the logits.
         behaviour_log_probs: ``[..., S]``, float, ``log b(y_t)``: of the policy that sampled (an older
             student, or an inference engine's), at its own temperature and truncation. With importance.
         importance: how ``w_t`` is made of ``rho_t = q(y_t) / b(y_t)``. "none": 1. "truncate": clamped to the
             bounds (TIS). "mask": 0 outside of the bounds (IcePop). "clip", with "sampled": PPO's
-            ``max(r rho, r clip(rho))``: no gradient where the reward would move rho further out.
+            ``max(r rho, r clip(rho))``: no gradient where the reward would move rho further out. The
+            ratio, or product, counts as at most the square root of the largest float (float32: 1.8e19).
         bounds: ``(lower, upper)`` of the ratio, ``0 <= lower < upper <= inf``. By default (0, 2) for
             "truncate", (0.5, 2) for "mask", (0.8, 1.2) for "clip". "truncate" with (0, inf) leaves it as it is.
+        dual_clip: a number above 1, with "clip": where ``r > 0`` the value is at most ``dual_clip r``, constant
+            where rho is above (arXiv:1912.09729; verl's ``clip_ratio_c``, 3 by default there). None: no bound.
         importance_level: "token": the token's own ratio. That corrects the draw of ``y_t``, which "sampled"
             needs, but neither that of its prefix nor anything of D, which does not depend on ``y_t``: "full"
             and "support" keep their expectation, prefixes being the behaviour's. "prefix": the product of
             the ratios of the tokens before, for "sampled" with its own: unbiased for ``y ~ sg(q)``, of a
-            variance that grows with the length. Not with "clip".
+            variance that grows with the length. It goes along the last axis, which has to be one sequence:
+            not packed ones, nor a batch's tokens in a line. Not with "clip".
         reward_clip: ``r_t`` lies in ``[-reward_clip, reward_clip]`` (verl's ``loss_max_clamp``), for "sampled".
             Without it a token that the teacher excludes makes loss and gradient infinite.
         token_weights: ``[..., S]``, int or float: v above, constants, of either sign.
@@ -128,12 +132,14 @@ def loss(
     Returns:
         :class:`OnPolicyLoss`: the loss, 0-d (``[..., S]`` with "none"), 0 with a graph where no token counts, and
         detached numbers of each token to log. The value of "sampled" is the mean of ``w_t r_t``, an estimate
-        of the reverse KL, of either sign. With "support" the teacher's log-probability, its entropy and k1
-        to k3 are None, as the call does not come by them; without the teacher's logits its entropy is.
+        of the reverse KL, of either sign (of "clip" the mean of its maximum); k1 to k3 know nothing of
+        ``reward_clip``. With "support" the divergence and the teacher's entropy are None, and so are its
+        log-probability and k1 to k3 without ``teacher_log_probs``; a server's teacher has no entropy either.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-        RuntimeError: from backward, on a second derivative.
+        RuntimeError: from backward, on a second derivative; on a second backward where the gradient was made
+            in the forward: take ``reduction="none"`` and its sum or mean to call backward again.
     """
     options = on_policy_options("on_policy.loss", options)
     served = check_teacher_of_sampled(options, "teacher_logits", teacher_logits)

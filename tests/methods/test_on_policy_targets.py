@@ -27,7 +27,8 @@ IDS = sequences()
 Q, P = random_table(0), random_table(1)
 B = Q + 0.4 * random_table(2)  # the policy that sampled: near the student
 LOG_B = log_probs_of(B, IDS)
-ALL = (0.0, math.inf)  # bounds that leave every ratio as it is
+INF = math.inf
+ALL = (0.0, INF)  # bounds that leave every ratio as it is
 
 
 def expectation(behaviour=None, end=None, **options) -> torch.Tensor:
@@ -218,9 +219,17 @@ BIASES = {  # options of "sampled", and what they add to q r in E_b sum_v c(v) g
         {"importance": "clip", "bounds": (0.9, 1.1)},
         lambda q, b, r: -q * r * clipped(q, b, r),
     ),
+    "dual_clip": (
+        {"importance": "clip", "bounds": (0.0, INF), "dual_clip": 1.1},
+        lambda q, b, r: -q * r * ((r > 0) & (q / b > 1.1)),
+    ),
     "reward_clip": (
         {"importance": "truncate", "bounds": ALL, "reward_clip": 0.5},
         lambda q, b, r: q * (r.clamp(-0.5, 0.5) - r),
+    ),
+    "reward_clip, truncate": (
+        {"importance": "truncate", "bounds": (0.9, 1.1), "reward_clip": 0.5},
+        lambda q, b, r: b * (q / b).clamp(0.9, 1.1) * r.clamp(-0.5, 0.5) - q * r,
     ),
 }
 

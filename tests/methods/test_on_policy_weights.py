@@ -167,6 +167,7 @@ def test_the_gradient_is_made_in_the_forward(name):
             torch.autograd.grad(loss, leaf)
 
 
+@pytest.mark.full  # the profiler takes a second to start
 @pytest.mark.parametrize(
     ("options", "expected"),
     [({}, 4), ({"reduction": "none"}, 6), ({"objective": "sampled"}, 6), (None, 4)],
