@@ -52,12 +52,10 @@ def sampled_losses(
     if options.importance == "clip":
         losses, out = _clipped(losses, cost, weights, out, options)
         weights = weights.masked_fill(out, 0.0)
-    unused = tokens.weights == 0
-    # where nothing comes back from a term, infinite ones may not make NaN of it
-    constant = unused | (weights == 0) | (log_q == -torch.inf)
-    moving = log_q.masked_fill(constant, 0.0)
+    losses = losses.masked_fill(tokens.weights == 0, 0.0)  # whose gradient, 0 times infinity, is NaN
+    moving = log_q.masked_fill((weights == 0) | (log_q == -torch.inf), 0.0)
     growth = (moving - moving.detach()).exp()  # 1, with the slope of log q
-    return losses.masked_fill(unused, 0.0) * growth, weights, out
+    return losses * growth, weights, out
 
 
 def _clipped(

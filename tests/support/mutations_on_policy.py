@@ -78,7 +78,7 @@ ON_POLICY = [
         sources.METHODS_IMPORTANCE,
         "return weights * values.masked_fill(weights == 0, 0.0)",
         "return weights * values",
-        f"{EXTREMES}a_token_weight_of_0_beside_an_infinite_term[full-loss]",
+        f"{EXTREMES}a_token_weight_of_0_beside_an_infinite_term[support-loss]",
     ),
     Mutation(
         "on-policy: the weights are counted in the mean",
@@ -111,8 +111,8 @@ ON_POLICY = [
     Mutation(
         "on-policy: a token weight of 0 leaves an infinite gradient",
         sources.METHODS_IMPORTANCE,
-        "constant = unused | (weights",
-        "constant = (weights",
+        "losses = losses.masked_fill(tokens.weights == 0, 0.0)",
+        "pass",
         f"{EXTREMES}a_token_weight_of_0_beside_an_infinite_term[sampled-loss]",
     ),
     Mutation(
