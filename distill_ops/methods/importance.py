@@ -52,7 +52,8 @@ def sampled_losses(
     if options.importance == "clip":
         losses, out = _clipped(losses, cost, weights, out, options)
         weights = weights.masked_fill(out, 0.0)
-    losses = losses.masked_fill(tokens.weights == 0, 0.0)  # whose gradient, 0 times infinity, is NaN
+    # 0 times an infinite term would be a gradient of NaN
+    losses = losses.masked_fill(tokens.weights == 0, 0.0)
     moving = log_q.masked_fill((weights == 0) | (log_q == -torch.inf), 0.0)
     growth = (moving - moving.detach()).exp()  # 1, with the slope of log q
     return losses * growth, weights, out

@@ -78,7 +78,7 @@ ON_POLICY = [
         sources.METHODS_IMPORTANCE,
         "return weights * values.masked_fill(weights == 0, 0.0)",
         "return weights * values",
-        f"{EXTREMES}a_token_weight_of_0_beside_an_infinite_term[support-loss]",
+        f"{EXTREMES}a_token_that_the_student_has_come_to_exclude[truncate]",
     ),
     Mutation(
         "on-policy: the weights are counted in the mean",
