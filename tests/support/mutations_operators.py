@@ -32,7 +32,7 @@ PACKING = [
     ),
     Mutation(
         "options: one that a function goes without is taken", sources.ARGUMENTS,
-        "if name in without or name not in DEFAULTS:", "if name not in DEFAULTS:",
+        "[x for x in (*DEFAULTS, *own) if x not in without]", "(*DEFAULTS, *own)",
         f"{CALLS}options_that_a_function_goes_without_are_refused[topk_distillation_loss]",
     ),
     Mutation(
