@@ -29,6 +29,7 @@ PUBLIC = (
     "distill_ops.methods.minillm",
     "distill_ops.methods.on_policy",
     "distill_ops.methods.tokenizers",
+    "distill_ops.methods.system2",
     "distill_ops.reference",
 )
 SECTIONS = ("Example:", "Args:", "Returns:", "Raises:", "Indexing:")

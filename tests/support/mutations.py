@@ -19,6 +19,7 @@ from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_statistics import STATISTICS
 from tests.support.mutations_support import SUPPORT_MUTATIONS
+from tests.support.mutations_system2 import SYSTEM2
 from tests.support.mutations_tails import TAILS_MUTATIONS
 from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
@@ -43,5 +44,6 @@ MUTATIONS = [
     *STATISTICS,
     *ON_POLICY,
     *MINILLM,
+    *SYSTEM2,
     *TEACHER_STORES,
 ]
