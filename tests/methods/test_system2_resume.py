@@ -1,5 +1,6 @@
 """The JSONL of ``curate``: writers that are killed, torn lines, other settings, and a constant memory."""
 
+import asyncio
 import functools
 import gc
 import json
@@ -139,6 +140,16 @@ def test_an_iterator_that_is_dropped_frees_its_file_at_once(tmp_path):
             assert next(run(tmp_path / "records")).index == 0
     finally:
         gc.enable()
+
+
+def test_an_async_iterator_that_is_left_is_closed(tmp_path):
+    async def inside():
+        curation = run(tmp_path / "records")
+        first = await anext(curation)
+        await curation.aclose()
+        return [first, *[record async for record in run(tmp_path / "records")][1:]]
+
+    assert asyncio.run(inside()) == list(run(tmp_path / "records"))
 
 
 OTHERS = {

@@ -175,8 +175,8 @@ class Windows:
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= self.options.max_failures:
             raise RuntimeError(
-                f"sample_fn failed for {self.failures_in_a_row} inputs in a row (max_failures), the last of them "
-                f"input {index}: {type(error).__name__}: {error}; none of them is written"
+                f"sample_fn failed for {self.failures_in_a_row} inputs in a row (max_failures), the last "
+                f"of them input {index}: {type(error).__name__}: {error}; none of them is written"
             ) from error
 
     def _record(self, index: int, value: Input, answers, undo, failed) -> Record:
