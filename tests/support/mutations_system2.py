@@ -5,6 +5,7 @@ from tests.support.mutants import Mutation
 
 VOTES = "tests/methods/test_system2_votes.py::test_"
 CURATE = "tests/methods/test_system2_curate.py::test_"
+ERRORS = "tests/methods/test_system2_errors.py::test_"
 RESUME = "tests/methods/test_system2_resume.py::test_"
 LABELS = "tests/methods/test_system2_labels.py::test_"
 FAILS = f"{CURATE}an_input_that_fails_is_a_reason_and_the_others_are_kept"
@@ -147,7 +148,7 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_SAMPLING,
         "if len(texts) != n_prompts:",
         "if False:",
-        f"{CURATE}too_few_texts_are_refused",
+        f"{ERRORS}too_few_texts_are_refused",
     ),
     mutation(
         "a torn line stays",
