@@ -59,4 +59,10 @@ example: setup
 example-offline: setup
 	$(RUN) examples/offline_teacher.py
 
-.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline
+# On two cores eight minutes a seed; the committed results: make example-minillm SEEDS=3
+SEEDS ?= 1
+
+example-minillm: setup
+	$(RUN) examples/minillm.py --seeds $(SEEDS)
+
+.PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-minillm

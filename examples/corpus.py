@@ -6,6 +6,7 @@ is trained on them, and each is cut into windows of a fixed length.
 
 import random
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -50,6 +51,15 @@ class Corpus:
         epochs = [torch.randperm(len(self.train), generator=generator) for _ in range(n_epochs)]
         order = torch.cat(epochs)[: n_steps * batch_size]
         return [as_batch(self.train, rows) for rows in order.split(batch_size)]
+
+    def stream(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Batches of training windows without end, every epoch in a new order."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.train), generator=generator)
+            for rows in order.split(batch_size):
+                if len(rows) == batch_size:
+                    yield as_batch(self.train, rows)
 
     def held_out_batches(self, n_batches: int, batch_size: int) -> list[Batch]:
         """Held-out windows, spread evenly over its documents; the same on every call."""
@@ -100,10 +110,13 @@ def cut_windows(tokenizer: Tokenizer, documents: list[str], length: int) -> torc
     return torch.cat(windows)
 
 
-def load_corpus(vocab_size: int, length: int, seed: int) -> Corpus:
+def load_corpus(
+    vocab_size: int, length: int, seed: int, max_documents: int | None = None
+) -> Corpus:
     """Read, split by document, train the tokenizer on the training part, and cut into windows."""
     documents = read_documents()
     random.Random(seed).shuffle(documents)
+    documents = documents[:max_documents]
     held_out = documents[::HELD_OUT_EVERY]
     train = [text for i, text in enumerate(documents) if i % HELD_OUT_EVERY]
     tokenizer = train_tokenizer(train, vocab_size)

@@ -23,12 +23,11 @@ RESULTS = Path(__file__).parent / "results"
 LossFunction = Callable[[torch.Tensor, Target, Batch], LossComponents]  # of the student's logits
 
 
-@dataclass(frozen=True)
-class Config:
-    """Sizes for two CPU cores; a vocabulary large enough for the loss to be a real share of a step."""
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """For two CPU cores; a vocabulary large enough for the loss to be a real share of a step."""
 
     teacher_steps: int
-    steps: int
     seed: int
     held_out_batches: int
     vocab_size: int = 16384
@@ -39,12 +38,19 @@ class Config:
     student_hidden: int = 128
     student_layers: int = 2
     teacher_learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Sizes):
+    """Of students that take so many steps."""
+
+    steps: int
     # Two losses round differently, and training amplifies it: with noise of 1e-7 in the gradient the
     # curves part by up to 1e-3 at a rate of 3e-3 and by 2e-6 at 1e-3, so the check needs the latter.
     student_learning_rate: float = 1e-3
 
 
-def check_tokenizers(corpus: Corpus, config: Config) -> None:
+def check_tokenizers(corpus: Corpus, config: Sizes) -> None:
     """Before anything is trained: column j of both models' logits must be the same token.
 
     These two share the corpus's tokenizer, so only the width of their logits could be wrong; of models
@@ -56,7 +62,7 @@ def check_tokenizers(corpus: Corpus, config: Config) -> None:
     console.print(f"tokenizers: {report.verdict}")
 
 
-def train_teacher(corpus: Corpus, config: Config) -> tuple[LlamaForCausalLM, dict[str, float]]:
+def train_teacher(corpus: Corpus, config: Sizes) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """The teacher, trained on hard labels alone, and its held-out loss before and after."""
     model = make_model(config.vocab_size, config.teacher_hidden, config.teacher_layers, config.seed)
     optimizer = Optimizer(model, config.teacher_learning_rate, config.teacher_steps)
@@ -175,7 +181,7 @@ def options_of(
     return options
 
 
-def config_from(options: argparse.Namespace, kind: type[Config] = Config) -> Config:
+def config_from(options: argparse.Namespace, kind: type[Sizes] = Config) -> Sizes:
     return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if f.name in options})
 
 

@@ -27,7 +27,8 @@ def examples():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         scripts = {
-            name: importlib.import_module(name) for name in ("distill_text", "offline_teacher")
+            name: importlib.import_module(name)
+            for name in ("distill_text", "offline_teacher", "minillm")
         }
         load_corpus = cache(
             scripts["distill_text"].load_corpus
@@ -122,3 +123,142 @@ def test_each_check_of_the_offline_teacher_can_fail(examples):
     for name, change in beyond.items():
         found = checks_of(record(**change))
         assert [failed for failed, check in found.items() if not check["holds"]] == [name]
+
+
+ARMS = {
+    "MiniLLM", "on-policy (token)", "on-policy (vocabulary)", "soft cross-entropy",
+    "sequence-level KD", "further SFT",
+}  # fmt: skip
+
+
+def test_minillm(examples, tmp_path, monkeypatch):
+    """Its quick form, of two seeds: every way takes steps, is measured, drawn and spoken of."""
+    arguments = ["minillm.py", "--quick", "--seeds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    examples.minillm.main()
+    record = json.loads((tmp_path / "minillm.json").read_text())
+    assert set(record["config"]["learning_rates"]) == set(record["summary"]["arms"]) == ARMS
+    seconds = record["config"]["seconds"]
+    for seed in record["seeds"]:
+        before = {
+            name: x for name, x in seed["student"].items() if name not in ("seconds", "steps")
+        }
+        assert seed["teacher"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
+        for curve in seed["arms"].values():
+            assert curve[0] == {"seconds": 0, "steps": 0} | before  # all from the same student
+            assert curve[-1]["seconds"] >= seconds
+            assert curve[-1]["steps"] >= 1
+            assert curve[-1]["forward_kl"] != before["forward_kl"]
+            assert all(math.isfinite(x) for x in curve[-1].values())
+        texts = seed["samples"]
+        assert set(texts) == ARMS | {"prompt", "teacher", "before"}
+    (tmp_path / "minillm.png").unlink()
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- minillm:begin -->\nold\n<!-- minillm:end -->\nb\n")
+    arguments = ["minillm_report.py", str(tmp_path / "minillm.json"), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    sys.modules["minillm_report"].main()
+    assert (tmp_path / "minillm.png").read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().startswith("a\n<!-- minillm:begin -->\n![")
+    assert page.read_text().endswith("\n<!-- minillm:end -->\nb\n")
+    assert "old" not in page.read_text()
+
+
+def test_minillm_counts_training_and_nothing_else(examples, monkeypatch):
+    """Three ticks a step, of ten allowed: measurements take a thousand each and are not counted."""
+    now = 0.0
+
+    def wait(ticks):
+        nonlocal now
+        now += ticks
+
+    def way(arm):
+        while True:
+            wait(3)
+            yield 0.0
+
+    def measure(student):
+        wait(1000)
+        return {"measured at": now}
+
+    script = examples.minillm
+    monkeypatch.setattr(script.time, "perf_counter", lambda: now)
+    arm = SimpleNamespace(student=None, optimizer=SimpleNamespace(progress=None))
+    curve = script.train("name", arm, way, 10.0, measure, n_measures=2)
+    assert [(point["seconds"], point["steps"]) for point in curve] == [(6, 2), (12, 4)]
+    assert arm.optimizer.progress == 0.9  # of the last step, which began in time
+    assert now == 2 * 1000 + 4 * 3
+
+
+def test_minillm_judges_by_the_definitions(examples):
+    """Both KLs of two models over the whole vocabulary in float64, from their logits."""
+    script = examples.minillm
+    config = script.config_of(SimpleNamespace(quick=True, seconds=None), seed=3)
+    corpus = script.load_corpus(config.vocab_size, config.length, 0, config.max_documents)
+    make, sizes = script.make_model, (config.vocab_size, 32, 1)
+    teacher, student = make(*sizes, seed=1), make(*sizes, seed=2)
+    with torch.no_grad():
+        for model in (teacher, student):
+            model.lm_head.weight *= 20  # far from uniform
+    judge = script.Judge(teacher, corpus, config)
+    found = judge(student)
+
+    def log_probs(model, ids):
+        with torch.no_grad():
+            return model(ids).logits.double().log_softmax(-1)
+
+    n_tokens = config.n_sampled
+    ids = script.sample(student, judge.prompts, n_tokens, config.seed)
+    log_q, log_p = (log_probs(model, ids)[:, -n_tokens - 1 : -1] for model in (student, teacher))
+    reverse_kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean(-1)
+    assert found["reverse_kl"] == pytest.approx(reverse_kl.mean().item(), rel=1e-5)
+    error = reverse_kl.std() / len(reverse_kl) ** 0.5
+    assert found["reverse_kl_standard_error"] == pytest.approx(error.item(), rel=1e-4)
+    assert found["entropy"] == pytest.approx(-(log_q.exp() * log_q).sum(-1).mean().item(), rel=1e-5)
+
+    (batch,) = judge.text
+    log_q, log_p = (log_probs(model, batch.input_ids) for model in (student, teacher))
+    counted = batch.loss_mask
+    forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1)[counted].mean().item()
+    assert found["forward_kl"] == pytest.approx(forward_kl, rel=1e-5)
+    of_labels = log_q.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][counted]
+    assert found["perplexity"] == pytest.approx(of_labels.mean().neg().exp().item(), rel=1e-5)
+
+
+def test_minillm_says_where_it_loses(examples):
+    report = sys.modules["minillm_report"]
+
+    def record(mini_llm, further_sft):
+        def point(reverse_kl, forward_kl):
+            measured = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "entropy": 3.0}
+            return measured | {"perplexity": 50.0, "reverse_kl_standard_error": 0.01, "steps": 5}
+
+        arms = {name: [point(1.0, 1.0)] for name in ARMS}
+        arms |= {"MiniLLM": [point(*mini_llm)], "further SFT": [point(*further_sft)]}
+        seeds = [{"arms": arms, "student": point(1.2, 1.2), "teacher": point(0.0, 0.0)}]
+        return {"seeds": seeds, "summary": report.summary_of(seeds)}
+
+    won = "\n".join(report.findings(record((0.5, 0.5), (1.0, 1.0))))
+    assert "MiniLLM -50%, on-policy (token) +0%" in won
+    assert "At least 20% below it: MiniLLM." in won
+    assert "Reverse KL on own samples: MiniLLM has the lowest (0.5), before" in won
+    assert "ends better than it began in all three" in won
+    lost = "\n".join(report.findings(record((0.81, 1.3), (1.0, 0.7))))
+    assert "MiniLLM -19%" in lost
+    assert "At least 20% below it: none." in lost
+    assert "further SFT has the lowest (0.7); MiniLLM, with 1.3, is number 6 of 6" in lost
+    assert "ends worse than it began in forward KL on held-out text." in lost
+
+
+def test_minillm_results_are_those_of_the_page(examples):
+    """Table and findings in docs/examples.md are the JSON's, and the rates those that were chosen."""
+    report, results = sys.modules["minillm_report"], EXAMPLES / "results"
+    page = (ROOT / "docs/examples.md").read_text()
+    if not (results / "minillm.json").exists():  # nothing measured, nothing said
+        assert f"{report.BEGIN}\n{report.END}" in page
+        return
+    record = json.loads((results / "minillm.json").read_text())
+    assert page == report.in_page(page, report.block_of(record))
+    rates = {name: way.learning_rate for name, way in examples.minillm.ARMS.items()}
+    assert record["config"]["learning_rates"] == rates
+    assert json.loads((results / "minillm_tuning.json").read_text())["chosen"] == rates
