@@ -35,6 +35,9 @@ def examples():
         )  # reading it takes longer than a run
         for script in scripts.values():
             patch.setattr(script, "load_corpus", load_corpus)
+        corpus = sys.modules["corpus"]
+        read = cache(corpus.read_documents)
+        patch.setattr(corpus, "read_documents", lambda: list(read()))  # which its caller shuffles
         yield SimpleNamespace(**scripts)
     for name in MODULES:
         sys.modules.pop(name, None)
@@ -152,13 +155,15 @@ def test_minillm(examples, tmp_path, monkeypatch):
             assert all(math.isfinite(x) for x in curve[-1].values())
         texts = seed["samples"]
         assert set(texts) == ARMS | {"prompt", "teacher", "before"}
-    (tmp_path / "minillm.png").unlink()
+    assert (tmp_path / "minillm.png").read_bytes().startswith(b"\x89PNG")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- minillm:begin -->\nold\n<!-- minillm:end -->\nb\n")
     arguments = ["minillm_report.py", str(tmp_path / "minillm.json"), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", arguments)
-    sys.modules["minillm_report"].main()
-    assert (tmp_path / "minillm.png").read_bytes().startswith(b"\x89PNG")
+    report, drawn = sys.modules["minillm_report"], []
+    monkeypatch.setattr(report, "draw", lambda *given: drawn.append(given))
+    report.main()
+    assert drawn == [(record, tmp_path / "minillm.png")]
     assert page.read_text().startswith("a\n<!-- minillm:begin -->\n![")
     assert page.read_text().endswith("\n<!-- minillm:end -->\nb\n")
     assert "old" not in page.read_text()
