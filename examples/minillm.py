@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from corpus import Corpus, load_corpus
 from minillm_arms import ARMS, Arm, ArmConfig, prompts_of, supervised
-from minillm_report import draw, show, summary_of
+from minillm_report import BEFORE, TEACHER, draw, show, summary_of
 from models import TimedOptimizer, continuation_logits, logits_of, make_model, sample
 from report import console, surroundings
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -156,8 +156,8 @@ def begin(config: ArmConfig) -> tuple[Arm, Judge, dict]:
             "teacher": sum(p.numel() for p in teacher.parameters()),
             "student": sum(p.numel() for p in student.parameters()),
         },
-        "teacher": {"seconds": teacher_seconds} | judge(teacher),
-        "student": curve[-1],
+        TEACHER: {"seconds": teacher_seconds} | judge(teacher),
+        BEFORE: curve[-1],
     }
     return arm, judge, record
 
@@ -176,36 +176,33 @@ def run_seed(config: ArmConfig) -> dict:
     """All ways of training on from one student, with samples of each."""
     start = time.perf_counter()
     begun, judge, record = begin(config)
-    shown = {"teacher": judge.samples(begun.teacher), "before": judge.samples(begun.student)}
+    shown = {TEACHER: judge.samples(begun.teacher), BEFORE: judge.samples(begun.student)}
     arms = {}
     for name, entry in ARMS.items():
         arm, curve = train_on(begun, judge, name, entry.learning_rate)
-        arms[name] = [record["student"] | {"seconds": 0.0, "steps": 0}, *curve]
+        arms[name] = [record[BEFORE] | {"seconds": 0.0, "steps": 0}, *curve]
         shown[name] = judge.samples(arm.student)
     decode = begun.corpus.tokenizer.decode_batch
     prompt = config.prompt_length
     texts = {name: decode(ids[:, prompt:].tolist()) for name, ids in shown.items()}
-    texts["prompt"] = decode(shown["before"][:, :prompt].tolist())
+    texts["prompt"] = decode(shown[BEFORE][:, :prompt].tolist())
     seconds = time.perf_counter() - start
     return record | {"arms": arms, "samples": texts, "total_seconds": seconds}
 
 
-def tune(config: ArmConfig) -> dict:
+def tune(config: ArmConfig) -> Iterator[dict]:
     """Every way of training on at every rate of the grid, from the student of a seed of its own.
 
     Each gets the rate with the lowest reverse KL on its own samples, the measure by which all are
-    compared, be it the way's own objective or not.
+    compared, be it the way's own objective or not. Gives what is known after every way.
     """
     begun, judge, record = begin(replace(config, n_measures=1))
-    found = {
-        name: {str(rate): train_on(begun, judge, name, rate)[1][-1] for rate in GRID}
-        for name in ARMS
-    }
-    chosen = {
-        name: float(min(rates, key=lambda rate: rates[rate]["reverse_kl"]))
-        for name, rates in found.items()
-    }
-    return record | {"grid": GRID, "found": found, "chosen": chosen}
+    found, chosen = {}, {}
+    for name in ARMS:
+        ends = {rate: train_on(begun, judge, name, rate)[1][-1] for rate in GRID}
+        chosen[name] = min(GRID, key=lambda rate: ends[rate]["reverse_kl"])
+        found[name] = {str(rate): end for rate, end in ends.items()}
+        yield record | {"grid": GRID, "found": found, "chosen": chosen}
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -213,7 +210,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=positive, default=1, help="runs, of seeds 0, 1, ...")
-    parser.add_argument("--seconds", type=float, help="of every way of training on (default 40)")
+    parser.add_argument(
+        "--seconds", type=float, help="of SFT and of every way of training on (default 40)"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default examples/results)")
     parser.add_argument(
         "--tune", action="store_true", help=f"try learning rates on seed {TUNING_SEED} instead"
@@ -241,7 +240,9 @@ def config_of(options: argparse.Namespace, seed: int) -> ArmConfig:
             teacher_hidden=64, teacher_layers=1, student_hidden=32, student_layers=1,
             sft_seconds=0.02, seconds=0.02,
         )  # fmt: skip
-    return config if options.seconds is None else replace(config, seconds=options.seconds)
+    if options.seconds is not None:
+        config = replace(config, seconds=options.seconds, sft_seconds=options.seconds)
+    return config
 
 
 def main() -> None:
@@ -249,9 +250,10 @@ def main() -> None:
     record = surroundings()
     if options.tune:
         config = config_of(options, TUNING_SEED)
-        record |= {"config": asdict(config)} | tune(config)
         path = options.out / f"{NAME}_tuning.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        for found in tune(config):
+            record |= {"config": asdict(config)} | found
+            path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"chosen: {record['chosen']}\nwritten to {path}")
         return
     record |= {"config": asdict(config_of(options, 0)), "seeds": []}

@@ -32,7 +32,7 @@ MEASURES = {
 }
 ON_POLICY = (MINILLM, SAMPLED, FULL)
 TARGET = 0.2  # how far below further SFT's reverse KL an on-policy way should end
-BEFORE, TEACHER = "before", "teacher"
+BEFORE, TEACHER = "student before", "teacher"
 
 
 def summary_of(seeds: list[dict]) -> dict:
@@ -58,10 +58,15 @@ def summary_of(seeds: list[dict]) -> dict:
             "seeds": [1 - point["reverse_kl"] / sft["reverse_kl"] for point, sft in of_seeds],
         }
     return {
-        TEACHER: over_seeds([seed["teacher"] for seed in seeds]),
-        BEFORE: over_seeds([seed["student"] for seed in seeds]),
+        TEACHER: over_seeds([seed[TEACHER] for seed in seeds]),
+        BEFORE: over_seeds([seed[BEFORE] for seed in seeds]),
         "arms": arms,
     }
+
+
+def titled(measure: str) -> str:
+    label = MEASURES[measure]
+    return label[0].upper() + label[1:]
 
 
 def findings(record: dict) -> list[str]:
@@ -86,15 +91,18 @@ def findings(record: dict) -> list[str]:
     for measure in ("reverse_kl", "forward_kl", "perplexity"):
         order = ranked(measure)
         place = order.index(MINILLM) + 1
+        best, second = (f"{name} ({value(name, measure):.3g})" for name in order[:2])
         rest = (
-            f"MiniLLM has the lowest, before {order[1]} ({value(order[1], measure):.3g})"
+            f"{best} has the lowest, before {second}"
             if place == 1
-            else f"{order[0]} has the lowest ({value(order[0], measure):.3g}); MiniLLM, with "
-            f"{value(MINILLM, measure):.3g}, is number {place} of {len(order)}"
+            else f"{best} has the lowest, MiniLLM ({value(MINILLM, measure):.3g}) is number {place} of "
+            f"{len(order)}"
         )
-        if place == 1:
-            rest = rest.replace("the lowest", f"the lowest ({value(MINILLM, measure):.3g})", 1)
-        said.append(f"{MEASURES[measure].capitalize()}: {rest}.".replace("kl", "KL"))
+        apart = abs(value(MINILLM, measure) - value(order[0 if place > 1 else 1], measure))
+        spread = arms[MINILLM][measure]["spread"]
+        if spread is not None and apart <= spread:
+            rest += ", no further from it than its own spread over the seeds"
+        said.append(f"{titled(measure)}: {rest}.")
     worse = [
         MEASURES[measure]
         for measure in ("reverse_kl", "forward_kl", "perplexity")
@@ -128,21 +136,23 @@ def rows_of(record: dict) -> list[list[str]]:
         return f"{found['mean']:.{digits}f}{spread}"
 
     def row(name: str, measured: dict) -> list[str]:
-        digits = {"perplexity": 1}
+        digits = {"perplexity": 1, "entropy": 2}
         steps = f"{measured['steps']['mean']:.0f}" if "steps" in measured else ""
         below = measured.get("below_further_sft")
         share = f"{0 - below['mean']:+.0%}" if below and name != SFT else ""
         cells = [cell(measured[measure], digits.get(measure, 3)) for measure in MEASURES]
+        if name == TEACHER:  # its distance from itself
+            cells[:2] = ["0", "0"]
         return [name, steps, cells[0], share, *cells[1:]]
 
     return [
-        row("the teacher", summary[TEACHER]),
-        row("the student before", summary[BEFORE]),
+        row(TEACHER, summary[TEACHER]),
+        row(BEFORE, summary[BEFORE]),
         *(row(name, measured) for name, measured in summary["arms"].items()),
     ]
 
 
-HEADINGS = ["", "steps", "reverse KL", "vs further SFT", "forward KL", "perplexity", "entropy"]
+HEADINGS = ["", "steps", "reverse KL", "vs SFT", "forward KL", "perplexity", "entropy"]
 
 
 def title_of(record: dict) -> str:
@@ -155,7 +165,7 @@ def show(record: dict) -> None:
     """Print the table, one prompt's continuations, and the findings."""
     table = Table(title=title_of(record), title_justify="left")
     for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for row in rows_of(record):
         table.add_row(*row)
     console.print(table)
@@ -185,7 +195,7 @@ def draw_measure(axes: Axes, record: dict, measure: str) -> None:
                 seconds, list(map(min, values)), list(map(max, values)),
                 color=COLOURS[name], alpha=0.15, lw=0,
             )  # fmt: skip
-    axes.set_title(f"{MEASURES[measure].capitalize()}".replace("kl", "KL"), loc="left", fontsize=11)
+    axes.set_title(titled(measure), loc="left", fontsize=11)
     axes.set_xlabel("seconds of training on")
     axes.margins(x=0.03)
 
@@ -194,14 +204,13 @@ def draw(record: dict, path: Path) -> None:
     """Both KLs and the entropy over time."""
     figure = Figure(figsize=(14, 5.2), layout="constrained")
     measures = ("reverse_kl", "forward_kl", "entropy")
-    for axes, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
+    of_measures = figure.subplots(1, len(measures))
+    for axes, measure in zip(of_measures, measures, strict=True):
         draw_measure(axes, record, measure)
-        if measure == "entropy":
-            teacher = record["summary"][TEACHER]["entropy"]["mean"]
-            axes.axhline(teacher, color=GREY, lw=1, ls="--", label="the teacher's")
-            handles = axes.get_legend_handles_labels()
-        else:
-            axes.set_ylabel("nats per token")
+    teacher = record["summary"][TEACHER]["entropy"]["mean"]
+    of_measures[-1].axhline(teacher, color=GREY, lw=1, ls="--", label="the teacher's")
+    of_measures[0].set_ylabel("nats per token")
+    handles = of_measures[-1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), frameon=False)
     save_figure(figure, record, path)
 

@@ -144,7 +144,9 @@ def test_minillm(examples, tmp_path, monkeypatch):
     seconds = record["config"]["seconds"]
     for seed in record["seeds"]:
         before = {
-            name: x for name, x in seed["student"].items() if name not in ("seconds", "steps")
+            name: x
+            for name, x in seed["student before"].items()
+            if name not in ("seconds", "steps")
         }
         assert seed["teacher"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
         for curve in seed["arms"].values():
@@ -154,7 +156,7 @@ def test_minillm(examples, tmp_path, monkeypatch):
             assert curve[-1]["forward_kl"] != before["forward_kl"]
             assert all(math.isfinite(x) for x in curve[-1].values())
         texts = seed["samples"]
-        assert set(texts) == ARMS | {"prompt", "teacher", "before"}
+        assert set(texts) == ARMS | {"prompt", "teacher", "student before"}
     assert (tmp_path / "minillm.png").read_bytes().startswith(b"\x89PNG")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- minillm:begin -->\nold\n<!-- minillm:end -->\nb\n")
@@ -240,18 +242,18 @@ def test_minillm_says_where_it_loses(examples):
 
         arms = {name: [point(1.0, 1.0)] for name in ARMS}
         arms |= {"MiniLLM": [point(*mini_llm)], "further SFT": [point(*further_sft)]}
-        seeds = [{"arms": arms, "student": point(1.2, 1.2), "teacher": point(0.0, 0.0)}]
+        seeds = [{"arms": arms, "student before": point(1.2, 1.2), "teacher": point(0.0, 0.0)}]
         return {"seeds": seeds, "summary": report.summary_of(seeds)}
 
     won = "\n".join(report.findings(record((0.5, 0.5), (1.0, 1.0))))
     assert "MiniLLM -50%, on-policy (token) +0%" in won
     assert "At least 20% below it: MiniLLM." in won
-    assert "Reverse KL on own samples: MiniLLM has the lowest (0.5), before" in won
+    assert "Reverse KL on own samples: MiniLLM (0.5) has the lowest, before" in won
     assert "ends better than it began in all three" in won
     lost = "\n".join(report.findings(record((0.81, 1.3), (1.0, 0.7))))
     assert "MiniLLM -19%" in lost
     assert "At least 20% below it: none." in lost
-    assert "further SFT has the lowest (0.7); MiniLLM, with 1.3, is number 6 of 6" in lost
+    assert "further SFT (0.7) has the lowest, MiniLLM (1.3) is number 6 of 6" in lost
     assert "ends worse than it began in forward KL on held-out text." in lost
 
 
