@@ -20,6 +20,7 @@ held-out text, and by the entropy of what it samples. All goes to ``minillm.json
 import argparse
 import copy
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from corpus import Corpus, load_corpus
 from minillm_arms import ARMS, Arm, ArmConfig, prompts_of, supervised
 from minillm_report import BEFORE, TEACHER, draw, show, summary_of
@@ -69,12 +71,10 @@ class Judge:
             found = distillation_metrics(logits, teacher_logits)
             forward_kl += found.forward_kl[batch.loss_mask].sum().item()
             labels = batch.labels.flatten()
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels, reduction="sum"
-            )
+            losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
             cross_entropy += losses.item()
             n_tokens += int(batch.loss_mask.sum())
-        perplexity = torch.tensor(cross_entropy / n_tokens).exp().item()
+        perplexity = math.exp(cross_entropy / n_tokens)
         return {"forward_kl": forward_kl / n_tokens, "perplexity": perplexity}
 
     @torch.no_grad()
@@ -213,6 +213,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="of SFT and of every way of training on (default 40)"
     )
+    parser.add_argument(
+        "--student-windows", type=positive, help="of text for the student (default 4000)"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default examples/results)")
     parser.add_argument(
         "--tune", action="store_true", help=f"try learning rates on seed {TUNING_SEED} instead"
@@ -242,6 +245,8 @@ def config_of(options: argparse.Namespace, seed: int) -> ArmConfig:
         )  # fmt: skip
     if options.seconds is not None:
         config = replace(config, seconds=options.seconds, sft_seconds=options.seconds)
+    if options.student_windows is not None:
+        config = replace(config, student_windows=options.student_windows)
     return config
 
 

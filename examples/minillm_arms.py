@@ -26,8 +26,8 @@ class ArmConfig(Sizes):
     """A vocabulary and windows small enough for two cores to have the time for samples: a step of the
     student on its own samples costs four times one on text.
 
-    As in practice the student has less text than its teacher had: on all of it a student this small
-    goes on learning from text at every step, and nothing is left to compare with.
+    As in practice the student has less text than its teacher had. On all of it a student this small
+    still learns from text as fast as from its teacher: ``--student-windows 50000`` shows that.
     """
 
     vocab_size: int = 4096
@@ -68,7 +68,7 @@ class Samples(NamedTuple):
 
     ids: torch.Tensor  # [batch, length]
     tokens: torch.Tensor  # [batch, n_sampled]: the continuation alone
-    mask: torch.Tensor  # [batch, n_sampled]: all true, as no text of the corpus ends early
+    mask: torch.Tensor  # [batch, n_sampled]: all true, as continuations have one length
 
 
 @dataclass

@@ -197,10 +197,10 @@ def test_minillm_counts_training_and_nothing_else(examples, monkeypatch):
     assert now == 2 * 1000 + 4 * 3
 
 
-def test_minillm_judges_by_the_definitions(examples):
+def test_minillm_judges_by_the_definitions(examples, tmp_path):
     """Both KLs of two models over the whole vocabulary in float64, from their logits."""
     script = examples.minillm
-    config = script.config_of(SimpleNamespace(quick=True, seconds=None), seed=3)
+    config = script.config_of(script.options_of(["--quick", "--out", str(tmp_path)]), seed=3)
     corpus = script.load_corpus(config.vocab_size, config.length, 0, config.max_documents)
     make, sizes = script.make_model, (config.vocab_size, 32, 1)
     teacher, student = make(*sizes, seed=1), make(*sizes, seed=2)
