@@ -35,7 +35,7 @@ from minillm_report import BEFORE, TEACHER, draw, show, summary_of
 from models import TimedOptimizer, continuation_logits, logits_of, make_model, sample
 from report import console, surroundings
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from training import RESULTS, positive, train_teacher
+from training import RESULTS, check_tokenizers, positive, train_teacher
 from transformers import LlamaForCausalLM
 
 from distill_ops import distillation_metrics
@@ -43,7 +43,7 @@ from distill_ops import distillation_metrics
 NAME = "minillm"
 N_SHOWN = 3  # samples kept of each model
 TUNING_SEED = 1000  # of --tune, not among those that are reported
-GRID = (1e-3, 3e-3, 1e-2)  # learning rates that --tune tries
+GRID = (1e-3, 3e-3, 1e-2, 3e-2)  # learning rates that --tune tries
 
 
 class Judge:
@@ -137,6 +137,7 @@ def train(
 def begin(config: ArmConfig) -> tuple[Arm, Judge, dict]:
     """Corpus, teacher and the student by SFT, who judges them, and the record of it."""
     corpus = load_corpus(config.vocab_size, config.length, config.seed, config.max_documents)
+    check_tokenizers(corpus, config)
     start = time.perf_counter()
     teacher, _ = train_teacher(corpus, config)
     teacher_seconds = time.perf_counter() - start
