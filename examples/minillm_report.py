@@ -81,7 +81,11 @@ def findings(record: dict) -> list[str]:
         return sorted(arms, key=lambda name: value(name, measure))
 
     below = {name: arms[name]["below_further_sft"] for name in ON_POLICY}
-    reached = [name for name in ON_POLICY if below[name]["mean"] >= TARGET]
+    reached = []
+    for name, found in below.items():
+        n_reach = sum(share >= TARGET for share in found["seeds"])
+        of_seeds = f" (in {n_reach} of {n_seeds} seeds)" if n_seeds > 1 else ""
+        reached += [name + of_seeds] if found["mean"] >= TARGET else []
     seeds = f"the mean of {n_seeds} seeds" if n_seeds > 1 else "one seed"
     said = [
         f"Reverse KL to the teacher on own samples, {seeds}, against as many seconds of further SFT: "
@@ -101,7 +105,7 @@ def findings(record: dict) -> list[str]:
         apart = abs(value(MINILLM, measure) - value(order[0 if place > 1 else 1], measure))
         spread = arms[MINILLM][measure]["spread"]
         if spread is not None and apart <= spread:
-            rest += ", no further from it than its own spread over the seeds"
+            rest += "; the two are no further apart than MiniLLM's spread over the seeds"
         said.append(f"{titled(measure)}: {rest}.")
     worse = [
         MEASURES[measure]
