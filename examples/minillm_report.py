@@ -84,7 +84,7 @@ def findings(record: dict) -> list[str]:
     reached = []
     for name, found in below.items():
         n_reach = sum(share >= TARGET for share in found["seeds"])
-        of_seeds = f" (in {n_reach} of {n_seeds} seeds)" if n_seeds > 1 else ""
+        of_seeds = f" in {n_reach} of {n_seeds} seeds" if n_seeds > 1 else ""
         reached += [name + of_seeds] if found["mean"] >= TARGET else []
     seeds = f"the mean of {n_seeds} seeds" if n_seeds > 1 else "one seed"
     said = [
