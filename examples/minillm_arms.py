@@ -206,10 +206,10 @@ class Way(NamedTuple):
 
 
 ARMS = {
-    MINILLM: Way(mini_llm, 1e-3),
+    MINILLM: Way(mini_llm, 1e-2),
     SAMPLED: Way(sampled_token, 1e-3),
-    FULL: Way(whole_vocabulary, 1e-3),
-    SOFT: Way(soft_cross_entropy, 1e-3),
+    FULL: Way(whole_vocabulary, 1e-2),
+    SOFT: Way(soft_cross_entropy, 3e-2),
     SEQUENCE: Way(sequence_level, 1e-3),
     SFT: Way(supervised, 1e-3),
 }
