@@ -24,7 +24,7 @@ SOFT, SFT, SEQUENCE = "soft cross-entropy", "further SFT", "sequence-level KD"
 @dataclass(frozen=True, kw_only=True)
 class ArmConfig(Sizes):
     """A vocabulary and windows small enough for two cores to have the time for samples: a step of the
-    student on its own samples costs four times one on text.
+    student on its own samples costs several on text.
 
     As in practice the student has less text than its teacher had. On all of it a student this small
     still learns from text as fast as from its teacher: ``--student-windows 50000`` shows that.
