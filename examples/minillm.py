@@ -23,7 +23,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,19 +191,21 @@ def run_seed(config: ArmConfig) -> dict:
     return record | {"arms": arms, "samples": texts, "total_seconds": seconds}
 
 
-def tune(config: ArmConfig) -> Iterator[dict]:
-    """Every way of training on at every rate of the grid, from the student of a seed of its own.
+def tune(config: ArmConfig, names: Iterable[str], known: dict) -> Iterator[dict]:
+    """Ways of training on at every rate of the grid, from the student of a seed of its own.
 
     Each gets the rate with the lowest reverse KL on its own samples, the measure by which all are
-    compared, be it the way's own objective or not. Gives what is known after every way.
+    compared, be it the way's own objective or not. Gives what is known after every way, beside what
+    was ``known`` of others.
     """
     begun, judge, record = begin(replace(config, n_measures=1))
-    found, chosen = {}, {}
-    for name in ARMS:
+    found, chosen, tried = (dict(known.get(key, {})) for key in ("found", "chosen", "tried_for"))
+    for name in names:
         ends = {rate: train_on(begun, judge, name, rate)[1][-1] for rate in GRID}
         chosen[name] = min(GRID, key=lambda rate: ends[rate]["reverse_kl"])
         found[name] = {str(rate): end for rate, end in ends.items()}
-        yield record | {"grid": GRID, "found": found, "chosen": chosen}
+        tried[name] = {"sft_seconds": config.sft_seconds, "seconds": config.seconds}
+        yield record | {"grid": GRID, "found": found, "chosen": chosen, "tried_for": tried}
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -219,8 +221,10 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default examples/results)")
     parser.add_argument(
-        "--tune", action="store_true", help=f"try learning rates on seed {TUNING_SEED} instead"
-    )
+        "--tune", nargs="*", choices=ARMS, metavar="WAY",
+        help=f"try learning rates on seed {TUNING_SEED} instead: of all ways, or of those named, the "
+        f"others being left as they are in the file",
+    )  # fmt: skip
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -254,10 +258,11 @@ def config_of(options: argparse.Namespace, seed: int) -> ArmConfig:
 def main() -> None:
     options = options_of()
     record = surroundings()
-    if options.tune:
+    if options.tune is not None:
         config = config_of(options, TUNING_SEED)
         path = options.out / f"{NAME}_tuning.json"
-        for found in tune(config):
+        known = json.loads(path.read_text()) if options.tune and path.exists() else {}
+        for found in tune(config, options.tune or ARMS, known):
             record |= {"config": asdict(config)} | found
             path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"chosen: {record['chosen']}\nwritten to {path}")
