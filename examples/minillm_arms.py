@@ -4,8 +4,10 @@ All start from the same student. What a way needs before it can take a step (sam
 logits) it makes between two ``yield``s, so that the clock around ``next`` counts all of it.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -81,6 +83,7 @@ class Arm:
     config: ArmConfig
     optimizer: TimedOptimizer
     seed: int
+    parts: dict[str, float] = field(default_factory=dict)  # seconds
 
     def __post_init__(self) -> None:
         self.prompts = prompts_of(self.corpus.train, self.config.prompt_length)
@@ -114,6 +117,13 @@ class Arm:
     @torch.no_grad()
     def teacher_on_text(self, batch: Batch) -> torch.Tensor:
         return logits_of(self.teacher, batch)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds what happens within to the seconds of that part."""
+        start = time.perf_counter()
+        yield
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
 
     def step(self, loss: torch.Tensor) -> float:
         loss.backward()
@@ -173,29 +183,47 @@ def sampled_token(arm: Arm) -> Iterator[float]:
 
 
 def mini_llm(arm: Arm) -> Iterator[float]:
-    """Policy gradient of the sequences' reverse KL, with the loss on plain text beside it."""
+    """Policy gradient of the sequences' reverse KL, with the loss on plain text beside it.
+
+    Both losses are differentiated to leaves that share the logits' memory, and the model from there: the
+    same gradient at no cost, and each part's time can be told.
+    """
     config, text = arm.config, arm.text()
     while True:
-        mixed = minillm.MixedSampling(arm.teacher, teacher_share=config.teacher_share)
-        samples = arm.sampled(arm.student, (mixed,))
-        with torch.no_grad():
-            old = token_log_probs(arm.logits(samples.ids), samples.tokens)
-        teacher_logits = arm.teacher_logits(samples.ids)
-        of_teacher = token_log_probs(teacher_logits, samples.tokens)
-        advantages = minillm.advantages(of_teacher, old, samples.mask)
-        weights = minillm.importance_weights(old, mixed.log_probs(samples.ids), samples.mask)
+        with arm.part("sampling, both models"):
+            mixed = minillm.MixedSampling(arm.teacher, teacher_share=config.teacher_share)
+            samples = arm.sampled(arm.student, (mixed,))
+        with arm.part("samples read by both models"), torch.no_grad():
+            logits, teacher_logits = arm.logits(samples.ids), arm.teacher_logits(samples.ids)
+        with arm.part("scores, advantages, weights"):
+            old = token_log_probs(logits, samples.tokens)
+            of_teacher = token_log_probs(teacher_logits, samples.tokens)
+            advantages = minillm.advantages(of_teacher, old, samples.mask)
+            weights = minillm.importance_weights(old, mixed.log_probs(samples.ids), samples.mask)
         for rows in arm.batches(config.passes):
             ids, tokens, mask = (part[rows] for part in samples)
-            found = minillm.loss(
-                arm.logits(ids), teacher_logits[rows], tokens, mask,
-                advantages=advantages[rows], old_log_probs=old[rows], weights=weights[rows],
-            )  # fmt: skip
             batch = next(text)
-            plain = minillm.pretraining_loss(
-                logits_of(arm.student, batch), arm.teacher_on_text(batch), batch.labels,
-                lm_coef=config.lm_coef, kd_ratio=config.kd_ratio,
-            )  # fmt: skip
-            yield arm.step(found.loss + plain.loss)
+            with arm.part("student forward"):
+                outputs = arm.logits(ids), logits_of(arm.student, batch)
+            with arm.part("teacher on text"):
+                of_text = arm.teacher_on_text(batch)
+            on_samples, on_text = (x.detach().requires_grad_() for x in outputs)
+            with arm.part("MiniLLM's loss, forward + backward"):
+                found = minillm.loss(
+                    on_samples, teacher_logits[rows], tokens, mask,
+                    advantages=advantages[rows], old_log_probs=old[rows], weights=weights[rows],
+                )  # fmt: skip
+                found.loss.backward()
+            with arm.part("plain-text loss, forward + backward"):
+                plain = minillm.pretraining_loss(
+                    on_text, of_text, batch.labels, lm_coef=config.lm_coef, kd_ratio=config.kd_ratio
+                )
+                plain.loss.backward()
+            with arm.part("student backward"):
+                torch.autograd.backward(outputs, [on_samples.grad, on_text.grad])
+            with arm.part("optimizer"):
+                arm.optimizer.step()
+            yield (found.loss + plain.loss).item()
 
 
 class Way(NamedTuple):

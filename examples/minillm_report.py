@@ -237,11 +237,11 @@ def block_of(record: dict) -> str:
     )
 
 
-def in_page(page: str, block: str) -> str:
+def in_page(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with that between its markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from functools import cache
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ def examples():
         patch.syspath_prepend(str(EXAMPLES))
         scripts = {
             name: importlib.import_module(name)
-            for name in ("distill_text", "offline_teacher", "minillm")
+            for name in ("distill_text", "offline_teacher", "minillm", "minillm_parts")
         }
         load_corpus = cache(
             scripts["distill_text"].load_corpus
@@ -195,6 +196,28 @@ def test_minillm_counts_training_and_nothing_else(examples, monkeypatch):
     assert [(point["seconds"], point["steps"]) for point in curve] == [(6, 2), (12, 4)]
     assert arm.optimizer.progress == 0.9  # of the last step, which began in time
     assert now == 2 * 1000 + 4 * 3
+
+
+def test_minillm_parts(examples, monkeypatch, tmp_path):
+    """Every part of a step is counted, and the page says what the JSON says."""
+    script = examples.minillm_parts
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{script.BEGIN}\n{script.END}\nb\n")
+    arguments = "minillm_parts.py --quick --rollouts 2".split()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path), "--page", str(page)])
+    start = time.perf_counter()
+    script.main()
+    wall = time.perf_counter() - start
+    record = json.loads((tmp_path / "minillm_parts.json").read_text())
+    assert record["steps"] == 2
+    assert len(record["ms"]) == 9
+    assert all(ms > 0 for ms in record["ms"].values())
+    assert sum(record["ms"].values()) * record["steps"] / 1e3 < wall
+    assert page.read_text() == f"a\n{script.BEGIN}\n{script.block_of(record)}\n{script.END}\nb\n"
+    committed = EXAMPLES / "results/minillm_parts.json"
+    text = (ROOT / "docs/examples.md").read_text()
+    block = script.block_of(json.loads(committed.read_text()))
+    assert text == sys.modules["minillm_report"].in_page(text, block, script.BEGIN, script.END)
 
 
 def test_minillm_judges_by_the_definitions(examples, tmp_path):
