@@ -89,8 +89,8 @@ def readme_part(
             *readme_table(dense, forms),
             "",
             "Forward + backward, medians of interleaved rounds; peak: above the inputs, gradients "
-            f"included; –: not measured. On {machine_line(facts)}; the forms beside the dense one at "
-            f"commit {forms_facts['commit']}. Every case, the peers, and the three ways to hold a "
+            f"included; –: not measured. On {machine_line(facts)}; the forms beside the dense one on "
+            f"{machine_line(forms_facts)}. Every case, the peers, and the three ways to hold a "
             f"gradient: [benchmarks]({page}).",
         ]
     )
