@@ -33,6 +33,7 @@ def compare_ids(sides: tuple[Side, Side], skipped: set[int]) -> tuple[int, list[
         shown = (f"{i} is {student.tokens[i]!r} and {teacher.tokens[i]!r}" for i in clash[:SHOWN])
         reserved = (
             student.special.intersection(clash) == teacher.special.intersection(clash) == set(clash)
+            and not any(side.tokens[i] in moved for side in sides for i in clash)  # in use by both
         )
         hint = "; if they never occur, name them in unused=" if reserved else ""
         reason = f"different tokens at {count(clash, 'id')} ({listed(shown, clash)}{hint})"
@@ -90,12 +91,17 @@ def compare_cuts(
     """Whether the texts become the same tokens, and where the first that does not parts."""
     student, teacher = sides
     compared = f"{len(texts):,} texts, {sum(map(len, texts.values())):,} characters"
-    added = {token for i, token in student.added.items() if i not in skipped}
-    both = sorted(added & set(teacher.added.values()))
-    if both:
-        texts = {**texts, "added tokens": "".join(f" x {token} y{token}" for token in both)}
+    pairs = list(texts.items())
+    added = student.added | teacher.added  # plain vocabulary to the other: it cuts them
+    both = sorted(
+        token
+        for i, token in added.items()
+        if i not in skipped and student.tokens.get(i) == teacher.tokens.get(i) == token
+    )
+    if both:  # with and without spaces around
+        pairs.append(("added tokens", "".join(f" x {t} y{t}z{t}\n" for t in both)))
     different = []
-    for name, text in texts.items():
+    for name, text in pairs:
         cuts = [side.cut(name, text) for side in sides]
         if cuts[0] != cuts[1]:
             different.append((name, cuts))
@@ -106,7 +112,7 @@ def compare_cuts(
     at = sum(1 for _ in alike)
     parts = [" ".join(map(repr, cut[at : at + SHOWN])) or "no more" for cut in cuts]
     return Row(compared, *parts, DIFFERS), [
-        f"different cuts of {count(different, 'text')} of {len(texts):,} (first {name!r}, at token {at}: "
+        f"different cuts of {count(different, 'text')} of {len(pairs):,} (first {name!r}, at token {at}: "
         f"the student has {parts[0]}, the teacher {parts[1]})"
     ]
 

@@ -10,7 +10,7 @@ HEAD = (
 )
 
 TEXTS = {
-    "English": "I'll say it once: we've DON'T, they'D and l'été. The (quick) brown fox; jumps--over!?",
+    "English": "I'll say it once: we've DON'T, they'D, O'Dell 'Tis and l'été. The (quick) brown fox; jumps--over!?",
     "numbers": "0 1 12 123 1234 12345678901234567890 3.14159 1,000,000.00 1e-10 0xFF ½ ² Ⅷ ٣٤ १२",
     "accents, composed": "Zażółć gęślą jaźń, façade, Größe, naïve, El niño",
     "accents, combining": "Zaz\u0307o\u0301łc\u0301, fac\u0327ade, Gro\u0308ße, nai\u0308ve, El nin\u0303o",

@@ -80,7 +80,7 @@ def check_same_tokenizer(
 
     Raises:
         TypeError: an argument of another kind, such as a model's name.
-        ValueError: columns below 1, no text, an unused token that neither has, a tokenizer without tokens or
+        ValueError: columns below 1, no text, an unused token that neither has or that begins or ends texts, a tokenizer without tokens or
             one that fails on a text. A pair that does not fit is no error: ``report.raise_if_unusable()``.
     """
     sides = (
@@ -153,6 +153,12 @@ def _skipped(sides: tuple[Side, Side], unused: Iterable[str]) -> set[int]:
     if strange:
         named = min(map(repr, strange))
         raise ValueError(f"unused: expected tokens that one of the tokenizers has, got {named}")
+    for side in sides:
+        for role, token in (side.roles or {}).items():
+            if role in ("bos", "eos") and token in unused:
+                raise ValueError(
+                    f"unused: expected tokens that never occur, got {token!r}, the {side.name}'s {role}_token"
+                )
     ids = {side.ids[token] for token in unused for side in sides if token in side.ids}
     named = (({side.tokens.get(i) for side in sides} - {None}, i) for i in ids)
     return {i for tokens, i in named if tokens <= unused}

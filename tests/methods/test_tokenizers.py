@@ -282,3 +282,44 @@ def test_the_sample_has_what_tokenizers_differ_in():
     assert "def " in texts["Python sources"]
     with mock.patch("sysconfig.get_path", return_value="/nowhere"):
         assert texts.keys() - sample_texts().keys() == {"Python sources"}
+
+
+def test_a_space_that_follows_an_added_token_or_not():
+    """Metaspace that is put before every word, and before the first alone: one differs after <s>."""
+
+    def made(scheme):
+        tokenizer = Tokenizer(
+            models.WordLevel({"<s>": 0, "x": 1, "▁x": 2, "▁": 3, "z": 4, "▁z": 5, "▁y": 6}, "▁")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        tokenizer.add_special_tokens(["<s>"])
+        return tokenizer
+
+    assert check(made("always"), made("always"), texts=["x"]).usable
+    report = check(made("always"), made("first"), texts=["x"])
+    assert not report.usable
+    assert "added tokens" in report.reasons[0]
+
+
+def test_a_token_that_is_added_to_one_and_plain_to_the_other():
+    plain = Tokenizer(models.WordLevel({"x": 0, "y": 1, "<im>": 2, "[UNK]": 3}, "[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    added = Tokenizer.from_str(plain.to_str())
+    added.add_special_tokens(["<im>"])
+    assert not check(plain, added, texts=["x y"]).usable
+
+
+def test_texts_of_the_name_of_our_own_are_cut_too():
+    student = with_added("<a>")
+    teacher = Tokenizer.from_str(student.to_str())
+    teacher.normalizer = normalizers.NFKC()
+    assert not check(student, teacher, texts={"added tokens": "½ ﬁ"}).usable
+
+
+def test_an_end_of_text_is_used():
+    student = fast(with_added("<pad>", "<e>"), pad_token="<pad>", eos_token="<e>")
+    teacher = fast(with_added("<e>"), eos_token="<e>")
+    (reason,) = check(student, teacher).reasons
+    assert "unused" not in reason
+    with pytest.raises(ValueError, match="'<e>', the student's eos_token"):
+        check(student, teacher, unused=["<pad>", "<e>"])

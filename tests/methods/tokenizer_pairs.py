@@ -46,7 +46,7 @@ def with_added(*tokens: str, special: bool = True, of: Tokenizer = BASE) -> Toke
 def fast(tokenizer: Tokenizer, **options):
     transformers = optional("transformers")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options
+        tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>", **options}
     )
 
 
