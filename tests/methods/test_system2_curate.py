@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from distill_ops.methods import system2
 from distill_ops.methods.system2 import (
     BRANCH_SOLVE_MERGE,
     CHAIN_OF_THOUGHT,
@@ -352,3 +353,26 @@ def test_braces_of_the_text():
     (record,) = curate(["{x}"], Method("m", (step,), parse=last_number), sampled, n=1)
     assert sampled.calls == [[r"\frac{1}{2} of {x}"]]
     assert record.detail == "1 x 2"
+
+
+def test_a_sample_fn_that_changes_its_prompts():
+    calls = []
+
+    def sample_fn(prompts):
+        calls.append(list(prompts))
+        prompts[:] = [f"<user>{prompt}" for prompt in prompts]
+        if len(calls) == 1:
+            raise OSError("once")
+        return ["the answer is a"] * len(prompts)
+
+    method = system2.Method("direct", (system2.Step("text", "{question}"),))
+    (record,) = system2.curate(["q"], method, sample_fn, n=2, retry_wait_s=0.0)
+    assert record.kept
+    assert calls == [["q", "q"]] * 2
+
+
+@pytest.mark.parametrize("made", [set, dict.fromkeys], ids=["set", "dict"])
+def test_texts_without_an_order(made):
+    method = system2.Method("direct", (system2.Step("text", "{question}"),))
+    with pytest.raises(TypeError, match="list of texts"):
+        list(system2.curate(["q"], method, made, n=1))

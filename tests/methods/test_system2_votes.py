@@ -5,6 +5,7 @@ import unicodedata
 
 import pytest
 
+from distill_ops.methods import system2
 from distill_ops.methods.system2 import (
     Choice,
     ShuffledOptions,
@@ -214,3 +215,29 @@ def test_perturbations_need_their_fields():
     other, undo = Swapped("left", "right", ("1", "2"))({"left": "x", "right": "y", "question": "?"})
     assert other == {"left": "y", "right": "x", "question": "?"}
     assert [undo("1"), undo("2"), undo("both")] == ["2", "1", "both"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("A", "B"), ("b", "A"), ("(A)", "(B)"), ("Response B", "Response A"), ("a tie", "a tie"), ("A or B", None)],
+)  # fmt: skip
+def test_swapped_exchanges_names_within_words(answer, expected):
+    _, undo = system2.Swapped()({"response_a": "yes", "response_b": "no"})
+    assert undo(answer) == expected
+
+
+def test_a_decimal_fraction_is_no_integer():
+    assert system2.normalize_answer(".5") != system2.normalize_answer("5")
+    assert system2.normalize_answer("...yes.") == "yes"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"First \boxed{3}. Wait: \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\text{B}}", r"\text{B}"),
+        (r"\boxed{3", None),
+    ],
+)
+def test_boxes_with_braces(text, expected):
+    assert system2.final_answer(text) == expected

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 _STATED = re.compile(r"\banswer\b[*_]*\s*(?:is\b\s*:?|:)[*_]*", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BOXED = r"\boxed{"
 _NUMERIC = re.compile(
     r"(?<!\w)[-+\u2212]?\.?\d[\d.,/]*(?:[eE][-+]?\d+)?"
 )  # a run that may be a number
@@ -32,7 +32,8 @@ def normalize_answer(answer: str) -> str:
     Canonical equivalence alone (NFC): compatibility forms would make x² and x2 one answer.
     """
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", answer).lower())
-    return " ".join(text.strip(_AROUND + ".").split())
+    text = re.sub(r"^\.+(?![\d.])", "", text.strip(_AROUND).rstrip(_AROUND + "."))  # .5 is not 5
+    return " ".join(text.strip(_AROUND).split())
 
 
 def final_answer(text: str) -> str | None:
@@ -48,15 +49,25 @@ def final_answer(text: str) -> str | None:
         >>> final_answer(" ") is None
         True
     """
-    boxed = _BOXED.findall(text)
-    if boxed:
-        return _bare(boxed[-1])
+    boxed = text.rfind(_BOXED)
+    if boxed >= 0:
+        return _bare(_braced(text[boxed + len(_BOXED) :]) or "")
     stated = list(_STATED.finditer(text))
     lines = [line for line in text.splitlines() if line.strip(_AROUND)]
     if stated:
         lines = [line for line in text[stated[-1].end() :].splitlines() if line.strip(_AROUND)]
         return _bare(lines[0]) if lines else None
     return _bare(lines[-1]) if lines else None
+
+
+def _braced(text: str) -> str | None:
+    """What comes before the brace that closes one opened before the text."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[:i]
+    return None
 
 
 def _bare(text: str) -> str | None:

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from ...scalars import shown
@@ -29,7 +29,8 @@ Program = Generator[Any, list[str | None] | Exception | None, None]
 
 
 def checked_texts(texts: Any, n_prompts: int) -> list[str | None]:
-    if isinstance(texts, str) or not hasattr(texts, "__len__") or not hasattr(texts, "__iter__"):
+    unordered = isinstance(texts, str | Mapping | Set)
+    if unordered or not hasattr(texts, "__len__") or not hasattr(texts, "__iter__"):
         raise WrongTexts(TypeError(f"sample_fn must return a list of texts, got {shown(texts)}"))
     if len(texts) != n_prompts:
         raise WrongTexts(
@@ -64,7 +65,7 @@ def drive(program: Program, sample_fn: Callable) -> Iterator[Any]:
             if item.wait_s:
                 time.sleep(item.wait_s)
             try:
-                texts = sample_fn(item.prompts)
+                texts = sample_fn(list(item.prompts))
                 if inspect.isawaitable(texts):
                     loop = loop or _new_loop(texts)
                     texts = loop.run_until_complete(_awaited(texts))
@@ -114,9 +115,9 @@ async def drive_async(program: Program, sample_fn: Callable) -> AsyncIterator[An
             await asyncio.sleep(item.wait_s)
             try:
                 if inspect.iscoroutinefunction(sample_fn):
-                    texts = await sample_fn(item.prompts)
+                    texts = await sample_fn(list(item.prompts))
                 else:
-                    texts = await asyncio.to_thread(sample_fn, item.prompts)
+                    texts = await asyncio.to_thread(sample_fn, list(item.prompts))
                     if inspect.isawaitable(texts):
                         texts = await texts
                 answer = checked_texts(texts, len(item.prompts))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,7 +230,8 @@ class Swapped:
 
     Args:
         a, b: the fields that change places.
-        answers: what an answer calls them; any other answer stays as it is.
+        answers: what an answer calls them. A name within more words ("(A)", "Response B") is exchanged there;
+            an answer that has neither stays as it is, and one that has both cannot be undone.
     """
 
     a: str = "response_a"
@@ -238,5 +240,15 @@ class Swapped:
 
     def __call__(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
         first, second = (field_of(fields, name, "Swapped") for name in (self.a, self.b))
-        back = dict([self.answers, self.answers[::-1]])
-        return {**fields, self.a: second, self.b: first}, lambda answer: back.get(answer, answer)
+        return {**fields, self.a: second, self.b: first}, self._undo
+
+    def _undo(self, answer: str) -> str | None:
+        others = dict([self.answers, self.answers[::-1]])
+        for name, other in others.items():
+            if normalize_answer(answer) == normalize_answer(name):
+                return other
+        names = "|".join(re.escape(name) for name in sorted(others, key=len, reverse=True))
+        word = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+        if len(set(word.findall(answer))) > 1:
+            return None
+        return word.sub(lambda found: others[found[0]], answer)

@@ -98,6 +98,8 @@ class Windows:
                         f"method {self.options.method.name!r} raised at input {owner[0]}: "
                         f"{type(error).__name__}: {error}"
                     ) from error
+                if asked and asked[-1][0] == owner:
+                    self._check_asked(owner[0], asked[-1][2])
             prompts = [(owner[0], text) for owner, _, texts in asked for text in texts]
             found = iter((yield from self._texts(prompts, failed)))
             running = [
@@ -108,6 +110,14 @@ class Windows:
             self._record(index, value, [answers[index, i] for i in range(len(back))], back, failed)
             for (index, value), back in zip(window, undo, strict=True)
         ]
+
+    def _check_asked(self, index: int, prompts: list[str]) -> None:
+        fits = isinstance(prompts, list | tuple) and all(isinstance(x, str) for x in prompts)
+        if not fits:
+            raise TypeError(
+                f"program of method {self.options.method.name!r} must yield a list of prompts, got "
+                f"{shown(prompts)} at input {index}"
+            )
 
     def _answer(self, index: int, answer: str | None) -> str | None:
         if answer is not None and not isinstance(answer, str):
