@@ -67,13 +67,13 @@ class Sizes:
     slips: float = 0.08  # the probability that a step of those is wrong
     base_steps: int = 500
     labelled: int = 50  # direct answers
-    unlabelled: int = 3000
-    student_steps: int = 800
+    unlabelled: int = 4000
+    student_steps: int = 1000
     validation: int = 200
     test: int = 500
     batch_size: int = 64
     learning_rate: float = 4e-3
-    student_learning_rate: float = 2e-3
+    student_learning_rate: float = 3e-3
     n: int = 8  # samples
     min_agreement: float = 0.5
     temperature: float = 1.0
@@ -137,12 +137,12 @@ class Experiment:
     def direct(
         self, model: LlamaForCausalLM, records: Sequence[Record], patience: int | None = None
     ) -> tuple[LlamaForCausalLM, dict]:
-        """A copy of a model, trained to answer at once; it is the best of those validated.
+        """The best, by validation, of a copy of a model that is trained to answer at once.
 
         Without a record it stays what it is.
         """
         sizes, student = self.sizes, copy.deepcopy(model)
-        curve = train(
+        best, curve = train(
             student,
             batches(records, self.words, DIRECT, sizes.batch_size, self.seed),
             sizes.student_steps if records else 0,
@@ -150,8 +150,9 @@ class Experiment:
             lambda model: direct_accuracy(model, self.words, self.validation),
             patience=patience,
         )
-        return student, {
+        return best, {
             "accuracy": direct_accuracy(student, self.words, self.test),
+            "best": direct_accuracy(best, self.words, self.test),
             "records": len(records),
             "tokens": len(self.words.encode(self.test[0].answer)) + 1,
             "validation": curve,

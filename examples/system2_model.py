@@ -41,21 +41,20 @@ def train(
     validate: Callable[[LlamaForCausalLM], float] | None = None,
     every: int = 25,
     patience: int | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Trains in place; with ``validate`` it ends with the weights that were best, of those looked at.
+) -> tuple[LlamaForCausalLM | None, list[float]]:
+    """Trains in place: with ``validate`` a copy of its best weights, of those looked at, and the values.
 
-    Returns the validation's values, the first of them before training. ``patience`` is so many values
-    without a rise, after which it stops.
+    Of the values the first is from before training. ``patience`` is so many without a rise, after
+    which it stops.
     """
-    optimizer = Optimizer(model, learning_rate, steps)
+    optimizer = Optimizer(model, learning_rate, max(1, steps))
     values, best = [], None
 
     def look() -> bool:
         nonlocal best
         values.append(validate(model))
         if best is None or values[-1] > max(values[:-1]):
-            best = copy.deepcopy(model.state_dict())
+            best = copy.deepcopy(model)
         since = len(values) - 1 - values.index(max(values))
         return patience is not None and since >= patience
 
@@ -69,12 +68,9 @@ def train(
             logits, None, labels=batch.labels, loss_mask=batch.weights, hard_label_weight=1.0
         ).backward()
         optimizer.step()
-        advance()
         if validate and (step % every == 0 or step == steps) and look():
             break
-    if best is not None:
-        model.load_state_dict(best)
-    return values
+    return best, values
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ GAIN, FAR = (
     0.5,
 )  # points that a filter has to bring; a share of System 2 that a control stays below
 BARS: dict[str, tuple[str, Callable[[Run], float]]] = {  # by what is drawn and told
-    "System 1": ("#b8b8b8", lambda run: run["system1"]["accuracy"]),
+    "System 1": ("#b8b8b8", lambda run: run["system1"]["best"]),
     "unfiltered": ("#e39b3b", lambda run: run["students"]["unfiltered"]["accuracy"]),
     "filtered": ("#d1495b", lambda run: run["students"]["filtered"]["accuracy"]),
     "true answers": ("#9db7d5", lambda run: run["students"]["true"]["accuracy"]),
@@ -68,6 +68,10 @@ def facts(task: dict) -> dict[str, str]:
     tokens = mean([run["system2"]["tokens"] for run in runs])
     return {
         **{f"{name}, accuracy": share(of(task, name)) for name in BARS},
+        **{
+            f"{name}, stopped by validation": share([run["students"][name]["best"] for run in runs])
+            for name in ("unfiltered", "filtered")
+        },
         "yield of the filter": share([run["curation"]["yield"] for run in runs]),
         "precision of the kept": share(precisions["filtered"]),
         "precision of all": share(precisions["unfiltered"]),
