@@ -1,4 +1,4 @@
-"""System 2 distillation from end to end: a scratchpad that samples agree on becomes a direct answer.
+"""System 2 distillation from end to end: what scratchpads agree on becomes a direct answer.
 
     python examples/system2.py --seeds 3
 
@@ -60,9 +60,7 @@ class Sizes:
 
     hidden: int = 64
     layers: int = 2
-    spread: float = (
-        0.08  # standard deviation of untrained weights: at 0.02 so small a model learns slowly
-    )
+    spread: float = 0.08  # of untrained weights; with 0.02 so small a model learns slowly
     demonstrations: int = 20000  # with a scratchpad
     slips: float = 0.08  # the probability that a step of those is wrong
     base_steps: int = 500
@@ -83,8 +81,8 @@ TASKS: dict[str, tuple[Task, Sizes]] = {
     task.name: (task, sizes)
     for task, sizes in (
         (last_letters(), Sizes()),
-        (coin_flip(), Sizes(labelled=24, base_steps=150)),
-        (arithmetic(), Sizes(base_steps=800)),
+        (coin_flip(), Sizes(labelled=24, base_steps=150, unlabelled=10000)),
+        (arithmetic(), Sizes(base_steps=800, unlabelled=10000)),
     )
 }
 QUICK = {
@@ -131,6 +129,7 @@ class Experiment:
             "system2": of_system2,
             "curation": curation,
             "students": students,
+            "parameters": sum(weight.numel() for weight in system2.parameters()),
             "seconds": time.perf_counter() - start,
         }
 

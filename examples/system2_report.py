@@ -66,7 +66,11 @@ def facts(task: dict) -> dict[str, str]:
         for name in ("filtered", "unfiltered")
     }
     tokens = mean([run["system2"]["tokens"] for run in runs])
+    sizes = task["sizes"]
     return {
+        "weights of the model": f"{runs[0]['parameters']:,}",
+        "labelled direct answers": f"{sizes['labelled']:,}",
+        "questions without labels": f"{sizes['unlabelled']:,}",
         **{f"{name}, accuracy": share(of(task, name)) for name in BARS},
         **{
             f"{name}, stopped by validation": share([run["students"][name]["best"] for run in runs])
@@ -83,16 +87,15 @@ def facts(task: dict) -> dict[str, str]:
 
 def verdict(name: str, task: dict) -> str:
     """What the numbers say of a task, and whether it is what the paper reports."""
-    before, raw, filtered, system2 = (
-        mean(of(task, bar)) for bar in ("System 1", "unfiltered", "filtered", "System 2")
-    )
+    before, raw, filtered, true, system2 = (mean(of(task, bar)) for bar in BARS)
     told = (
         f"{name}: direct accuracy goes from {before:.1%} to {filtered:.1%} with the filter and to "
         f"{raw:.1%} without"
     )
     if task["control"]:
         if filtered < FAR * system2:
-            return f"{told}; it stays below half of System 2's {system2:.1%}, as the paper reports of arithmetic"
+            told += f"; it stays below half of System 2's {system2:.1%}, as the paper reports of arithmetic"
+            return f"{told}, and the true answers bring it to {true:.1%}"
         return f"{told}, of System 2's {system2:.1%}: the control does not fail here, as it does in the paper"
     rise, worth = 100 * (filtered - before), 100 * (filtered - raw)
     told += f": a rise of {rise:.0f} points"

@@ -106,7 +106,7 @@ def reverse(text: str) -> str:
 
 def coin_flip(n_people: int = 4) -> Task:
     """How a coin lies after some people have flipped it or not; its state after each is the scratchpad."""
-    names = ["".join(parts) for parts in product("bdklmnrt", "aeiou", ["n"])]
+    names = ["".join(parts) for parts in product("bdkt", "aeio", ["n"])]
     acts, states = ("flips", "keeps"), ("heads", "tails")
 
     def make(chance: random.Random, slips: float) -> Example:

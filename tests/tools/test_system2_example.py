@@ -193,10 +193,10 @@ def test_what_samples_agree_on_is_kept(example, name, monkeypatch):
         for i, prompt in enumerate(prompts):
             question = prompt.removesuffix(f" {script.THINK}")
             answer = solved(name, question)
-            asked_back = [
-                f[0]["question"] for p in task.perturbations for f in [p({"question": question})]
-            ]
-            is_wrong = question in always + one_way or {*asked_back} & {*always}
+            backwards = {
+                perturbed({"question": question})[0]["question"] for perturbed in task.perturbations
+            }
+            is_wrong = question in always + one_way or backwards & set(always)
             if is_wrong or (question in unsure and i % 2):
                 answer = other or {"heads": "tails", "tails": "heads"}[answer]
             texts.append(f"steps {script.ANSWER} {answer}")
@@ -225,7 +225,11 @@ def made(before, unfiltered, filtered, system2=0.8, control=False) -> dict:
     run = {
         "system1": {"best": before},
         "system2": {"accuracy": system2},
-        "students": {"unfiltered": {"accuracy": unfiltered}, "filtered": {"accuracy": filtered}},
+        "students": {
+            "unfiltered": {"accuracy": unfiltered},
+            "filtered": {"accuracy": filtered},
+            "true": {"accuracy": 0.99},
+        },
     }
     return {"control": control, "seeds": [run, run]}
 
