@@ -62,12 +62,12 @@ example-offline: setup
 # On two cores eight minutes a seed; the committed results: make example-minillm SEEDS=3
 SEEDS ?= 1
 
+example-minillm: setup
+	$(RUN) examples/minillm.py --seeds $(SEEDS)
+
 # Five minutes a seed; the committed results: make example-system2 SEEDS=3
 .PHONY: example-system2
 example-system2: setup
 	$(RUN) examples/system2.py --seeds $(SEEDS)
-
-example-minillm: setup
-	$(RUN) examples/minillm.py --seeds $(SEEDS)
 
 .PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-minillm

@@ -100,8 +100,8 @@ def verdict(name: str, task: dict) -> str:
     rise, worth = 100 * (filtered - before), 100 * (filtered - raw)
     told += f": a rise of {rise:.0f} points"
     told += "" if rise >= 100 * GAIN else f", less than the {100 * GAIN:.0f} that were aimed at"
-    lower = sum(a > b for a, b in zip(of(task, "filtered"), of(task, "unfiltered"), strict=True))
-    seeds = f"higher with the filter in {lower} of {len(task['seeds'])} seeds"
+    higher = sum(a > b for a, b in zip(of(task, "filtered"), of(task, "unfiltered"), strict=True))
+    seeds = f"higher with the filter in {higher} of {len(task['seeds'])} seeds"
     if worth >= 1:
         return f"{told}, of which the filter is worth {worth:.0f} ({seeds})"
     return f"{told}; the filter is worth nothing here ({worth:+.1f} points, {seeds}), unlike in the paper"
