@@ -54,7 +54,7 @@ def share(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "none"
-    ends = f" ({min(known):.0%} to {max(known):.0%})" if len(known) > 1 else ""
+    ends = f" ({min(known):.1%} to {max(known):.1%})" if len(known) > 1 else ""
     return f"{mean(known):.1%}{ends}"
 
 
@@ -121,7 +121,7 @@ def show(record: dict) -> None:
         table.add_column(name, justify="right")
     columns = [facts(task) for task in tasks.values()]
     for heading in columns[0]:
-        table.add_row(heading, *(column[heading] for column in columns))
+        table.add_row(heading, *(column[heading].split(" (")[0] for column in columns))
     console.print(table)
     for name, task in tasks.items():
         console.print(f"{verdict(name, task)}.")
