@@ -65,4 +65,9 @@ SEEDS ?= 1
 example-minillm: setup
 	$(RUN) examples/minillm.py --seeds $(SEEDS)
 
+# Five minutes a seed; the committed results: make example-system2 SEEDS=3
+.PHONY: example-system2
+example-system2: setup
+	$(RUN) examples/system2.py --seeds $(SEEDS)
+
 .PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-minillm

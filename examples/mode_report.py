@@ -108,9 +108,9 @@ def markdown(record: dict) -> str:
     return "\n".join(lines).removesuffix(";") + "."
 
 
-def write_into(page: Path, text: str) -> None:
-    """Between the page's marks, in place of what stands there."""
-    begin, end = "<!-- mode_seeking:begin -->", "<!-- mode_seeking:end -->"
+def write_into(page: Path, text: str, name: str = "mode_seeking") -> None:
+    """Between the page's marks of that name, in place of what stands there."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     found, n = re.subn(
         f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text(), flags=re.DOTALL
     )

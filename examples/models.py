@@ -14,8 +14,10 @@ from transformers import (
 )
 
 
-def make_model(vocab_size: int, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
-    """Untrained, with heads of 32 and the input embedding as output head."""
+def make_model(
+    vocab_size: int, hidden: int, layers: int, seed: int, spread: float = 0.02
+) -> LlamaForCausalLM:
+    """Untrained weights of that spread, with heads of 32 and the input embedding as output head."""
     torch.manual_seed(seed)
     heads = hidden // 32
     return LlamaForCausalLM(
@@ -28,6 +30,7 @@ def make_model(vocab_size: int, hidden: int, layers: int, seed: int) -> LlamaFor
             num_key_value_heads=heads,
             tie_word_embeddings=True,
             eos_token_id=None,  # a text's end has no token: sampling goes on for as long as asked
+            initializer_range=spread,
         )
     )
 
