@@ -196,6 +196,9 @@ def draw(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+PICTURE = "![accuracy of System 1, of the distilled models and of System 2](../examples/results/system2.png)\n\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,7 +209,7 @@ def main() -> None:
     record = json.loads(options.record.read_text())
     draw(record, options.record.with_suffix(".png"))
     if options.page:
-        write_into(options.page, markdown(record), "system2")
+        write_into(options.page, PICTURE + markdown(record), "system2")
 
 
 if __name__ == "__main__":

@@ -249,8 +249,12 @@ def test_verdicts_follow_the_numbers(example):
 
 def test_what_is_published(example):
     """The page's numbers are those of the JSON, which is of the tasks and sizes that run."""
-    published = json.loads((EXAMPLES / "results/system2.json").read_text())
-    assert example.report.markdown(published) in (ROOT / "docs/examples.md").read_text()
+    page, results = (ROOT / "docs/examples.md").read_text(), EXAMPLES / "results/system2.json"
+    if not results.exists():  # nothing measured, nothing said
+        assert "<!-- system2:begin -->\n<!-- system2:end -->" in page
+        return
+    published = json.loads(results.read_text())
+    assert example.report.PICTURE + example.report.markdown(published) in page
     chosen = example.script.TASKS
     assert list(published["tasks"]) == list(chosen)
     for name, task in published["tasks"].items():
