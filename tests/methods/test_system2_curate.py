@@ -376,3 +376,14 @@ def test_texts_without_an_order(made):
     method = system2.Method("direct", (system2.Step("text", "{question}"),))
     with pytest.raises(TypeError, match="list of texts"):
         list(system2.curate(["q"], method, made, n=1))
+
+
+def test_a_program_that_yields_a_text_in_place_of_prompts():
+    class Letters(system2.Method):
+        def program(self, fields):
+            texts = yield fields["question"]
+            return texts[0]
+
+    method = Letters("letters", (system2.Step("text", "{question}"),))
+    with pytest.raises(TypeError, match="'letters' must yield a list of prompts, got .*at input 0"):
+        list(system2.curate(["hello"], method, lambda prompts: prompts, n=1))

@@ -90,7 +90,7 @@ class Windows:
             asked = []
             for owner, program, texts in running:
                 try:
-                    asked.append((owner, program, program.send(texts)))
+                    prompts = program.send(texts)
                 except StopIteration as end:
                     answers[owner].append(self._answer(owner[0], end.value))
                 except Exception as error:
@@ -98,8 +98,9 @@ class Windows:
                         f"method {self.options.method.name!r} raised at input {owner[0]}: "
                         f"{type(error).__name__}: {error}"
                     ) from error
-                if asked and asked[-1][0] == owner:
-                    self._check_asked(owner[0], asked[-1][2])
+                else:
+                    self._check_asked(owner[0], prompts)
+                    asked.append((owner, program, prompts))
             prompts = [(owner[0], text) for owner, _, texts in asked for text in texts]
             found = iter((yield from self._texts(prompts, failed)))
             running = [
