@@ -15,9 +15,8 @@ from pathlib import Path
 import minillm
 from corpus import load_corpus
 from minillm_arms import ARMS, MINILLM, Arm
-from minillm_report import in_page
 from models import TimedOptimizer, make_model
-from report import console, surroundings
+from report import console, in_page, surroundings
 from rich.progress import track
 from rich.table import Table
 from training import RESULTS, positive

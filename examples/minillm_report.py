@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from minillm_arms import FULL, MINILLM, SAMPLED, SEQUENCE, SFT, SOFT
-from report import GREY, console, save_figure
+from report import GREY, console, in_page, save_figure
 from rich.table import Table
 
 COLOURS = {
@@ -237,13 +237,6 @@ def block_of(record: dict) -> str:
     )
 
 
-def in_page(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
-    """The page with that between its markers."""
-    before, rest = page.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{block}\n{end}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("record", type=Path)
@@ -253,7 +246,7 @@ def main() -> None:
     draw(record, options.record.with_suffix(".png"))
     show(record)
     if options.page:
-        options.page.write_text(in_page(options.page.read_text(), block_of(record)))
+        options.page.write_text(in_page(options.page.read_text(), block_of(record), BEGIN, END))
 
 
 if __name__ == "__main__":

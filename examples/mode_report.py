@@ -8,7 +8,6 @@ draws the plot again, beside the JSON file, and writes the numbers between the p
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from report import GREY, console
+from report import GREY, console, in_page
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -111,12 +110,10 @@ def markdown(record: dict) -> str:
 def write_into(page: Path, text: str, name: str = "mode_seeking") -> None:
     """Between the page's marks of that name, in place of what stands there."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    found, n = re.subn(
-        f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text(), flags=re.DOTALL
-    )
-    if n != 1:
-        raise SystemExit(f"{page} must have {begin} and, once, {end}")
-    page.write_text(found)
+    try:
+        page.write_text(in_page(page.read_text(), text, begin, end))
+    except ValueError:
+        raise SystemExit(f"{page} must have {begin} and {end}, once") from None
 
 
 def density(x: torch.Tensor, mean: float, sigma: float) -> torch.Tensor:

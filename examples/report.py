@@ -60,6 +60,13 @@ def surroundings(packages: Sequence[str] = PACKAGES) -> dict:
     }
 
 
+def in_page(page: str, block: str, begin: str, end: str) -> str:
+    """The page with that between its two markers; ValueError where one is not there, once."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
 def relative_differences(eager: list[float], ours: list[float]) -> list[float]:
     """One a step; infinite where a loss is not a number."""
     pairs = zip(eager, ours, strict=True)

@@ -288,7 +288,7 @@ def test_minillm_results_are_those_of_the_page(examples):
         assert f"{report.BEGIN}\n{report.END}" in page
         return
     record = json.loads((results / "minillm.json").read_text())
-    assert page == report.in_page(page, report.block_of(record))
+    assert page == report.in_page(page, report.block_of(record), report.BEGIN, report.END)
     rates = {name: way.learning_rate for name, way in examples.minillm.ARMS.items()}
     assert record["config"]["learning_rates"] == rates
     assert json.loads((results / "minillm_tuning.json").read_text())["chosen"] == rates
