@@ -17,7 +17,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -199,8 +199,8 @@ def answers_of(examples: Sequence[Example]) -> list[Record]:
     return records_of([(x.question, x.answer) for x in examples])
 
 
-def experiment(seeds: Sequence[int], quick: bool) -> dict:
-    """All that ``system2.json`` holds."""
+def experiment(seeds: Sequence[int], quick: bool) -> Iterator[dict]:
+    """All that ``system2.json`` holds, once more after each seed."""
     start = time.perf_counter()
     chosen = {
         name: (task, replace(sizes, **QUICK) if quick else sizes)
@@ -218,18 +218,18 @@ def experiment(seeds: Sequence[int], quick: bool) -> dict:
                 said = f"seed {seed}, {name}: {{}}".format
                 found = Experiment(task, sizes, seed, lambda x, said=said: tell(said(x))).run()
                 runs[name].append(found)
-    return surroundings(("torch", "transformers", "distill_ops")) | {
-        "seconds": time.perf_counter() - start,
-        "tasks": {
-            name: {
-                "about": task.about,
-                "control": name == CONTROL,
-                "sizes": asdict(sizes),
-                "seeds": runs[name],
+            yield surroundings(("torch", "transformers", "distill_ops")) | {
+                "seconds": time.perf_counter() - start,
+                "tasks": {
+                    name: {
+                        "about": task.about,
+                        "control": name == CONTROL,
+                        "sizes": asdict(sizes),
+                        "seeds": runs[name],
+                    }
+                    for name, (task, sizes) in chosen.items()
+                },
             }
-            for name, (task, sizes) in chosen.items()
-        },
-    }
 
 
 def main() -> None:
@@ -249,8 +249,8 @@ def main() -> None:
     out = options.out or (Path(tempfile.mkdtemp("_system2")) if options.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    record = experiment(seeds, options.quick)
-    (out / "system2.json").write_text(json.dumps(record, indent=1) + "\n")
+    for record in experiment(seeds, options.quick):
+        (out / "system2.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(record, out / "system2.png")
     show(record)
     console.print(f"written to {out}")
