@@ -35,6 +35,8 @@ class LossOptions(TypedDict, total=False):
     token_ids: torch.Tensor | None
     backend: str
     teacher_rows: torch.Tensor | None
+    group: Any
+    vocab_offset: int | None
 
 
 DEFAULTS = LossOptions(
@@ -42,6 +44,7 @@ DEFAULTS = LossOptions(
     hard_label_weight=0.0, soft_weight=None, temperature=1.0, scale_by_temperature_squared=False,
     reduction="mean", normalizer=None, infinities="drop", vocab_size=None, gradient="auto",
     return_components=False, token_outputs=(), token_ids=None, backend="auto", teacher_rows=None,
+    group=None, vocab_offset=None,
 )  # fmt: skip
 
 
@@ -52,6 +55,7 @@ OTHER_NAMES = {
     "batch_num_items": "pass normalizer=",
     "beta": "a divergence takes it: divergence=JensenShannon(beta=...)",
     "jsd_beta": "a divergence takes it: divergence=JensenShannon(beta=...)",
+    "dp_group": "group= is of the ranks that split the vocabulary; others need none",
     "kd_ratio": "pass hard_label_weight=1 - kd_ratio",
     "kl_type": "pass divergence=",
     "label": "pass labels=",
@@ -61,10 +65,13 @@ OTHER_NAMES = {
     "shift_labels": "pass labels=, which are shifted",
     "skew_alpha": "a divergence takes it: divergence=SkewForwardKL(alpha=...)",
     "T": "pass temperature=",
+    "tp_group": "pass group=",
+    "process_group": "pass group=",
     "target": "pass labels=",
     "targets": "pass labels=",
     "tau": "pass temperature=",
     "teacher_rows": "topk_distillation_loss and the losses of whole teachers take it",
+    "vocab_parallel": "pass group=, the ranks that split the vocabulary",
     "weight_hard_loss": "pass hard_label_weight=",
     "weight_soft_loss": "pass soft_weight=",
 }

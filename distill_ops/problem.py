@@ -10,8 +10,10 @@ import torch
 
 from .arguments import NO_TAIL, LossArguments, Tail
 from .divergences.base import DIVERGENCES, Divergence
+from .groups import WHOLE, Split
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS, TOPK_STATISTICS
 from .rows import TopKTeacher
+from .scalars import INT64
 
 NO_GRADIENT, FORWARD, BACKWARD = "none", "forward", "backward"  # when a gradient is made
 
@@ -42,10 +44,16 @@ class Options(NamedTuple):
     token_outputs: tuple[str, ...]  # names of those that are, in the order of TokenOutputs
     mass_terms: bool  # of a top-k teacher, as in Tail
     log_prob_floor: float | None
+    split: Split = WHOLE  # n_cols are then this rank's columns
 
     @classmethod
     def of(
-        cls, arguments: LossArguments, n_cols: int, backend: str, tail: Tail = NO_TAIL
+        cls,
+        arguments: LossArguments,
+        n_cols: int,
+        backend: str,
+        tail: Tail = NO_TAIL,
+        split: Split = WHOLE,
     ) -> "Options":
         """Of checked arguments."""
         a, temperature = arguments, arguments.temperature
@@ -54,11 +62,18 @@ class Options(NamedTuple):
             a.divergence.name, a.reduction, a.infinities, backend, tail.name, temperature,
             temperature**2 if a.scale_by_temperature_squared else 1.0, a.hard_label_weight, a.share, given,
             a.divergence.numbers, n_cols, a.ignore_index, a.return_components and a.hard,
-            a.token_outputs, tail.mass_terms, tail.log_prob_floor,
+            a.token_outputs, tail.mass_terms, tail.log_prob_floor, split,
         )  # fmt: skip
 
     soft, hard = LossArguments.soft, LossArguments.hard
     share = property(lambda self: self.soft_weight)
+
+    @property
+    def bound(self) -> int:
+        """Labels and ids lie below it."""
+        if self.split.group is None:
+            return self.n_cols
+        return INT64[1] if self.split.bound is None else self.split.bound
 
     @property
     def tail_options(self) -> Tail:

@@ -2,7 +2,7 @@
 
 They are what ranks exchange that split the vocabulary among them: each takes those of its own
 columns, one all-gather carries them, and every rank combines them in rank order, so that all have the
-same bits. The gradient is then local. No loss uses this yet; its tests do.
+same bits. The gradient is then local. ``vocab_parallel/`` is what uses it.
 
 A part's exponentials are relative to the part's own maxima. Where the maxima move, from (m_s, m_t) of
 a part to (m_s', m_t') of the row, a sum l over the student becomes ``exp((m_s - m_s') / T) * l``, and
@@ -26,6 +26,7 @@ from .divergences.base import Divergence
 from .problem import working_dtype
 
 NEG_INF = float("-inf")
+OF_DIVERGENCE = 8  # of the numbers, the first ones; those that follow are the hard label's
 UNDER_TEACHER = ("soft", "forward", "symmetric")  # which divergences have a moment under p
 UNDER_STUDENT = ("reverse", "symmetric")  # ... and under q
 
@@ -45,11 +46,13 @@ def _measured(divergence: Divergence, of_student: torch.Tensor, of_teacher: torc
 
 def _joined(name: str):
     """How the numbers of that name of two parts with the same maxima become one."""
+    if name == "fast":
+        return torch.minimum
     return torch.maximum if name.endswith(("_max", "_logit")) else torch.add
 
 
 class RowStatistics(NamedTuple):
-    """Of some columns of n rows: ten numbers a row, each ``[n]``, float32 or float64.
+    """Of some columns of n rows: twelve numbers a row, each ``[n]``, float32 or float64.
 
     Maxima are logits as they came, exponents are divided by the temperature T, moments are in nats.
     With ``d`` a column's distance ``(x - maximum) / T``, moments are of ``d_student`` (soft
@@ -71,9 +74,13 @@ class RowStatistics(NamedTuple):
     kept_sum: torch.Tensor  # the same over the columns that the divergence keeps
     teacher_moment: torch.Tensor  # sum(exp(d_teacher) * ...) over those
     student_moment: torch.Tensor  # sum(exp(d_student) * ...)
+    fast: (
+        torch.Tensor
+    )  # 1 where no logit is infinite or NaN, so that loops without guards serve, else 0
     label_max: torch.Tensor  # of the whole student
     label_sum: torch.Tensor  # sum(exp(student - label_max)): at temperature 1
     label_logit: torch.Tensor  # the student's; -inf where the label is in no column of the part
+    label_found: torch.Tensor  # 1 where it is in one, else 0
 
     @classmethod
     def of(
@@ -96,13 +103,12 @@ class RowStatistics(NamedTuple):
                 those of the empty part.
             offset: the row's columns before this part.
         """
-        if student.shape[-1] == 0:
-            student, teacher = (x.new_full((len(x), 1), NEG_INF) for x in (student, teacher))
-            labels = None
         dtype = working_dtype(student, teacher)
+        if student.shape[-1] == 0:
+            return cls.empty(len(student), student, dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
         zero = torch.zeros_like(student[:, 0])
-        label_max, label_sum, label_logit = zero + NEG_INF, zero, zero + NEG_INF
+        label_max, label_sum, label_logit, label_found = zero + NEG_INF, zero, zero + NEG_INF, zero
         if labels is not None:
             label_max = student.amax(-1)
             label_sum = _distance(student, label_max[:, None], 1.0).exp_().sum(-1)
@@ -110,6 +116,8 @@ class RowStatistics(NamedTuple):
             elsewhere = (column < 0) | (column >= student.shape[-1])
             of_label = student.gather(-1, column.masked_fill(elsewhere, 0)[:, None])[:, 0]
             label_logit = of_label.masked_fill(elsewhere, NEG_INF)
+            label_found = (~elsewhere).to(dtype)
+        fast = (student.isfinite() & teacher.isfinite()).all(-1).to(dtype)
 
         if divergence.infinite_at_teacher_zero:
             student = student.masked_fill(teacher == NEG_INF, NEG_INF)
@@ -129,7 +137,7 @@ class RowStatistics(NamedTuple):
             student_moment = (student_exp * measured).sum(-1)
         return cls(
             student_max, student_exp.sum(-1), teacher_max, teacher_sum, kept_sum,
-            teacher_moment, student_moment, label_max, label_sum, label_logit,
+            teacher_moment, student_moment, fast, label_max, label_sum, label_logit, label_found,
         )  # fmt: skip
 
     @staticmethod
@@ -158,21 +166,35 @@ class RowStatistics(NamedTuple):
             return RowStatistics(
                 student_max, part.student_sum * student_factor,
                 teacher_max, part.teacher_sum * teacher_factor, part.kept_sum * teacher_factor,
-                teacher_moment, student_moment,
-                label_max, part.label_sum * of_label.exp(), part.label_logit,
+                teacher_moment, student_moment, part.fast,
+                label_max, part.label_sum * of_label.exp(), part.label_logit, part.label_found,
             )  # fmt: skip
 
         numbers = zip(RowStatistics._fields, *map(moved, parts), strict=True)
         return RowStatistics(*(reduce(_joined(name), of_parts) for name, *of_parts in numbers))
 
-    def pack(self) -> torch.Tensor:
-        """As one tensor ``[10, n]``, for a collective: each number's rows lie together."""
-        return torch.stack(self)
+    def pack(self, hard: bool = True) -> torch.Tensor:
+        """As one tensor ``[12, n]``, for a collective: each number's rows lie together. Without a hard
+        label, ``[8, n]``."""
+        return torch.stack(self if hard else self[:OF_DIVERGENCE])
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> "RowStatistics":
-        """What :meth:`pack` made: views of it."""
-        return cls(*packed.unbind(0))
+        """What :meth:`pack` made: views of it; without a hard label, that of the empty part."""
+        numbers = packed.unbind(0)
+        if len(numbers) == OF_DIVERGENCE:
+            zero = torch.zeros_like(numbers[0])
+            numbers = *numbers, zero + NEG_INF, zero, zero + NEG_INF, zero
+        return cls(*numbers)
+
+    @classmethod
+    def empty(cls, n_rows: int, like: torch.Tensor, dtype: torch.dtype) -> "RowStatistics":
+        """Of rows without columns, on the device of ``like``."""
+        zero = like.new_zeros(n_rows, dtype=dtype)
+        of_none = {
+            name: zero + NEG_INF for name in cls._fields if name.endswith(("_max", "_logit"))
+        }
+        return cls(**dict.fromkeys(cls._fields, zero) | of_none | {"fast": zero + 1})
 
     def loss_and_slope(self, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss L of whole rows and D, the sum of its slopes, each ``[n]`` (nats).

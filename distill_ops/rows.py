@@ -42,6 +42,31 @@ def within_teacher(
     return teacher_rows.clamp(0, max(n_rows - 1, 0)), weights
 
 
+def mixed(
+    divergence: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    divergence_scale: float,
+    soft_weight: float,
+    hard_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weighted losses ``[n]`` from those of divergence and hard label (None: not part of the loss), and
+    with a hard label the two weighted parts ``[2, n]``."""
+
+    def weighted(losses):
+        return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
+
+    if divergence is not None and divergence_scale != 1:
+        divergence = divergence * divergence_scale
+    if hard is None:
+        return weighted(divergence if soft_weight == 1 else soft_weight * divergence), None
+    if divergence is None:
+        both, divergence = hard_weight * hard, torch.zeros_like(hard)
+    else:
+        both = soft_weight * divergence + hard_weight * hard
+    return weighted(both), torch.stack([weighted(divergence), weighted(hard)])
+
+
 def parameters_of(inputs, options) -> tuple[float | torch.Tensor, ...]:
     """The divergence's parameters in order: numbers, and tensors ``[]`` or ``[n]``."""
     tensors = (t.reshape(-1) if t.dim() else t for t in inputs.parameters)

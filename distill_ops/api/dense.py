@@ -6,6 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, with_loss_options
 from ..checks.logits import check_inplace
 from ..checks.options import given_options
+from ..checks.split import split_logits
 from ..checks.tokens import check_dense
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, Options
@@ -102,6 +103,14 @@ def distillation_loss(
             The teacher's leading dimensions may then be any, and its rows are counted over them. On a
             GPU an index outside is refused in debug mode only (:func:`distill_ops.set_debug`), else the
             token's loss is NaN; that of a token of weight 0 is not looked at.
+        group: the ranks that split the vocabulary (a torch.distributed process group, or a DeviceMesh of
+            one dimension): each calls with its columns of both logits, in rank order, and with the same
+            other arguments, and gets the loss of all columns and the gradient of its own. Labels and
+            ``vocab_size`` count over all columns; a whole teacher is sliced. DTensors sharded on the last
+            dimension need no group. ``infinities`` must be "drop", ``token_outputs`` empty
+            (docs/vocab-parallel.md).
+        vocab_offset: the columns before this rank's. Without it the ranks exchange their widths, one more
+            collective; on a GPU ``vocab_size`` and a whole teacher then wait for it.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-d, or ``[...]`` with "none". Without a
@@ -114,10 +123,17 @@ def distillation_loss(
     """
     arguments = given_options("distillation_loss", options, own=OWN)
     flag("inplace", inplace)
-    arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
+    split, student_logits, teacher_logits = split_logits(
+        arguments.group,
+        arguments.vocab_offset,
+        arguments.vocab_size,
+        student_logits,
+        teacher_logits,
+    )
+    arguments, n_cols = check_dense(student_logits, teacher_logits, arguments, split)
     made = gradient_mode(arguments.gradient, arguments.reduction, student_logits)
     backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_logits)
-    options = Options.of(arguments, n_cols, backend)
+    options = Options.of(arguments, n_cols, backend, split=split)
     inplace = inplace and made != NO_GRADIENT
     if inplace:
         check_inplace(student_logits, teacher_logits)

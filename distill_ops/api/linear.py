@@ -10,7 +10,7 @@ from ..results import LossResult
 from .choices import LossModule, loss_result
 from .heads import checked_heads, linear_problem
 
-WITHOUT = ("infinities",)
+WITHOUT = ("infinities", "group", "vocab_offset")
 OWN = (
     "student_bias", "student_logit_scale", "student_softcap", "teacher_bias", "teacher_logit_scale",
     "teacher_softcap", "teacher_logits", "logits_dtype", "memory_budget", "kept_tokens",

@@ -13,7 +13,7 @@ from .heads import checked_heads, linear_problem
 from .linear import OWN as OF_HEADS
 from .support import OWN as OF_SUPPORT
 
-WITHOUT = ("infinities", "teacher_rows")
+WITHOUT = ("infinities", "teacher_rows", "group", "vocab_offset")
 OWN = (*OF_SUPPORT, *(name for name in OF_HEADS if name != "teacher_logits"))
 
 

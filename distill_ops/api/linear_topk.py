@@ -15,7 +15,7 @@ from ..results import LossResult
 from .choices import loss_result
 from .heads import NO_HEAD, linear_problem
 
-WITHOUT = ("infinities",)
+WITHOUT = ("infinities", "group", "vocab_offset")
 OWN = (
     "tail", "mass_terms", "log_prob_floor", "student_bias", "student_logit_scale", "student_softcap",
     "logits_dtype", "memory_budget", "kept_tokens",

@@ -16,7 +16,7 @@ from ..support import SupportOptions
 from .choices import choose_backend, gradient_mode, loss_result
 from .topk import OWN as OF_TOPK
 
-WITHOUT = ("infinities", "teacher_rows")
+WITHOUT = ("infinities", "teacher_rows", "group", "vocab_offset")
 OWN = ("k", "support", *OF_TOPK)
 
 

@@ -14,7 +14,7 @@ from ..problem import DenseInputs, Options, TopKInputs
 from ..results import LossResult
 from .choices import choose_backend, gradient_mode, loss_result
 
-WITHOUT = ("infinities",)
+WITHOUT = ("infinities", "group", "vocab_offset")
 OWN = "tail", "mass_terms", "log_prob_floor"
 
 

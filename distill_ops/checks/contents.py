@@ -54,12 +54,12 @@ def of_loss(
     if counted.loss_mask is not None:
         _weights(counted)
     if options.hard:
-        _ids("labels", inputs.labels, options.n_cols, counted)
+        _ids("labels", inputs.labels, options.bound, counted)
     if "log_prob" in options.token_outputs:
         ids, name = inputs.token_ids, "token_ids"
         if ids is None:
             ids, name = inputs.labels, "labels"
-        _ids(name, ids, options.n_cols, counted)
+        _ids(name, ids, options.bound, counted)
     if options.soft:
         _parameters(inputs.parameters, options, counted)
     _normalizer(inputs.normalizer, options, counted, inputs[0])

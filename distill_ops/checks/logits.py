@@ -7,7 +7,8 @@ from ..scalars import integer, shown
 from .values import LOGIT_DTYPES, TokenRows, check_plain, of_teacher
 
 
-def check_logits(name: str, logits: torch.Tensor) -> None:
+def check_logits(name: str, logits: torch.Tensor, least: int = 1) -> None:
+    """``least``: columns that there must be."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{name} must be a tensor [..., vocab], got {type(logits).__name__}")
     check_plain(name, logits)
@@ -15,7 +16,7 @@ def check_logits(name: str, logits: torch.Tensor) -> None:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64 logits, got {logits.dtype}"
         )
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or logits.shape[-1] < least:
         raise ValueError(
             f"{name} must be [..., vocab] with at least one column, got shape {tuple(logits.shape)}"
         )
@@ -47,10 +48,13 @@ def check_teacher_given(
 
 
 def check_teacher_logits(
-    rows: TokenRows, teacher_logits: torch.Tensor, teacher_rows: torch.Tensor | None = None
+    rows: TokenRows,
+    teacher_logits: torch.Tensor,
+    teacher_rows: torch.Tensor | None = None,
+    least: int = 1,
 ) -> None:
     """Check the logits that a teacher's forward gave, for these tokens."""
-    check_logits("teacher_logits", teacher_logits)
+    check_logits("teacher_logits", teacher_logits, least)
     rows.check_device("teacher_logits", teacher_logits)
     of_teacher("teacher_logits", teacher_logits)
     rows.check_teacher_leading("teacher_logits", teacher_logits.shape[:-1], teacher_rows)
@@ -73,6 +77,19 @@ def check_pair(
             f"(heads padded to different widths)"
         )
     return check_vocabulary(vocab_size, width, teacher_logits.shape[-1])
+
+
+def check_parts(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    teacher_rows: torch.Tensor | None = None,
+) -> int:
+    """Check this rank's columns, which may be none; how the widths fit the ranks learn from each other."""
+    check_logits("student_logits", student_logits, 0)
+    if teacher_logits is not None:
+        rows = TokenRows("student_logits", student_logits)
+        check_teacher_logits(rows, teacher_logits, teacher_rows, 0)
+    return student_logits.shape[-1]
 
 
 def check_alone(name: str, logits: torch.Tensor, vocab_size: int | None) -> int:

@@ -52,6 +52,8 @@ def given_options(
             "gradients are not known before backward: use gradient='backward' or 'auto'"
         )
     token_outputs = _token_outputs(a.token_outputs)
+    if a.group is not None:
+        check_splittable(a.infinities, token_outputs)
     weight, share = _weights(a.hard_label_weight, a.soft_weight)
     normalizer, vocab_size = a.normalizer, a.vocab_size
     if normalizer is not None:
@@ -72,6 +74,20 @@ def given_options(
         vocab_size=None if vocab_size is None else integer("vocab_size", vocab_size, 1),
         token_outputs=token_outputs,
     )
+
+
+def check_splittable(infinities: str, token_outputs: tuple[str, ...]) -> None:
+    """What a loss over a vocabulary that ranks split does not have."""
+    if infinities != "drop":
+        raise ValueError(
+            f"a vocabulary that ranks split needs infinities='drop', got {infinities!r}: gather the logits "
+            f"for another"
+        )
+    if token_outputs:
+        raise ValueError(
+            f"token_outputs={token_outputs} are not found where ranks split the vocabulary: call "
+            f"distillation_statistics or distillation_metrics with group= for them"
+        )
 
 
 def _token_outputs(given) -> tuple[str, ...]:

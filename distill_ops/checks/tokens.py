@@ -7,9 +7,10 @@ import torch
 
 from ..arguments import LossArguments
 from ..divergences.base import Divergence
+from ..groups import WHOLE, Split
 from ..results import OF_TEACHER, asked
-from .logits import check_alone, check_logits, check_pair, check_teacher_given
-from .options import checked_normalizer
+from .logits import check_alone, check_logits, check_pair, check_parts, check_teacher_given
+from .options import check_splittable, checked_normalizer
 from .values import (
     LOGIT_DTYPES,
     WEIGHT_DTYPES,
@@ -136,10 +137,17 @@ def _check_outputs(rows: TokenRows, arguments: LossArguments) -> torch.Tensor | 
 
 
 def check_dense(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, arguments: LossArguments
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    arguments: LossArguments,
+    split: Split = WHOLE,
 ) -> tuple[LossArguments, int]:
-    """Check the tensors of the dense loss; returns its arguments and the number of columns used."""
-    if teacher_logits is None:
+    """Check the tensors of the dense loss; returns its arguments and the number of columns used, of a split
+    vocabulary all that this rank has."""
+    if split.group is not None:
+        check_splittable(arguments.infinities, arguments.token_outputs)
+        n_cols = check_parts(student_logits, teacher_logits, arguments.teacher_rows)
+    elif teacher_logits is None:
         n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     else:
         n_cols = check_pair(

@@ -52,6 +52,11 @@ def set_debug(enabled: bool) -> None:
     _debug = flag("enabled", enabled)
 
 
+def debug() -> bool:
+    """Whether the checks that wait are on."""
+    return _debug
+
+
 # modes in which tensors stand for values: torch.compile's parts, FakeTensorMode, make_fx
 TRACING = tuple(
     getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")

@@ -10,7 +10,7 @@ from ..checks.slots import without_repeats
 from ..divergences.base import column_parameters
 from ..problem import Options
 from ..results import OutputBuffers
-from ..rows import Tokens, TopKTeacher, parameters_of, within_teacher
+from ..rows import Tokens, TopKTeacher, mixed, parameters_of, within_teacher
 from .chunk import NEG_INF, Terms
 from .dense import dense
 from .metrics import metrics
@@ -85,19 +85,7 @@ def rows(
     divergence_loss, hard_loss = compute(per_row, weights, options.n_cols, gradient, **others)
     if others["outputs"] is not None:
         others["outputs"].finish()
-
-    def weighted(losses):
-        return losses if weights is None else torch.where(weights == 0, 0.0, losses * weights)
-
-    if divergence_loss is not None and options.divergence_scale != 1:
-        divergence_loss = divergence_loss * options.divergence_scale
-    if hard_loss is None:
-        return weighted(divergence_loss if soft == 1 else soft * divergence_loss), None
-    if divergence_loss is None:
-        mixed, divergence_loss = hard * hard_loss, torch.zeros_like(hard_loss)
-    else:
-        mixed = soft * divergence_loss + hard * hard_loss
-    return weighted(mixed), torch.stack([weighted(divergence_loss), weighted(hard_loss)])
+    return mixed(divergence_loss, hard_loss, weights, options.divergence_scale, soft, hard)
 
 
 def reduced(losses, components, options: Options, tokens: Tokens, leading):

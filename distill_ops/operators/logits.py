@@ -5,7 +5,8 @@ import torch
 from ..checks import contents
 from ..problem import BACKWARD, FORWARD, DenseInputs, Options, TopKInputs
 from ..results import OutputBuffers
-from .path import path_of
+from ..vocab_parallel import losses as split_losses
+from .path import path_of, phases_of
 from .register import LossOperator, Plan
 
 LOSS_OUTPUTS = 4  # loss, components, numbers and argmax of the tokens
@@ -24,13 +25,25 @@ def forward(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan, into
     gradient = None
     if plan.made == FORWARD:
         gradient = empty_gradient(inputs.student) if into is None else into
-    outputs, statistics = path_of(options.backend).loss(inputs, options, plan.made, gradient)
-    return outputs, (statistics if gradient is None else gradient,)
+    path = path_of(options.backend)
+    if options.split.group is not None:
+        outputs, (statistics, offset) = split_losses.loss(
+            path, phases_of(options.backend), inputs, options, plan.made, gradient
+        )
+    else:
+        outputs, statistics = path.loss(inputs, options, plan.made, gradient)
+        offset = None
+    return outputs, (statistics if gradient is None else gradient, offset)
 
 
 def gradient(inputs, options: Options, plan: Plan, kept, upstreams, into=None):
     out = empty_gradient(inputs.student) if into is None else into
-    path_of(options.backend).gradient(inputs, options, *kept, *upstreams, out)
+    path = path_of(options.backend)
+    if options.split.group is not None:
+        phases = phases_of(options.backend)
+        split_losses.gradient(path, phases, inputs, options, kept, *upstreams, out)
+    else:
+        path.gradient(inputs, options, kept[0], *upstreams, out)
     return (out,)
 
 
@@ -44,17 +57,19 @@ def loss_fakes(inputs, options: Options) -> tuple[torch.Tensor | None, ...]:
 
 
 def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
-    kept, new = None, inputs.student.new_empty
+    kept, offset, new = None, None, inputs.student.new_empty
+    split = options.split.group is not None
     if plan.made == FORWARD:
         kept = new(inputs.student.shape)
-    elif plan.made == BACKWARD and options.backend == "triton":
-        kept = new((inputs.n_rows, inputs.statistics), dtype=torch.float32)
-    return loss_fakes(inputs, options), (kept,)
+    elif plan.made == BACKWARD and (split or options.backend == "triton"):
+        kept = new((inputs.n_rows, inputs.statistics), dtype=inputs.dtype())
+        offset = new((), dtype=torch.int64) if split else None
+    return loss_fakes(inputs, options), (kept, offset)
 
 
 def loss_operator(name: str, inputs: type, **more) -> LossOperator:
     """The operator of a loss of logits with these tensors."""
     return LossOperator(
         name, inputs, Options, forward=forward, gradient=gradient, fake=fake, check=contents.of_loss,
-        students=("student",), outputs=LOSS_OUTPUTS, kept=1, **more,
+        students=("student",), outputs=LOSS_OUTPUTS, kept=2, **more,
     )  # fmt: skip

@@ -10,3 +10,14 @@ def path_of(backend: str):
 
         return gpu
     return forms
+
+
+def phases_of(backend: str):
+    """The module that computes one phase at a time, for ranks that split the vocabulary."""
+    if backend == "triton":
+        from .. import gpu_phases
+
+        return gpu_phases
+    from ..cpu import phases
+
+    return phases

@@ -9,12 +9,14 @@ from typing_extensions import Unpack
 from ..arguments import Counted, LossArguments, LossOptions, with_loss_options
 from ..checks.contents import of_loss
 from ..checks.options import given_options
+from ..checks.split import split_logits
 from ..checks.tokens import check_dense
 from ..divergences.base import Divergence
 from ..problem import DenseInputs, Options, working_dtype
 from ..results import LossComponents, LossResult
 from .outputs import with_token_outputs
 from .rows import NEG_INF, no_maximum, times
+from .split import both_gathered
 
 WITHOUT = ("gradient", "backend")
 
@@ -222,6 +224,15 @@ def distillation_loss(
     float64.
     """
     arguments = given_options("reference.distillation_loss", options, *WITHOUT)
+    split, student_logits, teacher_logits = split_logits(
+        arguments.group,
+        arguments.vocab_offset,
+        arguments.vocab_size,
+        student_logits,
+        teacher_logits,
+    )
+    if split.group is not None:
+        student_logits, teacher_logits = both_gathered(split, student_logits, teacher_logits)
     arguments, n_cols = check_dense(student_logits, teacher_logits, arguments)
     inputs = DenseInputs(student_logits, teacher_logits, *arguments.tensors)
     of_loss(inputs, Options.of(arguments, n_cols, "torch"))

@@ -16,7 +16,7 @@ from ..results import DistillationStatistics, LossResult, StatisticsCoefficients
 from .dense import distillation_loss, token_weights
 from .tokens import statistics_of, token_log_probs
 
-WITHOUT = ("infinities", "gradient", "backend")
+WITHOUT = ("infinities", "gradient", "backend", "group", "vocab_offset")
 
 
 def head_logits(

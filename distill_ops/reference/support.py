@@ -19,7 +19,7 @@ from .dense import token_weights
 from .topk import OWN as OF_TOPK
 from .topk import topk_distillation_loss
 
-WITHOUT = ("infinities", "teacher_rows", "gradient", "backend")
+WITHOUT = ("infinities", "teacher_rows", "gradient", "backend", "group", "vocab_offset")
 OWN = ("k", "support", *OF_TOPK)
 
 

@@ -25,7 +25,7 @@ from .dense import (
 from .outputs import with_token_outputs
 from .rows import NEG_INF
 
-WITHOUT = ("infinities", "gradient", "backend")
+WITHOUT = ("infinities", "gradient", "backend", "group", "vocab_offset")
 OWN = "tail", "mass_terms", "log_prob_floor"
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
 

@@ -8,8 +8,8 @@ from tests.support import ROOT
 
 # from the lowest; those of a line do not see each other
 LAYERS = (
-    ("kernels", "scalars", "results", "rows"), ("language", "divergences"), ("arguments",), ("problem",),
-    ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("heads", "selection"),
+    ("kernels", "scalars", "results", "rows", "groups"), ("language", "divergences"), ("arguments",), ("problem",),
+    ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("gpu_phases", "vocab_parallel"), ("heads", "selection"),
     ("operators",), ("api",),
     ("teacher", "analysis"), ("methods",), ("integrations",),
 )  # fmt: skip
@@ -68,6 +68,7 @@ def test_imports_go_down(module):
             "scalars",
             "checks",
             "divergences",
+            "groups",
         }
 
 

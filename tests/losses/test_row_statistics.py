@@ -204,7 +204,7 @@ def test_every_rank_has_the_same_bits(divergence):
     parts = rows.parts(widths, divergence, dtype=torch.float32)
     ours = RowStatistics.combine(parts, divergence, 2.0)
     gathered = torch.stack([part.pack() for part in parts])
-    assert gathered.shape == (len(widths), 10, len(rows.labels))
+    assert gathered.shape == (len(widths), 12, len(rows.labels))
     for _ in parts:
         copies = [RowStatistics.unpack(packed) for packed in gathered.clone()]
         theirs = RowStatistics.combine(copies, divergence, 2.0)
@@ -251,6 +251,18 @@ def test_normalisers_of_a_divergence_without_moments():
         torch.testing.assert_close(log, torch.log_softmax(logits / 2.0, -1), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="jensen_shannon has no closed moment"):
         ours.loss_and_slope(JensenShannon())
+
+
+def test_what_a_part_tells_of_its_logits_and_label():
+    logits = torch.tensor([[0.0, 1.0], [0.0, -INF]])
+    part = RowStatistics.of(logits, logits, ForwardKL(), labels=torch.tensor([4, 1]), offset=3)
+    none = RowStatistics.of(*[logits[:, :0]] * 2, ForwardKL(), labels=torch.tensor([4, 1]))
+    for of_row in (part, RowStatistics.combine([none, part, none], ForwardKL())):
+        assert of_row.fast.tolist() == [1, 0]
+        assert of_row.label_found.tolist() == [1, 0]
+    assert torch.equal(RowStatistics.empty(2, logits, torch.float32).pack(), none.pack())
+    without = RowStatistics.unpack(part.pack(hard=False))
+    assert torch.equal(without.pack(), torch.stack([*part[:8], *none[8:]]))
 
 
 def test_half_precision_is_computed_in_float32():

@@ -1,0 +1,121 @@
+"""Checks of a vocabulary that ranks split: the group and the offset, as given or as a DTensor tells."""
+
+import torch
+
+from ..groups import UNKNOWN, WHOLE, Split
+from ..scalars import integer, shown
+
+
+def is_distributed(tensor) -> bool:
+    """Whether it is a DTensor, without the import of torch.distributed.tensor."""
+    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "full_tensor")
+
+
+def group_name(group) -> str:
+    """The name of a process group or of a mesh of one dimension.
+
+    Raises:
+        TypeError: it is neither, or this process is no member.
+        ValueError: a mesh of several dimensions.
+    """
+    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a process group or a mesh of one dimension, got a mesh of {group.ndim}: "
+                f"pass mesh['tp'], the dimension that splits the vocabulary"
+            )
+        group = group.get_group()
+    if not hasattr(group, "group_name"):
+        raise TypeError(
+            f"group must be a torch.distributed process group, of which this process is a member, or a "
+            f"DeviceMesh of one dimension, got {shown(group)}"
+        )
+    return group.group_name
+
+
+def split_of(group, vocab_offset: int | None, vocab_size: int | None) -> Split:
+    """The split that ``group=`` and ``vocab_offset=`` tell of plain tensors.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    if group is None:
+        if vocab_offset is not None:
+            raise ValueError(
+                f"vocab_offset={vocab_offset} needs group=, the ranks that split the vocabulary"
+            )
+        return WHOLE
+    offset = UNKNOWN
+    if vocab_offset is not None:
+        offset = integer("vocab_offset", vocab_offset, 0)
+    return Split(group_name(group), offset, UNKNOWN if vocab_size is None else vocab_size)
+
+
+def split_dimension(name: str, tensor, dim: int) -> int:
+    """The mesh dimension over which a DTensor is sharded along its dimension ``dim``.
+
+    Raises:
+        ValueError: there is none, or another placement than Replicate beside it.
+    """
+    placements = tensor.placements
+    along = [i for i, p in enumerate(placements) if p.is_shard(dim)]
+    others = [p for i, p in enumerate(placements) if i not in along and not p.is_replicate()]
+    if len(along) != 1 or others:
+        raise ValueError(
+            f"{name} is a DTensor of placements {tuple(placements)}, but must be sharded on its vocabulary, "
+            f"Shard({dim}), over one mesh dimension and replicated over the others: redistribute it, or "
+            f"pass {name}.to_local() with group= (docs/vocab-parallel.md)"
+        )
+    return along[0]
+
+
+def of_dtensor(
+    name: str, tensor, vocab_size: int | None, dim: int = -1
+) -> tuple[Split, torch.Tensor]:
+    """The split of a DTensor along a dimension, and this rank's part, whose gradient comes back with its
+    placements."""
+    dim %= tensor.dim()
+    at = split_dimension(name, tensor, dim)
+    mesh, width = tensor.device_mesh, tensor.shape[dim]
+    part = tensor.to_local()
+    chunk = -(-width // mesh.size(at))
+    offset = min(mesh.get_local_rank(at) * chunk, width)
+    if part.shape[dim] != min(chunk, width - offset):  # made of parts of other sizes
+        offset = UNKNOWN
+    name = mesh.get_group(at).group_name
+    return Split(name, offset, UNKNOWN if vocab_size is None else vocab_size, width), part
+
+
+def split_logits(
+    group, vocab_offset: int | None, vocab_size: int | None, student, teacher,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> tuple[Split, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The split of two models' logits, and this rank's part of each; a teacher that is whole stays so.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    split = split_of(group, vocab_offset, vocab_size)
+    if not is_distributed(student):
+        if split.group is not None and is_distributed(teacher):
+            _, teacher = of_dtensor(names[1], teacher, vocab_size)
+        return split, student, teacher
+    found, part = of_dtensor(names[0], student, vocab_size)
+    if split.group is not None and split.group != found.group:
+        raise ValueError(
+            f"group is {split.group!r}, but {names[0]} is sharded over {found.group!r}: leave group= out"
+        )
+    if vocab_offset is not None and found.offset not in (UNKNOWN, vocab_offset):
+        raise ValueError(
+            f"vocab_offset={vocab_offset}, but {names[0]}, a DTensor, begins at {found.offset}: leave "
+            f"vocab_offset= out"
+        )
+    if is_distributed(teacher):
+        of_teacher, teacher = of_dtensor(names[1], teacher, vocab_size)
+        if (of_teacher.group, of_teacher.width) != (found.group, found.width):
+            raise ValueError(
+                f"{names[0]} and {names[1]} must be split alike, got {found.width} columns over "
+                f"{found.group!r} and {of_teacher.width} over {of_teacher.group!r}: pass vocab_size= and "
+                f"parts of one split, or the teacher's whole vocabulary"
+            )
+    return found, part, teacher

@@ -1,0 +1,108 @@
+"""The phases of a loss of rows whose columns ranks split, in their order, and what is exchanged between.
+
+    normalise     RowStatistics of this rank's columns
+      all-gather  of 8 numbers a row, 12 with a hard label; combined in rank order
+    reduce        L and D of this rank's columns, for a divergence whose sums the statistics do not give
+      all-gather  of 3 numbers a row; added in rank order
+    differentiate the gradient of this rank's columns, from what is kept of the rows
+
+A path (CPU, GPU) has the three, this module what lies between them, which is ``[n]`` tensors alone.
+"""
+
+from functools import reduce
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..divergences.base import Divergence
+from ..groups import Place
+from ..problem import Options
+from ..row_statistics import RowStatistics
+from ..rows import Tokens, mixed
+
+CLOSED = "soft", "forward", "reverse"  # moments that give L and D as they are
+
+
+class Phases(Protocol):
+    """What a path computes of this rank's columns. Labels count from the first of them."""
+
+    def normalise(self, options: Options, tokens: Tokens, student, teacher, n_cols: int):
+        """RowStatistics, packed ``[8 or 12, n]``; of the empty part where a weight is 0."""
+
+    def kept_rows(self, options: Options, row: RowStatistics, slope, scale) -> torch.Tensor:
+        """``[n, 9]`` as :meth:`reduce` and :meth:`differentiate` take them: maxima and sums, D, the hard
+        label's maximum and sum, whether the row has no infinity, and the factor of its gradient."""
+
+    def reduce(self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept):
+        """``[3, n]``: sums of value and slope, and whether the columns have no infinity."""
+
+    def differentiate(
+        self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream, out
+    ) -> None:
+        """Fill the gradient ``out``, that of the reduced loss times ``upstream``, ``[]`` or ``[n]``."""
+
+
+class RowLosses(NamedTuple):
+    """What the collectives give, the same on every rank."""
+
+    losses: torch.Tensor  # [n], weighted
+    components: torch.Tensor | None  # [2, n]
+    kept: torch.Tensor  # [n, 9]
+
+
+def local(tokens: Tokens, place: Place) -> Tokens:
+    """The tokens with labels counted from this rank's first column."""
+    if tokens.labels is None:
+        return tokens
+    return tokens._replace(labels=tokens.labels - place.offset)
+
+
+def row_losses(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place
+) -> RowLosses:
+    """Losses of rows ``[..., width]`` of this rank's columns; the tokens are :func:`local`."""
+    kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
+    parts = phases.normalise(options, tokens, *columns)
+    row = RowStatistics.combine(
+        [RowStatistics.unpack(part) for part in place.group.all_gather(parts)],
+        kind or Divergence, options.temperature,
+    )  # fmt: skip
+    loss, slope = None, torch.zeros_like(row.student_sum)
+    scale = torch.ones_like(slope) if weights is None else weights
+    scale = torch.where(scale == 0, 0.0, scale / tokens.denominator).to(slope.dtype)
+    if kind is not None and kind.moment in CLOSED:
+        loss, slope = row.loss_and_slope(kind)
+    elif kind is not None:
+        kept = phases.kept_rows(options, row, slope, scale)
+        sums = place.group.all_gather(phases.reduce(options, tokens, *columns, kept))
+        loss, slope, _ = reduce(torch.add, sums.unbind(0))
+        row = row._replace(fast=torch.minimum(row.fast, sums[:, 2].amin(0)))
+        alive = (row.student_sum > 0) & (row.teacher_sum > 0)
+        loss, slope = (torch.where(alive, x, torch.nan) for x in (loss, slope))
+    hard = _hard_label_loss(row, weights) if options.hard else None
+    losses, components = mixed(
+        loss,
+        hard,
+        weights,
+        options.divergence_scale,
+        options.soft_weight,
+        options.hard_label_weight,
+    )
+    return RowLosses(losses, components, phases.kept_rows(options, row, slope, scale))
+
+
+def _hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.Tensor:
+    """NaN of a label that no rank has, which a CPU refuses, as it does without a split.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    nowhere = row.label_found == 0
+    if nowhere.is_cpu:
+        kept = nowhere if weights is None else nowhere & (weights != 0)
+        if kept.any():
+            raise ValueError(
+                f"labels must lie in the vocabulary that the ranks split or equal ignore_index, and no rank "
+                f"has that of {int(kept.sum())} tokens, the first of them at {int(kept.nonzero()[0])}"
+            )
+    return torch.where(nowhere, torch.nan, row.hard_label_loss())
