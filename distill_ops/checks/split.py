@@ -1,5 +1,7 @@
 """Checks of a vocabulary that ranks split: the group and the offset, as given or as a DTensor tells."""
 
+import sys
+
 import torch
 
 from ..groups import UNKNOWN, WHOLE, Split
@@ -8,7 +10,8 @@ from ..scalars import integer, shown
 
 def is_distributed(tensor) -> bool:
     """Whether it is a DTensor, without the import of torch.distributed.tensor."""
-    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "full_tensor")
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def group_name(group) -> str:
@@ -18,19 +21,20 @@ def group_name(group) -> str:
         TypeError: it is neither, or this process is no member.
         ValueError: a mesh of several dimensions.
     """
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group must be a process group or a mesh of one dimension, got a mesh of {group.ndim}: "
-                f"pass mesh['tp'], the dimension that splits the vocabulary"
-            )
-        group = group.get_group()
-    if not hasattr(group, "group_name"):
+    kind = getattr(torch.distributed, "ProcessGroup", ())  # of a build without them there is none
+    if isinstance(group, kind):
+        return group.group_name
+    if not (hasattr(group, "get_group") and hasattr(group, "mesh_dim_names")):
         raise TypeError(
             f"group must be a torch.distributed process group, of which this process is a member, or a "
             f"DeviceMesh of one dimension, got {shown(group)}"
         )
-    return group.group_name
+    if group.ndim != 1:
+        raise ValueError(
+            f"group must be a process group or a mesh of one dimension, got a mesh of {group.ndim}: "
+            f"pass mesh['tp'], the dimension that splits the vocabulary"
+        )
+    return group.get_group().group_name
 
 
 def split_of(group, vocab_offset: int | None, vocab_size: int | None) -> Split:
