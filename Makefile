@@ -65,7 +65,7 @@ SEEDS ?= 1
 example-minillm: setup
 	$(RUN) examples/minillm.py --seeds $(SEEDS)
 
-# Some minutes a seed; for results: make example-system2 SEEDS=3
+# About five minutes a seed on two cores; for results: make example-system2 SEEDS=3
 .PHONY: example-system2
 example-system2: setup
 	$(RUN) examples/system2.py --seeds $(SEEDS)
