@@ -7,6 +7,7 @@ import torch
 
 from .gpu import formula_of, on
 from .kernels import dense, phases
+from .kernels.launch import STATISTICS
 from .problem import Options
 from .row_statistics import OF_DIVERGENCE, RowStatistics
 from .rows import Tokens
@@ -24,7 +25,10 @@ def normalise(options: Options, tokens: Tokens, student, teacher, n_cols: int) -
     return parts
 
 
-def kept_rows(options: Options, row: RowStatistics, slope, scale) -> torch.Tensor:
+KEPT = STATISTICS
+
+
+def kept_rows(options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
     return phases.kept_rows(row, slope, scale, options.temperature)
 
 

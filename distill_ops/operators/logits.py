@@ -62,7 +62,8 @@ def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
     if plan.made == FORWARD:
         kept = new(inputs.student.shape)
     elif plan.made == BACKWARD and (split or options.backend == "triton"):
-        kept = new((inputs.n_rows, inputs.statistics), dtype=inputs.dtype())
+        numbers = phases_of(options.backend).KEPT if split else inputs.statistics
+        kept = new((inputs.n_rows, numbers), dtype=inputs.dtype())
         offset = new((), dtype=torch.int64) if split else None
     return loss_fakes(inputs, options), (kept, offset)
 

@@ -29,9 +29,11 @@ class Phases(Protocol):
     def normalise(self, options: Options, tokens: Tokens, student, teacher, n_cols: int):
         """RowStatistics, packed ``[8 or 12, n]``; of the empty part where a weight is 0."""
 
-    def kept_rows(self, options: Options, row: RowStatistics, slope, scale) -> torch.Tensor:
-        """``[n, 9]`` as :meth:`reduce` and :meth:`differentiate` take them: maxima and sums, D, the hard
-        label's maximum and sum, whether the row has no infinity, and the factor of its gradient."""
+    KEPT: int  # numbers that are kept of a row
+
+    def kept_rows(self, options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
+        """``[n, KEPT]`` as :meth:`reduce` and :meth:`differentiate` take them, of rows' statistics, their D
+        and factor of the gradient, and what :meth:`normalise` gave: whatever of these the path needs."""
 
     def reduce(self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept):
         """``[3, n]``: sums of value and slope, and whether the columns have no infinity."""
@@ -47,7 +49,7 @@ class RowLosses(NamedTuple):
 
     losses: torch.Tensor  # [n], weighted
     components: torch.Tensor | None  # [2, n]
-    kept: torch.Tensor  # [n, 9]
+    kept: torch.Tensor  # [n, KEPT]
 
 
 def local(tokens: Tokens, place: Place) -> Tokens:
@@ -73,7 +75,7 @@ def row_losses(
     if kind is not None and kind.moment in CLOSED:
         loss, slope = row.loss_and_slope(kind)
     elif kind is not None:
-        kept = phases.kept_rows(options, row, slope, scale)
+        kept = phases.kept_rows(options, row, slope, scale, parts)
         sums = place.group.all_gather(phases.reduce(options, tokens, *columns, kept))
         loss, slope, _ = reduce(torch.add, sums.unbind(0))
         row = row._replace(fast=torch.minimum(row.fast, sums[:, 2].amin(0)))
@@ -88,7 +90,7 @@ def row_losses(
         options.soft_weight,
         options.hard_label_weight,
     )
-    return RowLosses(losses, components, phases.kept_rows(options, row, slope, scale))
+    return RowLosses(losses, components, phases.kept_rows(options, row, slope, scale, parts))
 
 
 def _hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.Tensor:
