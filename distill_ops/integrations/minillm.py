@@ -4,6 +4,7 @@ Replace ``get_distil_loss`` there by the one here. It runs the teacher and retur
 without a probability tensor of the vocabulary's size.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -38,17 +39,28 @@ def teacher_logits(teacher_model: torch.nn.Module, model_batch: dict) -> torch.T
         return teacher_model(**model_batch, use_cache=False).logits
 
 
-def _refuse_model_parallel(args: Any) -> None:
-    if getattr(args, "model_parallel", False):
+def _split_group(args: Any, group: Any) -> Any:
+    """The ranks that split the vocabulary: as given, or those of the model-parallel utilities in MiniLLM's
+    own transformers."""
+    if not getattr(args, "model_parallel", False):
+        if group is not None:
+            raise ValueError("group is given, but args.model_parallel is false: leave one of them out")
+        return None
+    if group is not None:
+        return group
+    try:
+        mpu = importlib.import_module("transformers.mpu")
+    except ImportError as error:
         raise ValueError(
-            "args.model_parallel is true: the loss over a vocabulary split across ranks is not in "
-            "this version; gather the logits, or set args.model_parallel to false"
-        )
+            "args.model_parallel is true, and transformers has no mpu (MiniLLM's own version has): pass "
+            "group=, the process group that splits the vocabulary"
+        ) from error
+    return mpu.get_model_parallel_group()
 
 
 def get_distil_loss(
     args: Any, tokenizer: Any, model: Any, teacher_model: torch.nn.Module, model_batch: dict,
-    no_model_batch: dict, logits: torch.Tensor,
+    no_model_batch: dict, logits: torch.Tensor, *, group: Any = None,
 ) -> torch.Tensor:  # fmt: skip
     """MiniLLM's distillation loss, with the signature of its ``finetune.py``.
 
@@ -75,28 +87,33 @@ def get_distil_loss(
     :func:`distill_ops.distillation_loss` of ``logits[:, :-1]`` and ``labels[:, 1:]``.
 
     Args:
-        args: MiniLLM's arguments; only ``model_parallel`` is read, and must be false or absent.
+        args: MiniLLM's arguments; only ``model_parallel`` is read: whether each rank has its columns of
+            both models' logits. The original loses its mask of infinite logits then; here their terms are
+            dropped all the same.
         tokenizer, model: not used, as in the original.
         teacher_model: returns an object with ``.logits`` ``[batch, seq, vocab]``.
         model_batch: keyword arguments of the models.
         no_model_batch: ``"label"`` ``[batch, seq]`` int64, aligned with the logits; tokens of label
             -100 do not count.
         logits: the student's, ``[batch, seq, vocab]``.
+        group: under ``args.model_parallel``, the process group that splits the vocabulary, by default
+            ``mpu.get_model_parallel_group()`` of MiniLLM's transformers.
 
     Returns:
         0-d float32 loss in nats; 0 where no token has a label.
 
     Raises:
-        ValueError: ``args.model_parallel`` is true, or the two vocabularies differ.
+        ValueError: the two vocabularies differ, or ``args.model_parallel`` without a group.
     """
-    _refuse_model_parallel(args)
+    group = _split_group(args, group)
     mask = no_model_batch["label"] != IGNORE_INDEX
-    return distillation_loss(logits, teacher_logits(teacher_model, model_batch), loss_mask=mask)
+    teacher = teacher_logits(teacher_model, model_batch)
+    return distillation_loss(logits, teacher, loss_mask=mask, group=group)
 
 
 def get_mixed_loss(
     args: Any, teacher_model: torch.nn.Module, model_batch: dict, no_model_batch: dict,
-    logits: torch.Tensor,
+    logits: torch.Tensor, *, group: Any = None,
 ) -> LossComponents:  # fmt: skip
     """MiniLLM's loss of ``finetune.py``, cross-entropy and distillation in one pass.
 
@@ -118,7 +135,7 @@ def get_mixed_loss(
 
     Args:
         args: ``kd_ratio``, a number in [0, 1]; ``model_parallel`` as in :func:`get_distil_loss`.
-        teacher_model, model_batch, no_model_batch, logits: as there. At ``kd_ratio`` 0 the
+        teacher_model, model_batch, no_model_batch, logits, group: as there. At ``kd_ratio`` 0 the
             teacher does not run.
 
     Returns:
@@ -128,7 +145,7 @@ def get_mixed_loss(
     Raises:
         ValueError: as :func:`get_distil_loss`, or ``kd_ratio`` outside [0, 1].
     """
-    _refuse_model_parallel(args)
+    group = _split_group(args, group)
     kd_ratio = check_share("args.kd_ratio", args.kd_ratio)
     teacher = teacher_logits(teacher_model, model_batch) if kd_ratio > 0 else None
     return distillation_loss(
@@ -138,4 +155,5 @@ def get_mixed_loss(
         ignore_index=IGNORE_INDEX,
         hard_label_weight=1 - kd_ratio,
         return_components=True,
+        group=group,
     )

@@ -91,12 +91,16 @@ def test_no_labelled_token(problem):
     assert (logits.grad == 0).all()
 
 
-def test_model_parallel_is_refused(problem):
+def test_model_parallel_needs_a_group(problem):
+    """What it computes: tests/vocab_parallel."""
     teacher, model_batch, no_model_batch, logits = problem
+    batch = model_batch, no_model_batch, logits
     args = SimpleNamespace(model_parallel=True, kd_ratio=0.5)
-    with pytest.raises(ValueError, match="args.model_parallel"):
-        get_distil_loss(args, None, None, teacher, model_batch, no_model_batch, logits)
-    with pytest.raises(ValueError, match="args.model_parallel"):
-        get_mixed_loss(args, teacher, model_batch, no_model_batch, logits)
+    with pytest.raises(ValueError, match=r"args.model_parallel is true, and .* pass group="):
+        get_distil_loss(args, None, None, teacher, *batch)
+    with pytest.raises(ValueError, match=r"args.model_parallel is true, and .* pass group="):
+        get_mixed_loss(args, teacher, *batch)
+    with pytest.raises(ValueError, match="group is given, but args.model_parallel is false"):
+        get_distil_loss(NOT_PARALLEL, None, None, teacher, *batch, group=object())
     with pytest.raises(ValueError, match=r"kd_ratio must lie in \[0, 1\], got 2"):
         get_mixed_loss(SimpleNamespace(kd_ratio=2), teacher, model_batch, no_model_batch, logits)
