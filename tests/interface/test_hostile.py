@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -40,9 +41,19 @@ def test_distributed_tensors(form, mesh):
     """A split vocabulary is not put together unasked, nor are a rank's tokens."""
     tensors = tensors_of(form)
     hard = {"hard_label_weight": 0.5} if "labels" in tensors else {}
+    function = getattr(distill_ops, form.split("/")[0])
+    splits = ("student_logits", "logits") if "group" in signature(function).parameters else ()
     for name, tensor in tensors.items():
-        for placement in (Replicate(), Shard(tensor.dim() - 1)):
-            changed = tensors | {name: distribute_tensor(tensor, mesh, [placement])}
+        whole, split = (
+            tensors | {name: distribute_tensor(tensor, mesh, [placement])}
+            for placement in (Replicate(), Shard(tensor.dim() - 1))
+        )
+        if name in splits:
+            with pytest.raises(ValueError, match=f"{name} is a DTensor of .* must be sharded on"):
+                CALLED[form](whole, **hard)
+            CALLED[form](split, **hard)
+            continue
+        for changed in (whole, split):
             with pytest.raises(TypeError, match=f"{name} is a DTensor, but must be whole: .*"):
                 CALLED[form](changed, **hard)
 
