@@ -15,9 +15,10 @@ from transformers import (
 
 
 def make_model(
-    vocab_size: int, hidden: int, layers: int, seed: int, spread: float = 0.02
+    vocab_size: int, hidden: int, layers: int, seed: int, spread: float = 0.02, tied: bool = True
 ) -> LlamaForCausalLM:
-    """Untrained weights of that spread, with heads of 32 and the input embedding as output head."""
+    """Untrained weights of that spread, with attention heads of 32; ``tied``: the input embedding is the
+    output head."""
     torch.manual_seed(seed)
     heads = hidden // 32
     return LlamaForCausalLM(
@@ -28,7 +29,7 @@ def make_model(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             eos_token_id=None,  # a text's end has no token: sampling goes on for as long as asked
             initializer_range=spread,
         )
@@ -41,16 +42,18 @@ def logits_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     return model(input_ids=batch.input_ids, use_cache=False).logits
 
 
+def next_factor(step: int, n_steps: int) -> float:
+    """Of the learning rate at the next step: a linear warm-up and a cosine decay to zero."""
+    warm_up = max(1, n_steps // 10)
+    return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / n_steps)) / 2)
+
+
 class Optimizer:
     """AdamW with a clipped gradient, a linear warm-up and a cosine decay to zero."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float, n_steps: int):
         self.parameters, self.adamw = adamw(model, learning_rate)
-        warm_up = max(1, n_steps // 10)
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / n_steps)) / 2)
-
+        factor = lambda step: next_factor(step, n_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, factor)
 
     def step(self) -> None:

@@ -62,9 +62,12 @@ def check_tokenizers(corpus: Corpus, config: Sizes) -> None:
     console.print(f"tokenizers: {report.verdict}")
 
 
-def train_teacher(corpus: Corpus, config: Sizes) -> tuple[LlamaForCausalLM, dict[str, float]]:
+def train_teacher(
+    corpus: Corpus, config: Sizes, tied: bool = True
+) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """The teacher, trained on hard labels alone, and its held-out loss before and after."""
-    model = make_model(config.vocab_size, config.teacher_hidden, config.teacher_layers, config.seed)
+    sizes = config.vocab_size, config.teacher_hidden, config.teacher_layers
+    model = make_model(*sizes, config.seed, tied=tied)
     optimizer = Optimizer(model, config.teacher_learning_rate, config.teacher_steps)
     batches = corpus.batches(config.teacher_steps, config.batch_size, config.seed)
     unseen = corpus.held_out_batches(config.held_out_batches, config.batch_size)
