@@ -18,11 +18,14 @@ READS = {
     "gather": ("logits_ptr",),
     "statistics": ("student_ptr", "teacher_ptr"),
     "metrics": ("student_ptr", "teacher_ptr"),
+    "normalise": ("student_ptr", "teacher_ptr"),
+    "reduce": ("student_ptr", "teacher_ptr"),
     "finish": ("product_ptr",),
     "softcap_gradient": ("gradient_ptr", "logits_ptr"),
     "scale": ("gradient_ptr",),
 }
 WRITES = {"finish": "logits_ptr"}  # the others write "gradient_ptr", if any
+READ_ONLY = ("metrics", "gather", "normalise", "reduce")
 BITMAP = ("LDG.E.U8", "LDG.E.S8", "global_load_ubyte", "global_load_sbyte", "buffer_load_ubyte")
 
 
@@ -167,6 +170,10 @@ def _compiled(
 
 def _over_tiles(kernel: str, loops: list[sass.Loop]) -> dict[str, list[sass.Loop]]:
     """The loops over tiles by sweep, the fast one first; a head's or the scale's are one sweep."""
+    if kernel in ("normalise", "reduce"):  # the first has a guarded sweep that sums as the second
+        return {
+            name: found for name, found in sass.sweeps(loops).items() if found and name == kernel
+        }
     if kernel in ("topk", "token", "gather", "statistics", "metrics"):
         return {name: found for name, found in sass.sweeps(loops).items() if found}
     found = [loop for loop in loops if loop.bytes_loaded and loop.instructions]
@@ -199,7 +206,7 @@ def other_row(entry: Entry, launch: aot.Launch, target: aot.Target, made_in: str
     for name, loop in fast.items():
         columns = (16 * _wide_loads(loop) or loop.bytes_loaded) / read
         sweeps[name] = [loop.instructions / columns, loop.special / columns]
-    writes = arguments.get("WRITE_GRADIENT", entry.kernel not in ("metrics", "gather"))
+    writes = arguments.get("WRITE_GRADIENT", entry.kernel not in READ_ONLY)
     written = _element_size(launch, WRITES.get(entry.kernel, "gradient_ptr")) if writes else 0
     # its forward has the token kernel's sweep too, so that the loops of one row are not known
     whole = (entry.kernel, made_in) != ("statistics", "forward")

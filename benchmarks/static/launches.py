@@ -87,6 +87,9 @@ HEAD = {
     "softcap to bfloat16": (FP32, BF16, None, True),
     "bias to bfloat16": (FP32, BF16, BF16, False),
 }
+# forms of the launches over a part of each row, with the divergences of each
+PARTS = {TRAIN: (BF16, *BUILT_IN), ODD: (BF16, *TWO), EVEN: (FP32, *TWO), HARD_T: (BF16, *TWO)}
+SUMMED = [name for name, kind in BUILT_IN.items() if kind.moment in ("none", "symmetric")]
 N_ROWS, SLOTS = 4096, 64
 
 
@@ -124,6 +127,10 @@ def entries(target: str) -> list[Entry]:
         found += [Entry("gather", form, dtype) for dtype in dtypes]
     found += [Entry("statistics", TRAIN, BF16, name) for name in BUILT_IN]
     found += [Entry("statistics", TRAIN, dtype, name) for dtype in (FP16, FP32) for name in TWO]
+    for form, (dtype, *names) in PARTS.items():
+        found += [Entry("normalise", form, dtype, name) for name in names]
+        if form != HARD_T:  # which it does not see
+            found += [Entry("reduce", form, dtype, name) for name in names if name in SUMMED]
     for dtype, vocabularies in {BF16: ("", ODD), FP16: ("",), FP32: ("", ODD)}.items():
         for suffix in vocabularies:
             form = lambda name, suffix=suffix: f"{name}, {suffix}" if suffix else name
@@ -219,6 +226,10 @@ def launches(entry: Entry, target: aot.Target) -> list[aot.Launch]:
         return forms.gather_launches(*sizes, dtype, target, **options)
     if entry.kernel == "statistics":
         return forms.statistics_launches(divergence, LARGE, dtype, target)
+    if entry.kernel in ("normalise", "reduce"):
+        form = DENSE[entry.form]
+        options = {"hard_label_weight": form.hard_label_weight, "temperature": form.temperature}
+        return [forms.phase_launch(entry.kernel, divergence, form.n_cols, dtype, target, **options)]
     if entry.kernel == "token":
         entropy = entry.form.startswith(ENTROPY)
         return forms.token_launches(_n_cols(entry.form), dtype, entropy, target)

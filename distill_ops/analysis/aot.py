@@ -15,7 +15,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import dense, gather, logits, metrics, reduction, rows, statistics, token, topk
+from ..kernels import (
+    dense,
+    gather,
+    logits,
+    metrics,
+    phases,
+    reduction,
+    rows,
+    statistics,
+    token,
+    topk,
+)
 from ..kernels.launch import DeviceFacts
 
 
@@ -53,6 +64,8 @@ KERNELS = (
     (token, "token_kernel"),
     (statistics, "statistics_kernel"),
     (topk, "topk_kernel"),
+    (phases, "normalise_kernel"),
+    (phases, "reduce_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),

@@ -11,7 +11,9 @@ import torch
 from .. import problem
 from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
-from ..kernels import dense, topk
+from ..gpu import formula_of
+from ..kernels import dense, phases, topk
+from ..kernels.launch import STATISTICS
 from ..operators.dense import dense_loss
 from ..operators.gather import gather_log_probs
 from ..operators.register import LossOperator, Plan
@@ -157,6 +159,32 @@ def topk_launches(
     )
     recorded = record_operator(topk_loss, inputs, options, gradient, target)
     return [launch for launch in recorded if launch.kernel is topk.topk_kernel]
+
+
+def phase_launch(
+    phase: str, divergence: Divergence, n_cols: int, dtype: torch.dtype, target: aot.Target, *,
+    hard_label_weight: float = 0.0, temperature: float = 1.0, n_rows: int = 4096,
+) -> aot.Launch:  # fmt: skip
+    """The launch "normalise" or "reduce" over a part of each row, of ``n_cols`` columns."""
+    arguments = LossArguments(
+        divergence, temperature=temperature, hard_label_weight=hard_label_weight
+    )
+    formula = formula_of(Options.of(arguments, n_cols, "triton"), divergence.parameters)
+    pair = [_meta(n_rows, n_cols, dtype=dtype) for _ in range(2)]
+    labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
+
+    def normalise():
+        n_numbers = phases.ALL_NUMBERS if hard_label_weight else phases.DIVERGENCE_NUMBERS
+        phases.normalise(
+            formula, *pair, labels, n_cols, parts=_meta(n_numbers, n_rows), weights=_meta(n_rows)
+        )
+
+    def reduce():
+        kept, sums = _meta(n_rows, STATISTICS), _meta(phases.SUMS, n_rows)
+        phases.reduce(formula, *pair, n_cols, kept=kept, sums=sums)
+
+    (launch,) = aot.record({"normalise": normalise, "reduce": reduce}[phase], target.facts)
+    return launch
 
 
 @dataclass(frozen=True)
