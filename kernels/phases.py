@@ -102,7 +102,7 @@ def reduce_kernel(
     which is [3, n_rows], from the whole rows' statistics ``kept``. NaN for a row without a softmax;
     0 for one that is not read."""
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        student, teacher, lead, poison = part_position(
+        student, teacher, lead, _ = part_position(
             row, student_ptr, student_start, student_outer, student_inner,
             teacher_ptr, teacher_start, teacher_outer, teacher_inner,
             teacher_rows_ptr, teacher_n_inner, n_teacher_rows, n_inner,
@@ -120,7 +120,7 @@ def reduce_kernel(
             fast = tl.load(kept + 7)
             loss = float("nan")
             total_slope = float("nan")
-            if (l_s > 0.0) & (l_t + poison > 0.0):
+            if (l_s > 0.0) & (l_t > 0.0):
                 row_values = row_parameters(parameters, row, PARAMETER_STRIDES)
                 if fast > 0.0:
                     loss, total_slope = reduce_sweep(

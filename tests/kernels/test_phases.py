@@ -264,6 +264,9 @@ def test_statistics_of_parts(case):
                 assert ((a - b).abs() <= allowed)[known].all(), (name, rank)
         for name, empty in zip(DIVERGENCE + LABEL, phases.EMPTY, strict=True):
             assert (ours[name][UNREAD] == empty).all(), name
+        if case.chosen and case.used[rank]:  # whose teacher's row does not exist
+            assert ours["teacher_sum"][MISSING].isnan()
+            assert ours["label_sum"][MISSING].isnan() == (case.hard_label_weight != 0)
         own = given.labels - sum(case.widths[:rank])
         if case.hard_label_weight:
             inside = (own >= 0) & (own < case.used[rank]) & read
