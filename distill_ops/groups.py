@@ -71,6 +71,11 @@ class Group:
         self.name, self._group = name, distributed_c10d._resolve_process_group(name)
         self.rank, self.size = self._group.rank(), self._group.size()
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of all processes, in order."""
+        return torch.distributed.get_process_group_ranks(self._group)
+
     def _call(self, collective, sent: torch.Tensor, *arguments) -> None:
         for counter in _counters:
             counter.collectives += 1

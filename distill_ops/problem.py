@@ -95,6 +95,25 @@ class Wanted(NamedTuple):
 NO_GRADIENTS = Wanted(False, False, False)
 
 
+def leading_of_all(leading: torch.Size, ranks: int) -> torch.Size:
+    """Of tokens ``leading``, in which each of that many ranks has its part of the first dimension."""
+    return leading if ranks == 1 else torch.Size((leading[0] * ranks, *leading[1:]))
+
+
+def shaped_as_all(inputs, ranks: int):
+    """A linear form's inputs with hidden states of all tokens, without their values, where that many ranks
+    split the tokens."""
+    if ranks == 1:
+        return inputs
+    return inputs._replace(
+        **{
+            name: x.new_empty(()).expand(*leading_of_all(x.shape[:-1], ranks), x.shape[-1])
+            for name, x in inputs._asdict().items()
+            if name.endswith("hidden") and x is not None
+        }
+    )
+
+
 class HeadOptions(NamedTuple):
     """How hidden states become logits: ``softcap((hidden weight^T + bias) * logit_scale)``."""
 
@@ -109,6 +128,7 @@ class BlockOptions(NamedTuple):
     autocast: torch.dtype | None  # in which it has products made
     memory_budget: int | None
     kept_tokens: int | None
+    token_ranks: int = 1  # that split the tokens of the hidden states, and the vocabulary
 
 
 class LinearOptions(NamedTuple):

@@ -5,15 +5,18 @@ from typing_extensions import Unpack
 
 from ..arguments import NO_TAIL, LossOptions, with_loss_options
 from ..checks.options import block_options, given_options, head_options
+from ..checks.split_heads import check_sequence_parallel, split_heads
 from ..operators.linear import linear_loss
 from ..results import LossResult
+from ..scalars import flag
 from .choices import LossModule, loss_result
 from .heads import checked_heads, linear_problem
 
-WITHOUT = ("infinities", "group", "vocab_offset")
+WITHOUT = ("infinities",)
 OWN = (
     "student_bias", "student_logit_scale", "student_softcap", "teacher_bias", "teacher_logit_scale",
     "teacher_softcap", "teacher_logits", "logits_dtype", "memory_budget", "kept_tokens",
+    "sequence_parallel",
 )  # fmt: skip
 
 
@@ -34,6 +37,7 @@ def linear_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
+    sequence_parallel: bool = False,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """:func:`distillation_loss` of two language-model heads, without their logits in memory.
@@ -90,6 +94,18 @@ def linear_distillation_loss(
             states and weight for the backward; one backward only. "backward": by the backward,
             which forms the logits again. "auto": "forward", but "backward" for
             ``reduction="none"`` and where products or tensors of the student are float16.
+        group: the ranks that split the vocabulary (a torch.distributed process group, or a DeviceMesh of
+            one dimension): a column-parallel head, of which each rank passes its rows of ``student_weight``
+            and ``student_bias``, in rank order, and the hidden states of all tokens. It gets the loss of
+            the whole vocabulary, the gradient of its rows, and that of the hidden states, summed over the
+            ranks. The teacher's head (or logits) is split alike, or whole on every rank. Weights may be
+            DTensors, ``Shard(0)`` over this group. Labels, masks and ``vocab_size`` are of all; blocks
+            are of the same tokens on all ranks, with one or two collectives each (docs/vocab-parallel.md).
+        vocab_offset: the columns before this rank's, which is checked: the ranks exchange their widths
+            once a call all the same (but for DTensors), for which the host waits.
+        sequence_parallel: the hidden states come sharded over their first dimension too, in rank order and
+            equally many on each of the group's ranks, ``[n / ranks, ..., d]`` of both models: they are
+            gathered, and their gradient is that of the rank's own. Labels, masks and results are of all.
 
         The others are those of :func:`distillation_loss`. A token of weight 0 is not read: whatever
         its hidden states hold, its gradient is 0. Infinite logits, which a bias may make, are
@@ -103,14 +119,23 @@ def linear_distillation_loss(
     """
     arguments = given_options("linear_distillation_loss", options, *WITHOUT, own=OWN)
     blocks = block_options(logits_dtype, memory_budget, kept_tokens)
+    split, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits = split_heads(
+        arguments.group, arguments.vocab_offset, arguments.vocab_size,
+        student_weight=student_weight, student_bias=student_bias, teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias, teacher_logits=teacher_logits,
+    )  # fmt: skip
+    ranks = check_sequence_parallel(
+        sequence_parallel, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden
+    )
     student, student_options, teacher, teacher_options, n_cols, arguments = checked_heads(
         (student_hidden, student_weight, student_bias), (student_logit_scale, student_softcap),
         (teacher_hidden, teacher_weight, teacher_bias), (teacher_logit_scale, teacher_softcap),
-        arguments, teacher_logits,
+        arguments, teacher_logits, split, ranks,
     )  # fmt: skip
     inputs, options, made = linear_problem(
         student, student_options, teacher, teacher_options, (None, None), NO_TAIL, n_cols,
-        arguments, blocks, teacher_logits if arguments.soft else None,
+        arguments, blocks._replace(token_ranks=ranks), teacher_logits if arguments.soft else None,
+        split=split,
     )  # fmt: skip
     outputs = linear_loss("linear_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)
@@ -140,12 +165,14 @@ class LinearDistillationLoss(LossModule):
     @staticmethod
     def check(
         *, student_bias=None, student_logit_scale=1.0, student_softcap=None, teacher_bias=None,
-        teacher_logit_scale=1.0, teacher_softcap=None, teacher_logits=None, **blocks,
+        teacher_logit_scale=1.0, teacher_softcap=None, teacher_logits=None, sequence_parallel=False,
+        **blocks,
     ) -> dict:  # fmt: skip
         student = head_options("student_", student_logit_scale, student_softcap)
         teacher = head_options("teacher_", teacher_logit_scale, teacher_softcap)
         heads = {f"student_{name}": value for name, value in student._asdict().items()}
         heads |= {f"teacher_{name}": value for name, value in teacher._asdict().items()}
+        heads["sequence_parallel"] = flag("sequence_parallel", sequence_parallel)
         return heads | block_options(**blocks)._asdict()
 
     def forward(

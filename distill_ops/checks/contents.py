@@ -22,6 +22,7 @@ from ..problem import (
     TokenInputs,
     TokenOptions,
     TopKInputs,
+    shaped_as_all,
 )
 from ..results import StatisticsCoefficients
 from ..support import (
@@ -76,6 +77,7 @@ def of_loss(
 
 
 def of_linear_loss(inputs: LinearInputs, options: LinearOptions) -> None:
+    inputs = shaped_as_all(inputs, options.blocks.token_ranks)
     of_loss(inputs, options.loss, options.blocks.kept_tokens)
 
 

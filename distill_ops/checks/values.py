@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..problem import leading_of_all
 from ..scalars import INT64, flag, integer, number
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -145,17 +146,20 @@ def of_teacher(name: str, tensor: torch.Tensor) -> None:
 
 
 class TokenRows(NamedTuple):
-    """The tensor ``[..., n]`` whose rows are the tokens, with the user's name for it."""
+    """The tensor ``[..., n]`` whose rows are the tokens, with the user's name for it.
+
+    ``ranks``: how many split the tokens in its first dimension, where each has as many."""
 
     name: str
     tensor: torch.Tensor
+    ranks: int = 1
 
     def check_leading(self, name: str, leading: torch.Size) -> None:
-        expected = self.tensor.shape[:-1]
+        expected = leading_of_all(self.tensor.shape[:-1], self.ranks)
         if leading != expected:
+            of = self.name if self.ranks == 1 else f"{self.name} of all {self.ranks} ranks"
             raise ValueError(
-                f"{name} must have the leading shape of {self.name}, "
-                f"{tuple(expected)}, got {tuple(leading)}"
+                f"{name} must have the leading shape of {of}, {tuple(expected)}, got {tuple(leading)}"
             )
 
     def check_teacher_leading(

@@ -31,7 +31,7 @@ def _whole(n: int) -> int:
 
 def split(
     n_rows: int, token_bytes: int, row_bytes: int, budget: int, spare: int = 0, *, gpu: bool,
-    pieces: bool = False,
+    pieces: bool = False, whole: bool = False,
 ) -> Blocks:  # fmt: skip
     """Blocks that ``budget`` bytes hold.
 
@@ -43,6 +43,7 @@ def split(
         gpu: rows under work are then an eighth of the budget, but EFFICIENT_ROWS where half of it
             holds them; the rest is the block, because every block reads and writes the weight's
             gradient once. On a CPU the two are one, or with ``pieces`` some PIECE_ROWS are under work.
+        whole: all rows of a block are under work at once.
 
     Raises:
         ValueError: not even one token fits.
@@ -54,9 +55,10 @@ def split(
             f"{smallest} bytes"
         )
     n_rows = max(n_rows, 1)
-    if not gpu:
+    if whole or not gpu:
         together = n_rows if n_rows * smallest <= budget + spare else budget // smallest
-        tokens = _balanced(n_rows, together, 1)
+        tokens = _balanced(n_rows, together, 128 if gpu and together >= 128 else 1)
+        pieces = pieces and not whole
         return Blocks(tokens, -(-tokens // max(1, tokens // PIECE_ROWS)) if pieces else tokens)
     rows = max(budget // 8 // row_bytes, min(EFFICIENT_ROWS, budget // 2 // row_bytes), 1)
     rows = _whole(min(rows, n_rows))

@@ -9,6 +9,10 @@ logits themselves are formed for fewer rows at a time. Where logits and gradient
 no softcap's derivative needs the logits afterwards, they share their memory. All buffers together
 take at most ``memory_budget`` bytes; the sum of the weight's gradient over several blocks, where it has
 a wider dtype than the weight (``products.sum_dtype``), is on top (``blocks.split``).
+
+Where ranks split the vocabulary (``projection.ranks``) all rows of a block are under work at once, so that
+a loss's collectives run once a block, and the blocks are those of the rank with most columns. In the end
+the ranks sum the gradient of the hidden states.
 """
 
 from collections.abc import Callable
@@ -61,7 +65,7 @@ class Engine:
     ):
         self.projection, self.logits_dtype, self.wanted = projection, logits_dtype, wanted
         head, dtype = projection.head, projection.dtype
-        stride = row_stride(projection.n_cols, projection.triton)
+        stride = row_stride(projection.widest, projection.triton)
         dim = head.hidden.shape[1]
         self.shared = any(wanted) and logits_dtype == dtype and head.softcap is None
         token_bytes = dim * dtype.itemsize
@@ -75,7 +79,7 @@ class Engine:
         spare = 0
         wide = sum_dtype(dtype)
         if wanted.weight and head.weight.dtype != wide:
-            spare = projection.n_cols * dim * wide.itemsize
+            spare = projection.widest * dim * wide.itemsize
         gpu = on_gpu(projection.device)
         budget = memory_budget or (GPU_BUDGET if gpu else CPU_BUDGET)
         self.keeps = False
@@ -87,6 +91,7 @@ class Engine:
         self.blocks = split(
             projection.selection.n_rows, token_bytes, max(row_bytes, 1), budget, spare, gpu=gpu,
             pieces=head.weight.dtype == dtype,  # else each would upcast the weight again
+            whole=projection.ranks is not None,
         )  # fmt: skip
         if not any(wanted):
             self.blocks = Blocks(self.blocks.rows, self.blocks.rows)
@@ -133,6 +138,8 @@ class Engine:
             if of_bias is not None:
                 of_bias[: projection.n_cols] += gradient.sum(0, dtype=of_bias.dtype)
         del student, held
+        if of_hidden is not None and projection.ranks is not None:
+            of_hidden = projection.ranks.summed(of_hidden)
         if of_bias is not None:
             of_bias = (of_bias * head.logit_scale).to(head.bias.dtype)
         return Gradients(of_hidden, None if of_weight is None else of_weight.result(), of_bias)

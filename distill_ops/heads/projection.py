@@ -14,6 +14,7 @@ from .products import (
     rows_buffer,
     sum_dtype,
 )
+from .ranks import Ranks
 
 # Entries of a half-precision weight that the CPU upcasts at a time: 2 MiB in float32. Twice that is
 # as fast at 32000 rows and 5% faster at 151936, but the heap then holds up to 12 MiB more at the peak.
@@ -43,18 +44,23 @@ class Projection:
     """The products of a head: logits from hidden states, and the gradients from the logits'.
 
     ``dtype`` is that of the operands. The weight is cast where it has another: on a CPU a slice of
-    the vocabulary at a time, on a GPU once, as autocast does.
+    the vocabulary at a time, on a GPU once, as autocast does. ``ranks``, if any, split the vocabulary;
+    memory is planned for ``widest`` columns, the same on all of them.
     """
 
-    def __init__(self, head: Head, selection: Selection, n_cols: int, dtype: torch.dtype, triton):
+    def __init__(
+        self, head: Head, selection: Selection, n_cols: int, dtype: torch.dtype, triton,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
         self.head, self.selection, self.n_cols, self.dtype = head, selection, n_cols, dtype
         self.triton = triton  # whether the elementwise work is Triton's
+        self.ranks, self.widest = ranks, n_cols if ranks is None else ranks.widest
         self.device = head.hidden.device
         self.weight = head.weight[:n_cols]
         self.bias = None if head.bias is None else head.bias[:n_cols].contiguous()
         self.upcast = self.scratch = None
         if self.weight.dtype != dtype:
-            if on_gpu(self.device):
+            if on_gpu(self.device) or n_cols == 0:
                 self.weight = self.weight.to(dtype)
             else:
                 dim = self.weight.shape[1]
@@ -65,12 +71,12 @@ class Projection:
     @classmethod
     def of(
         cls, hidden, weight, bias, options: HeadOptions, selection: Selection, n_cols: int,
-        wide: bool, autocast: torch.dtype | None, triton: bool,
+        wide: bool, autocast: torch.dtype | None, triton: bool, ranks: Ranks | None = None,
     ) -> "Projection":  # fmt: skip
         """Of hidden states ``[..., d]``; ``wide``: an input of the call is float64."""
         head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, *options)
         dtype = product_dtype(head.hidden, weight, wide, autocast)
-        return cls(head, selection, n_cols, dtype, triton)
+        return cls(head, selection, n_cols, dtype, triton, ranks)
 
     def slices(self):
         """Columns of the logits with their part of the weight."""
@@ -193,5 +199,5 @@ def logits_bytes(projection: Projection, logits_dtype: torch.dtype) -> int:
     n_bytes = logits_dtype.itemsize
     if not has_product(logits_dtype, projection.dtype, projection.device):
         n_bytes += torch.float32.itemsize
-    stride = row_stride(projection.n_cols, projection.triton)
+    stride = row_stride(projection.widest, projection.triton)
     return stride * n_bytes + projection.head.hidden.shape[1] * projection.dtype.itemsize

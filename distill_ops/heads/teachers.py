@@ -35,7 +35,7 @@ class Given:
             if index is None:
                 leading, strides = logits.shape[:-1], logits.stride()[:-1]
                 if single_stride(leading, strides) is not None:
-                    return cls(logits.view(-1, logits.shape[-1])), tokens
+                    return cls(logits.view(leading.numel(), logits.shape[-1])), tokens
                 # as of ``logits[:, :-1]``, whose rows are counted instead
                 index = torch.arange(leading.numel(), device=logits.device)
             tokens = tokens._replace(teacher_rows=index)

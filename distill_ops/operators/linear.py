@@ -9,13 +9,16 @@ from .. import problem
 from ..checks import contents
 from ..heads.engine import Engine
 from ..heads.projection import Projection
+from ..heads.ranks import Ranks
 from ..heads.select import on_device, placed, select
 from ..heads.teachers import in_order, teacher_of
-from ..problem import FORWARD, NO_GRADIENTS, Wanted
+from ..problem import BACKWARD, FORWARD, NO_GRADIENTS, Wanted, shaped_as_all
 from ..results import OutputBuffers
 from ..rows import Tokens
 from ..support import SupportOptions
+from . import linear_split
 from .gather import slots_of
+from .linear_split import SplitRows
 from .logits import LOSS_OUTPUTS, loss_fakes
 from .path import path_of
 from .register import LossOperator, Plan
@@ -40,6 +43,7 @@ class LinearPass:
         options: problem.LinearOptions,
         tokens: Tokens,
         wanted: Wanted,
+        ranks: Ranks | None = None,
     ):
         self.options, self.dtype, blocks = options.loss, inputs.dtype(), options.blocks
         self.path = path_of(self.options.backend)
@@ -50,7 +54,7 @@ class LinearPass:
         self.tokens, selection = in_order(inputs, self.options, self.tokens, selection)
         wide = self.dtype == torch.float64
         logits_dtype = torch.float64 if wide else blocks.logits_dtype
-        shared = self.options.n_cols, wide, blocks.autocast, self.triton
+        shared = self.options.n_cols, wide, blocks.autocast, self.triton, ranks
         student = Projection.of(*inputs.student, options.student, selection, *shared)
         self.teacher, self.tokens = teacher_of(
             inputs, options, self.tokens, selection, shared, logits_dtype
@@ -75,10 +79,13 @@ class LinearPass:
         self.components = new((parts, n_rows), dtype=self.dtype)
         self.parts = new((parts, n_under_work), dtype=self.dtype) if self.triton else None
 
+    def compared(self, rows: slice):
+        """The teacher of rows under work, None without one, and their tokens as it wants them."""
+        tokens = self.tokens.rows(rows)
+        return (None, tokens) if self.teacher is None else self.teacher.rows(rows, tokens)
+
     def row_loss(self, student, rows: slice, gradient) -> None:
-        n_rows, teacher, tokens = len(student), None, self.tokens.rows(rows)
-        if self.teacher is not None:
-            teacher, tokens = self.teacher.rows(rows, tokens)
+        n_rows, (teacher, tokens) = len(student), self.compared(rows)
         if self.support is not None:
             teacher = slots_of(student, teacher, tokens.weights, self.support, self.dtype)
         if self.triton:
@@ -111,22 +118,33 @@ class LinearPass:
 
 
 def forward(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan):
-    """Loss and components; kept are the gradients that the forward makes."""
-    hidden = inputs.student_hidden
+    """Loss and components; kept are the gradients that the forward makes, or, where ranks split the
+    vocabulary, what the backward needs of the rows."""
+    hidden, ranks = inputs.student_hidden, None
     with on_device(hidden):
+        if options.loss.split.group is not None:
+            inputs, options, ranks = linear_split.here(inputs, options, plan)
         tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
         wanted = Wanted(*plan.wanted) if plan.made == FORWARD else NO_GRADIENTS
-        made = LinearPass(inputs, options, tokens, wanted)
-        gradients = made.engine.run(made.row_loss)
-        return made.results(inputs.leading), gradients.of(hidden)
+        made = LinearPass(inputs, options, tokens, wanted, ranks)
+        split = None if ranks is None else SplitRows(made, ranks, plan.made == BACKWARD)
+        kept = made.engine.run((split or made).row_loss).of(hidden)
+        if ranks is not None and plan.made == BACKWARD:
+            kept = split.statistics(inputs.n_rows), ranks.kept(), None
+        return made.results(inputs.leading), kept
 
 
 def gradient(
     inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Plan, kept, upstreams
 ):
     """The gradients that are wanted, for the incoming gradient ``[]`` or ``[...]``."""
-    hidden = inputs.student_hidden
+    hidden, wanted = inputs.student_hidden, Wanted(*plan.wanted)
     with on_device(hidden):
+        if options.loss.split.group is not None:
+            inputs, options, ranks = linear_split.here(inputs, options, plan, kept[1])
+            tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
+            split = SplitRows(LinearPass(inputs, options, tokens, wanted, ranks), ranks)
+            return split.gradients(kept[0], *upstreams).of(hidden)
         tokens = path_of(options.loss.backend).tokens(inputs, options.loss)
         tokens = with_upstream(tokens, upstreams[0], inputs.n_rows, inputs.dtype())
         options = options._replace(loss=options.loss._replace(token_outputs=()))
@@ -140,6 +158,9 @@ def fake(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Pla
         x.new_empty(x.shape) if want else None
         for x, want in zip(inputs.student, wanted, strict=True)
     )
+    inputs = shaped_as_all(inputs, options.blocks.token_ranks)
+    if plan.made == BACKWARD and options.loss.split.group is not None:
+        gradients = linear_split.kept_fakes(inputs)
     return loss_fakes(inputs, options.loss), gradients
 
 

@@ -66,7 +66,7 @@ def test_packed_options_come_back():
     operator, _, linear, plan = call
     assert linear.student.softcap == 3.0
     assert linear.teacher.softcap is None
-    assert linear.blocks == (torch.bfloat16, None, None, 4)
+    assert linear.blocks == (torch.bfloat16, None, None, 4, 1)
     assert plan == (NAME, "forward", (False, True, False))
     assert operator.unpacked(call.arguments())[1:3] == (linear, plan)
 
