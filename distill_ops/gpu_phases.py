@@ -6,11 +6,11 @@ import math
 import torch
 
 from .gpu import formula_of, on
-from .kernels import dense, phases
-from .kernels.launch import STATISTICS
+from .kernels import dense, phases, token
+from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .problem import Options
 from .row_statistics import OF_DIVERGENCE, RowStatistics
-from .rows import Tokens
+from .rows import IGNORED, Tokens
 
 
 def normalise(options: Options, tokens: Tokens, student, teacher, n_cols: int) -> torch.Tensor:
@@ -53,4 +53,57 @@ def differentiate(
         dense.run(
             formula_of(options, tokens.parameters), student, teacher, tokens.labels, n_cols,
             statistics=kept, gradient=out, upstream=upstream, teacher_rows=tokens.teacher_rows,
+        )  # fmt: skip
+
+
+def token_part(
+    logits: torch.Tensor,  # [..., width]
+    ids: torch.Tensor,  # [n]: rows of IGNORED are not read
+    n_cols: int,  # all of the width
+    temperature: float,
+    entropy: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``cpu.token_phases.token_part``."""
+    new = ids.new_zeros
+    if n_cols == 0:
+        maximum, total, moment = new((3, len(ids)), dtype=torch.float32)
+        return maximum.fill_(-math.inf), total, moment
+    log_probs = new(len(ids), dtype=torch.float32)  # of this part, which nobody asks for
+    entropies = new(len(ids), dtype=torch.float32) if entropy else None
+    kept = new((len(ids), TOKEN_STATISTICS), dtype=torch.float32)
+    with on(logits):
+        token.run(
+            logits, ids, temperature, IGNORED, log_probs=log_probs, entropies=entropies,
+            statistics=kept,
+        )  # fmt: skip
+    return exact_part(*kept.unbind(-1), entropy)
+
+
+def exact_part(maximum, total, entropies, entropy: bool = True):
+    """Of what the token kernel finds: the maximum of columns without a finite logit, 0 there, is -inf; and
+    the moment, of the entropies."""
+    empty = total == 0
+    moment = torch.zeros_like(total)
+    if entropy:
+        moment = ((total.log() - entropies) * total).masked_fill(empty, 0.0)
+    return maximum.masked_fill(empty, -math.inf), total, moment
+
+
+def token_gradient(
+    logits: torch.Tensor,  # [..., width]
+    ids: torch.Tensor,  # [n]
+    kept: torch.Tensor,  # [n, 3]
+    temperature: float,
+    upstream: torch.Tensor,  # [n]
+    upstream_entropy: torch.Tensor | None,  # [n]
+    out: torch.Tensor,
+) -> None:
+    """Fill the gradient, which may be over the logits."""
+    if logits.shape[-1] == 0:
+        return
+    with on(logits):
+        token.run(
+            logits, ids, temperature, IGNORED, statistics=kept, gradient=out, upstream=upstream,
+            upstream_entropy=upstream_entropy,
         )  # fmt: skip

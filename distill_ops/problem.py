@@ -24,6 +24,13 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def ids_below(split: Split, n_cols: int) -> int:
+    """The bound of labels and ids: ``n_cols`` of a vocabulary that is whole; of another what is known."""
+    if split.group is None:
+        return n_cols
+    return INT64[1] if split.bound is None else split.bound
+
+
 class Options(NamedTuple):
     """The options of a loss, checked."""
 
@@ -71,9 +78,7 @@ class Options(NamedTuple):
     @property
     def bound(self) -> int:
         """Labels and ids lie below it."""
-        if self.split.group is None:
-            return self.n_cols
-        return INT64[1] if self.split.bound is None else self.split.bound
+        return ids_below(self.split, self.n_cols)
 
     @property
     def tail_options(self) -> Tail:
@@ -149,6 +154,11 @@ class TokenOptions(NamedTuple):
     temperature: float
     ignore_index: int
     entropy: bool  # whether it is asked for
+    split: Split = WHOLE
+
+    def bound(self, n_cols: int) -> int:
+        """Ids of logits of so many columns lie below it."""
+        return ids_below(self.split, n_cols)
 
 
 class LinearTokenOptions(NamedTuple):

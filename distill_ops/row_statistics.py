@@ -31,7 +31,7 @@ UNDER_TEACHER = ("soft", "forward", "symmetric")  # which divergences have a mom
 UNDER_STUDENT = ("reverse", "symmetric")  # ... and under q
 
 
-def _distance(x: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
+def distance(x: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
     """``(x - maximum) / temperature``: at most 0, finite where it would be -inf, as of a part without
     a finite logit, so that 0 times it is 0. NaN and +inf make NaN."""
     finite = torch.where(maximum == NEG_INF, 0.0, maximum)
@@ -111,7 +111,7 @@ class RowStatistics(NamedTuple):
         label_max, label_sum, label_logit, label_found = zero + NEG_INF, zero, zero + NEG_INF, zero
         if labels is not None:
             label_max = student.amax(-1)
-            label_sum = _distance(student, label_max[:, None], 1.0).exp_().sum(-1)
+            label_sum = distance(student, label_max[:, None], 1.0).exp_().sum(-1)
             column = labels.long() - offset
             elsewhere = (column < 0) | (column >= student.shape[-1])
             of_label = student.gather(-1, column.masked_fill(elsewhere, 0)[:, None])[:, 0]
@@ -122,8 +122,8 @@ class RowStatistics(NamedTuple):
         if divergence.infinite_at_teacher_zero:
             student = student.masked_fill(teacher == NEG_INF, NEG_INF)
         student_max, teacher_max = student.amax(-1), teacher.amax(-1)
-        of_student = _distance(student, student_max[:, None], temperature)
-        of_teacher = _distance(teacher, teacher_max[:, None], temperature)
+        of_student = distance(student, student_max[:, None], temperature)
+        of_teacher = distance(teacher, teacher_max[:, None], temperature)
         student_exp, teacher_exp = of_student.exp(), of_teacher.exp()
         teacher_sum = kept_sum = teacher_exp.sum(-1)
         if divergence.infinite_at_student_zero:
@@ -153,9 +153,9 @@ class RowStatistics(NamedTuple):
         label_max = reduce(torch.maximum, [part.label_max for part in parts])
 
         def moved(part: "RowStatistics") -> "RowStatistics":
-            of_student = _distance(part.student_max, student_max, temperature)
-            of_teacher = _distance(part.teacher_max, teacher_max, temperature)
-            of_label = _distance(part.label_max, label_max, 1.0)
+            of_student = distance(part.student_max, student_max, temperature)
+            of_teacher = distance(part.teacher_max, teacher_max, temperature)
+            of_label = distance(part.label_max, label_max, 1.0)
             student_factor, teacher_factor = of_student.exp(), of_teacher.exp()
             shift = _measured(divergence, of_student, of_teacher)
             teacher_moment, student_moment = part.teacher_moment, part.student_moment

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+# Of token ids counted from the first of some columns: those that are not read, and those of other columns
+IGNORED, ELSEWHERE = -1, -2
+
 
 class Tokens(NamedTuple):
     """What rows of logits come with: for all of them, or one entry a row."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks.split import split_logits
 from ..checks.tokens import check_mixture, check_token_log_probs
 from ..operators.tokens import token_log_probs as operator
 from ..problem import TokenInputs, TokenOptions
@@ -17,6 +18,8 @@ def token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     backend: str = "auto",
+    group=None,
+    vocab_offset: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of given tokens, in nats, and the entropy of their rows.
 
@@ -48,6 +51,12 @@ def token_log_probs(
         temperature: T above, positive.
         return_entropy: return the pair (log-probabilities, entropies).
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+        group: the ranks that split the vocabulary, as in :func:`distill_ops.distillation_loss`: each calls with
+            its columns of the logits and the same ids, which count over all columns, and gets the same
+            results and the gradient of its columns. One collective, none in the backward
+            (docs/vocab-parallel.md).
+        vocab_offset: the columns before this rank's; without it the ranks exchange their widths, one more
+            collective.
 
     Returns:
         ``[...]``, float32 (float64 for float64 logits), or a pair of them; differentiable.
@@ -57,12 +66,12 @@ def token_log_probs(
         RuntimeError: from backward, on a second derivative.
     """
     flag("return_entropy", return_entropy)
+    split, logits, _ = split_logits(group, vocab_offset, None, logits, None, ("logits", ""))
     ids, temperature, ignore_index = check_token_log_probs(
-        logits, token_ids, temperature, ignore_index
+        logits, token_ids, temperature, ignore_index, split
     )
-    options = TokenOptions(
-        choose_backend(backend, "logits", logits), temperature, ignore_index, return_entropy
-    )
+    backend = choose_backend(backend, "logits", logits)
+    options = TokenOptions(backend, temperature, ignore_index, return_entropy, split)
     made = gradient_mode("backward", "none", logits)
     outputs = operator("token_log_probs", TokenInputs(logits, ids), options, made)
     return outputs if return_entropy else outputs[0]

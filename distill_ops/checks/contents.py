@@ -103,7 +103,7 @@ def of_statistics(
     options: StatisticsOptions | LinearStatisticsOptions,
 ) -> None:
     """Ids, parameters, and the coefficients of a loss."""
-    _token_ids(inputs.ids, options.loss.n_cols, options.loss.ignore_index)
+    _token_ids(inputs.ids, options.loss.bound, options.loss.ignore_index)
     if readable(inputs.ids):
         counted = Counted(None, inputs.ids, options.loss.ignore_index)
         _parameters(inputs.parameters, options.loss, counted)
@@ -111,11 +111,12 @@ def of_statistics(
 
 
 def of_tokens(inputs: TokenInputs, options: TokenOptions) -> None:
-    _token_ids(inputs.ids, inputs.logits.shape[-1], options.ignore_index)
+    _token_ids(inputs.ids, options.bound(inputs.logits.shape[-1]), options.ignore_index)
 
 
 def of_linear_tokens(inputs: LinearTokenInputs, options: LinearTokenOptions) -> None:
-    _token_ids(inputs.ids, inputs.weight.shape[0], options.tokens.ignore_index)
+    tokens = options.tokens
+    _token_ids(inputs.ids, tokens.bound(inputs.weight.shape[0]), tokens.ignore_index)
 
 
 def _token_ids(ids: torch.Tensor, n_cols: int, ignore_index: int) -> None:

@@ -159,9 +159,10 @@ def check_dense(
 
 
 def check_token_log_probs(
-    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, ignore_index: int
-) -> CheckedTokens:
-    check_logits("logits", logits)
+    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, ignore_index: int,
+    split: Split = WHOLE,
+) -> CheckedTokens:  # fmt: skip
+    check_logits("logits", logits, 1 if split.group is None else 0)
     return check_token_ids(TokenRows("logits", logits), token_ids, temperature, ignore_index)
 
 

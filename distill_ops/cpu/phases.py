@@ -23,6 +23,9 @@ from .rows import (
     row_sums,
     rows_in_chunk,
 )
+from .token_phases import exponents as _distances
+from .token_phases import token_gradient as token_gradient
+from .token_phases import token_part as token_part
 
 NEG_INF = float("-inf")
 
@@ -70,15 +73,6 @@ class Rows:
                 block[-1][rows, : self.n_cols] = gradient
         if self.gradient is not None and self.n_cols < self.gradient.shape[-1]:
             self.gradient[..., self.n_cols :] = 0
-
-
-def _distances(logits, maximum, temperature, out: torch.Tensor) -> torch.Tensor:
-    """``(logits - maximum) / temperature`` in the working dtype."""
-    if logits.dtype == out.dtype:
-        torch.sub(logits, maximum[:, None], out=out)
-    else:
-        out.copy_(logits).sub_(maximum[:, None])
-    return out if temperature == 1 else out.div_(temperature)
 
 
 def _finite_part(

@@ -80,7 +80,7 @@ def forward(inputs: problem.LinearTokenInputs, options: problem.LinearTokenOptio
         found = TokenPass(inputs, options, NO_GRADIENTS)
         log_probs, entropies, kept = found.log_probs(plan.made == BACKWARD)
     entropies = None if entropies is None else entropies.view(inputs.leading)
-    return (log_probs.view(inputs.leading), entropies), (kept,)
+    return (log_probs.view(inputs.leading), entropies), (kept, None)
 
 
 def gradient(
@@ -92,11 +92,11 @@ def gradient(
 ):
     with on_device(inputs.hidden):
         made = TokenPass(inputs, options, Wanted(*plan.wanted))
-        return made.gradients(*kept, per_row(upstreams)).of(inputs.hidden)
+        return made.gradients(kept[0], per_row(upstreams)).of(inputs.hidden)
 
 
 linear_token_log_probs = LossOperator(
     "linear_token_log_probs", problem.LinearTokenInputs, problem.LinearTokenOptions, forward=forward,
     gradient=gradient, fake=lambda inputs, options, plan: token_fake(inputs, options.tokens, plan),
-    check=contents.of_linear_tokens, students=("hidden", "weight", "bias"), outputs=2, kept=1, differentiable=2,
+    check=contents.of_linear_tokens, students=("hidden", "weight", "bias"), outputs=2, kept=2, differentiable=2,
 )  # fmt: skip

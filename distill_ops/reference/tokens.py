@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks.contents import of_statistics, of_tokens
+from ..checks.split import split_logits
 from ..checks.statistics import CheckedStatistics, check_statistics
 from ..checks.tokens import check_mixture, check_token_log_probs
 from ..divergences.base import Divergence
@@ -20,6 +21,7 @@ from ..results import DistillationStatistics, StatisticsCoefficients
 from ..scalars import flag
 from .dense import divergence_terms, log_mixture
 from .rows import entropy, no_maximum
+from .split import gathered
 
 
 def _read(logits: torch.Tensor, ignored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -43,6 +45,8 @@ def token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    group=None,
+    vocab_offset: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`distill_ops.token_log_probs` in eager PyTorch, differentiable by autograd.
 
@@ -61,6 +65,9 @@ def token_log_probs(
     (docs/semantics.md, section 12), without ``backend``.
     """
     flag("return_entropy", return_entropy)
+    split, logits, _ = split_logits(group, vocab_offset, None, logits, None, ("logits", ""))
+    if split.group is not None:
+        logits = gathered(logits, split)
     token_ids, temperature, ignore_index = check_token_log_probs(
         logits, token_ids, temperature, ignore_index
     )

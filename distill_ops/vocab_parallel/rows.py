@@ -100,11 +100,18 @@ def _hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.
         ValueError: on every rank.
     """
     nowhere = row.label_found == 0
-    if nowhere.is_cpu:
-        kept = nowhere if weights is None else nowhere & (weights != 0)
-        if kept.any():
-            raise ValueError(
-                f"labels must lie in the vocabulary that the ranks split or equal ignore_index, and no rank "
-                f"has that of {int(kept.sum())} tokens, the first of them at {int(kept.nonzero()[0])}"
-            )
+    refuse_nowhere("labels", nowhere if weights is None else nowhere & (weights != 0))
     return torch.where(nowhere, torch.nan, row.hard_label_loss())
+
+
+def refuse_nowhere(name: str, nowhere: torch.Tensor) -> None:
+    """Refuse labels or ids that no rank has, ``[n]``, on a CPU, where no host waits to know.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    if nowhere.is_cpu and nowhere.any():
+        raise ValueError(
+            f"{name} must lie in the vocabulary that the ranks split or equal ignore_index, and no rank "
+            f"has that of {int(nowhere.sum())} tokens, the first of them at {int(nowhere.nonzero()[0])}"
+        )

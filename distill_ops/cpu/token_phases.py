@@ -1,0 +1,114 @@
+"""The phases of a token's log-probability and entropy in rows whose columns ranks split
+(``vocab_parallel/tokens.py``), on the CPU: chunks of rows as in ``tokens.py``."""
+
+import math
+
+import torch
+
+from ..rows import IGNORED
+from .rows import LOWEST, kept_groups, row_sums
+from .tokens import Buffers
+
+NEG_INF = float("-inf")
+
+
+def exponents(
+    logits: torch.Tensor, maximum: torch.Tensor, temperature: float, out: torch.Tensor
+) -> torch.Tensor:
+    """``(logits - maximum) / temperature`` in the dtype of ``out``, which is filled."""
+    if logits.dtype == out.dtype:
+        torch.sub(logits, maximum[:, None], out=out)
+    else:
+        out.copy_(logits).sub_(maximum[:, None])
+    return out if temperature == 1 else out.div_(temperature)
+
+
+def _finite(maximum: torch.Tensor) -> torch.Tensor:
+    """A maximum to subtract: 0 of columns without a finite logit."""
+    return maximum.masked_fill(maximum == NEG_INF, 0.0)
+
+
+def token_part(
+    logits: torch.Tensor,  # [..., width]
+    ids: torch.Tensor | None,  # [n]: rows of IGNORED are not read; None: all are
+    n_cols: int,
+    temperature: float,
+    entropy: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maximum, ``sum(exp(y))`` and ``sum(exp(y) y)`` (0 where no entropy is asked for) of the first
+    columns, y being ``(x - maximum) / temperature``, each ``[n]``; of no columns where a row is not read."""
+    n_rows = math.prod(logits.shape[:-1])
+    numbers = logits.new_zeros((3, n_rows), dtype=dtype)
+    numbers[0] = NEG_INF
+    if n_cols == 0:
+        return tuple(numbers)
+    buffers = Buffers(n_rows, n_cols, dtype, logits.device)
+    for (matrix, _), rows, places in kept_groups(
+        None if ids is None else ids != IGNORED, logits,
+        gradient=None, size=buffers.size, copies=True,
+    ):  # fmt: skip
+        chunk = matrix[:, :n_cols][rows]
+        y, e = buffers(len(chunk))
+        maximum = chunk.amax(-1).to(dtype)
+        torch.exp(exponents(chunk, _finite(maximum), temperature, y), out=e)
+        numbers[0, places], numbers[1, places] = maximum, row_sums(e)
+        if entropy:
+            numbers[2, places] = row_sums(e.mul_(y.clamp_(min=LOWEST)))
+    return tuple(numbers)
+
+
+def token_gradient_of_chunk(
+    chunk: torch.Tensor,  # [n, width]
+    ids: torch.Tensor,  # [n], counted from the first column; others match none
+    kept: torch.Tensor,  # [n, 3]: maximum, sum of exponentials and entropy of the whole rows
+    temperature: float,
+    upstream: torch.Tensor,  # [n]
+    upstream_entropy: torch.Tensor | None,  # [n]
+    work: tuple[torch.Tensor, torch.Tensor],  # [n, width] each
+    out: torch.Tensor,  # of the dtype of the work; one of it, or the chunk itself
+) -> torch.Tensor:
+    """``(g (1[j = id] - q_j) - h q_j (log q_j + H)) / T`` of this rank's columns."""
+    maximum, total, entropy = kept.unbind(-1)
+    first, second = work
+    y = exponents(chunk, _finite(maximum), temperature, first)
+    e = torch.exp(y, out=second)
+    over = 1 / (total * -temperature)
+    if upstream_entropy is None:
+        gradient = torch.mul(e, (upstream * over)[:, None], out=out)
+    else:
+        constant = torch.addcmul(upstream, upstream_entropy, entropy - total.log()).mul_(over)
+        factor = y.clamp_(min=LOWEST).mul_((upstream_entropy * over)[:, None])
+        gradient = torch.mul(e, factor.add_(constant[:, None]), out=out)
+    here = (ids >= 0).nonzero().squeeze(-1)
+    gradient[here, ids[here]] += upstream[here] / temperature
+    return gradient
+
+
+def token_gradient(
+    logits: torch.Tensor,  # [..., width]
+    ids: torch.Tensor,  # [n]
+    kept: torch.Tensor,  # [n, 3]
+    temperature: float,
+    upstream: torch.Tensor,  # [n]
+    upstream_entropy: torch.Tensor | None,  # [n]
+    out: torch.Tensor,  # like the logits, or the logits themselves: overwritten
+) -> None:
+    """Fill the gradient of all rows, 0 where the token is ignored."""
+    dtype, n_cols = kept.dtype, logits.shape[-1]
+    if n_cols == 0:
+        return
+    buffers = Buffers(len(ids), n_cols, dtype, logits.device)
+    for (matrix, target), rows, places in kept_groups(
+        ids != IGNORED, logits, gradient=out, size=buffers.size, copies=False
+    ):
+        of_entropy = None if upstream_entropy is None else upstream_entropy[places]
+        chunk = matrix[rows]
+        first, second = buffers(len(chunk))
+        direct = isinstance(rows, slice) and target.dtype == dtype
+        found = token_gradient_of_chunk(
+            chunk, ids[places], kept[places], temperature, upstream[places], of_entropy,
+            (first, second), target[rows] if direct else first,
+        )  # fmt: skip
+        if not direct:
+            target[rows] = found.to(target.dtype)
