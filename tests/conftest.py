@@ -32,10 +32,10 @@ REPORTERS = "test_kernels_under_the_interpreter", "test_the_folders_beside"
 # what each process under the interpreter collects: about as long each
 SHARES = {
     "losses": ["losses"],
-    "others": ["oracle", "kernels", "interface", "tools"],
+    "others": ["oracle", "kernels", "interface", "tools", "vocab_parallel"],
 }
 
-BESIDE = ["compiled", "oracle", "teacher"]
+BESIDE = ["compiled", "oracle", "teacher", "vocab_parallel"]
 
 # the suite's processes share the cores, and threads that wait for each other keep them busy
 torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""A vocabulary split among ranks: every form, on processes of gloo and on threads under the interpreter."""

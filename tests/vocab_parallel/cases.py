@@ -1,0 +1,163 @@
+"""Calls with a split vocabulary: the whole tensors, what rows hold, and each rank's part of them."""
+
+import math
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from tests.support.cases import DIVERGENCES as BUILT_IN
+from tests.support.cases import TOKENS
+from tests.support.declared import chi_squared, renyi_like
+from tests.support.forms import CALLED, COUNTED, Form, K
+from tests.support.helpers import make_ids, make_logits, topk_of
+from tests.support.linear_cases import make_pair
+
+INF = math.inf
+DIVERGENCES = [*BUILT_IN, renyi_like(0.4), chi_squared()]
+N_COLS = 33  # the options of tests/support/cases.py go with it
+HIDDEN = "student_hidden", "teacher_hidden", "hidden"
+BEYOND = 20  # the first of the columns that an edit spoils
+WIDTHS = {2: (14, 19), 3: (2, 3, 28), 4: (9, 4, 1, 19)}  # of each rank; labels lie on several
+SPLIT = {  # along which dimension ranks share what is called so
+    "student_logits": -1, "teacher_logits": -1, "logits": -1, "student_weight": 0,
+    "student_bias": 0, "teacher_weight": 0, "teacher_bias": 0, "weight": 0, "bias": 0,
+}  # fmt: skip
+
+
+def make_heads(n_cols: int):
+    return make_pair(TOKENS, n_cols, (6, 8), bias=True)
+
+
+class Case(NamedTuple):
+    """A call, of which each rank has ``widths[rank]`` columns."""
+
+    widths: tuple[int, ...] = WIDTHS[2]
+    options: dict = {}
+    dtype: torch.dtype = torch.float32
+    form: str = "distillation_loss"
+    edit: str = "nothing"  # what EDITS do with the whole tensors
+    told: str = (
+        "offset"  # what says where a rank's columns begin: "offset", "nothing" or "placement"
+    )
+    whole_teacher: bool = False  # whether each rank has all of the teacher
+
+    @property
+    def of_form(self) -> Form:
+        return CALLED[self.form]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The whole ones that the form takes, by name."""
+        n_cols = sum(self.widths)
+        student, teacher = make_logits((*TOKENS, n_cols))
+        log_probs, ids = topk_of(teacher, K)
+        pair = make_heads(n_cols)
+        made = {
+            **pair._asdict(), "student_logits": student, "teacher_logits": teacher, "logits": student,
+            "hidden": pair.student_hidden, "weight": pair.student_weight, "bias": pair.student_bias,
+            "teacher_log_probs": log_probs, "teacher_ids": ids, "token_ids": make_ids(TOKENS, n_cols),
+        }  # fmt: skip
+        EDITS[self.edit](made, self.widths)
+        names = (*self.of_form.positional, *self.of_form.named)
+        wide = lambda x: x.to(self.dtype) if x.is_floating_point() else x
+        return {name: wide(made[name]) for name in names if name not in COUNTED}
+
+    def sizes(self, name: str) -> tuple[int, list[int]] | None:
+        """Along which dimension ranks share a tensor, and what of it each has; None: all of it."""
+        if name in HIDDEN and self.options.get("sequence_parallel"):
+            n = len(self.widths)
+            return 0, [TOKENS[0] // n] * n
+        if name not in SPLIT or (self.whole_teacher and name.startswith("teacher")):
+            return None
+        return SPLIT[name], list(self.widths)
+
+    def part(self, rank: int) -> tuple[dict[str, torch.Tensor], dict]:
+        """A rank's tensors, of memory of their own, and its options but for the group."""
+        tensors = self.tensors()
+        for name, whole in tensors.items():
+            if shared := self.sizes(name):
+                tensors[name] = whole.split(shared[1], shared[0])[rank].clone()
+        offset = {"vocab_offset": sum(self.widths[:rank])} if self.told == "offset" else {}
+        return tensors, {**self.options, **offset}
+
+
+# --- what rows hold ------------------------------------------------------------------------------
+
+
+def edges(widths: tuple[int, ...]) -> list[int]:
+    return [0, *accumulate(widths)]
+
+
+def dead_part(*names: str, rank: int = 1):
+    """The rank's columns are -inf, in those tensors."""
+
+    def edit(tensors, widths):
+        begin, end = edges(widths)[rank : rank + 2]
+        for name in names:
+            tensors[name][..., begin:end] = -INF
+
+    return edit
+
+
+def some_infinite(tensors, widths):
+    """A few columns of the last rank, other ones in the student than in the teacher, and in some rows."""
+    begin = edges(widths)[-2]
+    tensors["student_logits"][..., begin] = -INF
+    tensors["student_logits"][0, :, begin + 2] = -INF
+    tensors["teacher_logits"][..., begin + 1 : begin + 3] = -INF
+    tensors["teacher_logits"][1, 1, 0] = -INF
+
+
+def padding(tensors, widths):
+    """The last columns of both are."""
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name][..., -3:] = -INF
+
+
+def bad_rows(tensors, widths):
+    """One rank has NaN in one row and +inf in another."""
+    begin = edges(widths)[1]
+    tensors["student_logits"][0, 0, begin] = math.nan
+    tensors["student_logits"][0, 2, 0] = INF
+    tensors["teacher_logits"][1, 0, -1] = math.nan
+
+
+def dead_rows(tensors, widths):
+    """Rows without a softmax, on every rank."""
+    tensors["student_logits"][0, 0] = -INF
+    tensors["teacher_logits"][1, 2] = -INF
+
+
+def far(tensors, widths):
+    """Parts that are far from each other and from zero."""
+    for name, step in (("student_logits", 40.0), ("teacher_logits", -30.0)):
+        for rank, (begin, end) in enumerate(zip(edges(widths), edges(widths)[1:], strict=False)):
+            tensors[name][..., begin:end] += step * rank + 300.0
+
+
+def equal(tensors, widths):
+    """The teacher is nearly the student, so that divergences are small against their terms."""
+    tensors["teacher_logits"].copy_(tensors["student_logits"])
+    tensors["teacher_logits"][..., ::5] += 1e-3
+
+
+def beyond(tensors, widths):
+    """Nobody reads these columns."""
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name][..., BEYOND:] = math.nan
+
+
+EDITS = {
+    "nothing": lambda tensors, widths: None,
+    "dead student": dead_part("student_logits"),
+    "dead teacher": dead_part("teacher_logits"),
+    "dead part": dead_part("student_logits", "teacher_logits"),
+    "dead first part": dead_part("student_logits", "teacher_logits", rank=0),
+    "some infinite": some_infinite,
+    "padding": padding,
+    "bad rows": bad_rows,
+    "dead rows": dead_rows,
+    "far": far,
+    "equal": equal,
+    "beyond": beyond,
+}

@@ -1,0 +1,163 @@
+"""The loss of logits on two, three and four ranks: equal to one process, the same bits on every rank."""
+
+import pytest
+import torch
+
+from tests.support.cases import FLOAT_MASK, LABELS, OPTIONS, TOKENS
+from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, EDITS, INF, WIDTHS, Case
+from tests.vocab_parallel.results import compare, hold, merged, results, same_bits
+from tests.vocab_parallel.work import runs
+
+DTYPES = [torch.float32, torch.float64]
+OPTIONS = {name: options for name, options in OPTIONS.items() if name != "propagate"}
+OPTIONS |= {
+    "inplace": {"inplace": True, "loss_mask": FLOAT_MASK},
+    "inplace_backward": {
+        "inplace": True, "gradient": "backward", "labels": LABELS, "hard_label_weight": 0.4,
+    },
+}  # fmt: skip
+KINDS = [
+    "reverse_kl",
+    "symmetric_kl",
+    "jensen_shannon",
+]  # one collective, two, two without a moment
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])
+worlds = pytest.mark.parametrize("world", WIDTHS)
+divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+
+
+@pytest.mark.covering(
+    "option divergence.operands", "divergence dtype world", "option dtype", "option world"
+)
+@dtypes
+@worlds
+@pytest.mark.parametrize("option", OPTIONS)
+@divergences
+def test_options(divergence, option, world, dtype, ranks):
+    options = {**OPTIONS[option], "divergence": divergence}
+    if "ignore_index" in options:
+        options["labels"] = options["labels"].clamp(min=0)
+    hold(ranks, Case(WIDTHS[world], options, dtype))
+
+
+@pytest.mark.covering("widths divergence", "told divergence", "whole_teacher divergence")
+@pytest.mark.parametrize("told", ["offset", "nothing"])
+@pytest.mark.parametrize("whole_teacher", [False, True], ids=["split", "whole teacher"])
+@pytest.mark.parametrize(
+    "widths", [(16, 16), (1, 30), (11, 11, 11), (30, 1, 2), (8, 8, 8, 8), (1, 1, 40, 3)], ids=str
+)
+@pytest.mark.parametrize("divergence", KINDS)
+def test_splits(divergence, widths, told, whole_teacher, ranks):
+    options = {"divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4}
+    for dtype in DTYPES:
+        hold(ranks, Case(widths, options, dtype, told=told, whole_teacher=whole_teacher))
+
+
+@pytest.mark.parametrize("widths", [(17, 16), (11, 11, 11), (9, 9, 9, 6), (3, 3, 3, 0)], ids=str)
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("divergence", KINDS)
+def test_placements(divergence, gradient, widths, ranks):
+    """DTensors sharded on their columns say it themselves, and give gradients of their placement."""
+    options = {
+        "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "gradient": gradient,
+    }  # fmt: skip
+    for dtype in DTYPES:
+        hold(ranks, Case(widths, options, dtype, told="placement"))
+
+
+@pytest.mark.covering("divergence.operands edit", "divergence", "edit world", "edit dtype")
+@dtypes
+@worlds
+@pytest.mark.parametrize("edit", [edit for edit in EDITS if edit != "beyond"])
+@divergences
+def test_what_rows_hold(divergence, edit, world, dtype, ranks):
+    """Infinities, parts and rows without a finite logit, and offsets, on some ranks or on all."""
+    options = {"divergence": divergence, "reduction": "none"}
+    hold(ranks, Case(WIDTHS[world], options, dtype, edit=edit))
+
+
+@pytest.mark.parametrize("edit", ["some infinite", "dead student", "dead part"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("divergence", KINDS)
+def test_hard_labels_of_infinite_logits(divergence, gradient, edit, ranks):
+    """A label whose logit is -inf costs +inf on every rank; the others' rows keep their numbers."""
+    options = {
+        "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "reduction": "none",
+        "gradient": gradient,
+    }  # fmt: skip
+    ours = hold(ranks, Case(WIDTHS[3], options, edit=edit))
+    assert (ours["output 0"] == INF).any() == (edit != "some infinite")
+
+
+@pytest.mark.parametrize("told", ["offset", "nothing"])
+@pytest.mark.parametrize("widths", [(15, 14, 4), (29, 4), (20, 2, 5, 6)], ids=str)
+@pytest.mark.parametrize("divergence", KINDS)
+def test_ranks_beyond_the_vocabulary(divergence, widths, told, ranks):
+    """All of their columns are padding, which nobody reads: NaN there does no harm."""
+    options = {
+        "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "vocab_size": BEYOND,
+        "gradient": "backward",
+    }  # fmt: skip
+    for dtype in DTYPES:
+        ours = hold(ranks, Case(widths, options, dtype, edit="beyond", told=told))
+        assert (ours["gradient of student_logits"][..., BEYOND:] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_mask": torch.zeros(TOKENS)},
+        {"labels": torch.full(TOKENS, -100)},
+        {"labels": torch.full(TOKENS, -100), "hard_label_weight": 0.5},
+        {"labels": torch.full(TOKENS, -100), "hard_label_weight": 1.0},
+    ],
+    ids=["mask", "labels", "hard", "hard_only"],
+)
+@pytest.mark.parametrize("divergence", ["soft_cross_entropy", "jensen_shannon"])
+def test_no_kept_token(divergence, options, reduction, ranks):
+    options = {**options, "reduction": reduction, "divergence": divergence}
+    ours = hold(ranks, Case(WIDTHS[3], options, edit="bad rows"))
+    assert (ours["output 0"] == 0).all()
+    assert (ours["gradient of student_logits"] == 0).all()
+
+
+@pytest.mark.covering("divergence", "weights divergence.operands")
+@pytest.mark.parametrize("weights", [(0.0, None), (0.3, None), (1.0, None), (1.5, -2.0)], ids=str)
+@divergences
+def test_components(divergence, weights, ranks):
+    options = {
+        "labels": LABELS, "temperature": 2.0, "hard_label_weight": weights[0],
+        "soft_weight": weights[1], "scale_by_temperature_squared": True, "divergence": divergence,
+        "return_components": True,
+    }  # fmt: skip
+    for dtype in DTYPES:
+        ours = hold(ranks, Case(WIDTHS[3], options, dtype))
+        assert len(ours) == 4
+
+
+@pytest.mark.covering("divergence", "gradient divergence.operands", "world divergence.operands")
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@worlds
+@divergences
+def test_run_to_run(divergence, world, gradient, ranks):
+    options = {
+        "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "gradient": gradient,
+    }  # fmt: skip
+    case = Case(WIDTHS[world], options)
+    of_ranks = ranks.call(world, runs, case, 4)
+    first, *others = (merged(case, of_run) for of_run in zip(*of_ranks, strict=True))
+    for found in others:
+        assert all(same_bits(found[name], first[name]) for name in first)
+
+
+def test_the_comparison_sees_ranks_that_do_not_communicate():
+    case = Case(WIDTHS[2], {"reduction": "none"}, told="nothing")
+    found = [results(case.of_form.function, case.of_form, *case.part(rank)) for rank in range(2)]
+    with pytest.raises(AssertionError, match="is not rank 0's"):
+        merged(case, found)
+    for of_rank in found:
+        of_rank["output 0"] = found[0]["output 0"]
+    with pytest.raises(AssertionError, match="worst entry"):
+        compare(case, merged(case, found))

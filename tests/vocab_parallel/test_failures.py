@@ -1,0 +1,56 @@
+"""Ranks that raise, or that call with other arguments than the others."""
+
+import pytest
+import torch
+
+from tests.support.cases import LABELS
+from tests.support.ranks import RankError
+from tests.vocab_parallel.cases import N_COLS, WIDTHS, Case
+from tests.vocab_parallel.work import in_debug_mode, one_raises, raise_on_one
+
+TIMEOUT = 3.0
+
+
+@pytest.mark.parametrize("divergence", ["soft_cross_entropy"])
+def test_a_rank_that_raises_makes_the_others_fail(divergence, ranks):
+    case = Case(WIDTHS[4], {"divergence": divergence})
+    wrong = {"temperature": -1.0}
+    found = ranks.call(4, one_raises, case, wrong, TIMEOUT)
+    raised = found.pop(1)
+    assert raised.error == "ValueError"
+    assert "temperature must be positive" in raised.message
+    for waited in found:
+        assert waited.error == "RuntimeError"
+        assert waited.seconds < 3 * TIMEOUT
+        assert "rank" in waited.message
+
+
+DIFFERENT = {  # what rank 1 has of its own
+    "V": ({"vocab_size": N_COLS - 1}, {"vocab_size": N_COLS - 2}),
+    "dtype": (torch.float32, torch.float64),
+    "divergence": ({"divergence": "reverse_kl"}, {"divergence": "forward_kl"}),
+    "collectives": ({"divergence": "reverse_kl"}, {"divergence": "jensen_shannon"}),
+    "parameter": ({"temperature": 1.0}, {"temperature": 2.0}),
+    "labels": ({}, {"labels": LABELS, "hard_label_weight": 0.5}),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_arguments_that_differ_are_an_error_on_every_rank(what, ranks):
+    cases = []
+    for value in DIFFERENT[what]:
+        dtype = value if isinstance(value, torch.dtype) else torch.float32
+        options = {} if isinstance(value, torch.dtype) else value
+        cases.append(Case(WIDTHS[3], options, dtype))
+    for found in ranks.call(3, in_debug_mode, [cases[0], cases[1], cases[0]]):
+        assert found.error == "ValueError", found
+        assert "rank" in found.message
+    for found in ranks.call(3, in_debug_mode, [cases[1]] * 3):  # and the group still works
+        assert found.error is None, found
+
+
+def test_the_processes_survive_a_rank_that_raises(ranks):
+    """The traceback comes back at once, and not when the others have waited for long."""
+    with pytest.raises(RankError, match=r"rank 3: (.|\n)*ZeroDivisionError"):
+        ranks.call(2, raise_on_one)
+    assert ranks.call(2, raise_on_one, False) == [3, 3]

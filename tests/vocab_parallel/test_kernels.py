@@ -1,0 +1,51 @@
+"""Triton's path of a split vocabulary, in the interpreter: ranks that are threads of this process."""
+
+import pytest
+import torch
+
+from distill_ops.vocab_parallel import groups
+from tests.support.cases import FLOAT_MASK, LABELS
+from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case
+from tests.vocab_parallel.results import compare, merged, results
+from tests.vocab_parallel.threads import Threads
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.interpreter
+HARD = {"labels": LABELS, "hard_label_weight": 0.4}
+OPTIONS = {
+    "plain": {},
+    "backward": {"gradient": "backward", "temperature": 2.0},
+    "hard": {**HARD, "loss_mask": FLOAT_MASK},
+    "hard_backward": {**HARD, "gradient": "backward", "reduction": "none"},
+    "hard_only": {"labels": LABELS, "hard_label_weight": 1.0},
+    "vocab_size": {"vocab_size": 29, **HARD},
+    "inplace": {"inplace": True, "loss_mask": FLOAT_MASK},
+}
+
+
+@pytest.fixture
+def hold(monkeypatch, kernel_device):
+    """As that of processes, of ranks that are threads."""
+
+    def hold_on_threads(case: Case) -> dict[str, torch.Tensor]:
+        threads = Threads(len(case.widths))
+        monkeypatch.setattr(groups, "resolve", threads.resolve)
+
+        def of_rank(rank: int):
+            tensors, options = case.part(rank)
+            options |= {"group": threads.resolve(), "backend": "triton"}
+            return results(case.of_form.function, case.of_form, tensors, options)
+
+        ours = merged(case, threads.run(of_rank))
+        compare(case, ours)
+        return ours
+
+    return hold_on_threads
+
+
+@pytest.mark.covering("divergence option")
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_options(divergence, option, hold):
+    hold(Case(WIDTHS[3], {**OPTIONS[option], "divergence": divergence}))

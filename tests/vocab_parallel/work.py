@@ -1,0 +1,123 @@
+"""What ranks do beside a case: functions that ``tests/support/ranks.py`` calls in each process of a group."""
+
+import contextlib
+import datetime
+import random
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import distill_ops
+from distill_ops.vocab_parallel import groups
+from tests.support.allocations import measured_peak
+from tests.support.ranks import Member
+from tests.vocab_parallel.cases import Case
+from tests.vocab_parallel.results import run_case
+
+
+def runs(member: Member, case: Case, n: int) -> list[dict[str, torch.Tensor]]:
+    """A case's results n times, between which memory is filled with NaN and given back."""
+    generator, found, kept = random.Random(member.rank), [], []
+    for _ in range(n):
+        blocks = [torch.full((generator.randint(1, 400),), float("nan")) for _ in range(8)]
+        generator.shuffle(blocks)
+        kept = [*kept[-2:], blocks[::2]]
+        del blocks
+        found.append(run_case(member, case))
+    return found
+
+
+class Traffic(NamedTuple):
+    """What a rank communicated."""
+
+    collectives: int
+    bytes: int
+
+
+def traffic(member: Member, case: Case, more: int = 0) -> tuple[Traffic, Traffic]:
+    """Of the forward and of the backward, ``more`` gathers of nothing being added to the forward."""
+    tensors, options = case.part(member.rank)
+    form = case.of_form
+    leaves = {name: tensors[name].requires_grad_() for name in form.students}
+    given = {**tensors, **leaves}
+    positional = [given.pop(name) for name in form.positional]
+    counts = []
+    with groups.counted() as counted:
+        outputs = form.function(*positional, **given, **options, group=member.group)
+        for _ in range(more):
+            groups.all_gather(torch.zeros(1), groups.resolve(member.group.group_name))
+    counts.append(Traffic(counted.collectives, counted.bytes))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(x.sum() for x in outputs if x.requires_grad)
+    with groups.counted() as counted:
+        if form.students:
+            total.backward()
+    counts.append(Traffic(counted.collectives, counted.bytes))
+    return tuple(counts)
+
+
+def memory(member: Member, shape: tuple[int, int], options: dict) -> int:
+    """The peak of a loss and its gradient above the rank's logits, in bytes."""
+    student, teacher = torch.randn(2, *shape, generator=torch.Generator().manual_seed(member.rank))
+    student.requires_grad_()
+    options = {**options, "group": member.group, "vocab_offset": member.rank * shape[1]}
+    return measured_peak(
+        lambda: distill_ops.distillation_loss(student, teacher, **options).backward()
+    )
+
+
+class Outcome(NamedTuple):
+    """How a call ended: the error's type and message, none of which: ``error`` is None."""
+
+    error: str | None
+    message: str
+    seconds: float
+
+
+def outcome(call) -> Outcome:
+    begin = time.monotonic()
+    try:
+        call()
+    except Exception as e:
+        return Outcome(type(e).__name__, str(e), time.monotonic() - begin)
+    return Outcome(None, "", time.monotonic() - begin)
+
+
+def one_raises(member: Member, case: Case, wrong: dict, seconds: float) -> Outcome:
+    """Rank 1's options are wrong, in a group of its own whose timeout is some seconds."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    tensors, options = case.part(member.rank)
+    if member.rank == 1:
+        options |= wrong
+    student, teacher = tensors["student_logits"], tensors["teacher_logits"]
+    return outcome(lambda: distill_ops.distillation_loss(student, teacher, **options, group=group))
+
+
+@contextlib.contextmanager
+def debug_mode():
+    distill_ops.set_debug(True)
+    try:
+        yield
+    finally:
+        distill_ops.set_debug(False)
+
+
+def in_debug_mode(member: Member, cases: list[Case]) -> Outcome:
+    """Each rank calls as its own case says."""
+    tensors, options = cases[member.rank].part(member.rank)
+    student, teacher = tensors["student_logits"], tensors["teacher_logits"]
+    with debug_mode():
+        return outcome(
+            lambda: distill_ops.distillation_loss(student, teacher, **options, group=member.group)
+        )
+
+
+def raise_on_one(member: Member, wrong: bool = True) -> float:
+    """The sum of ranks and one each, which rank 1 leaves out where that is wrong."""
+    if wrong and member.rank == 1:
+        raise ZeroDivisionError
+    total = torch.tensor(member.rank + 1)
+    dist.all_reduce(total, group=member.group)
+    return total.item()
