@@ -74,7 +74,7 @@ class Ranks:
         if failed or pending:
             if pending or any("process ended" in text for text in failed.values()):
                 self.close()
-            lost = {rank: f"no answer within {patience} s\n" for rank in pending.values()}
+            lost = dict.fromkeys(pending.values(), f"no answer within {patience} s\n")
             texts = failed or lost
             raise RankError("\n".join(f"rank {rank}: {texts[rank]}" for rank in sorted(texts)))
         return [replies[rank] for rank in MEMBERS[size]]
@@ -131,5 +131,5 @@ def answer(members: dict[int, Member], request: bytes) -> tuple[bool, Any]:
     try:
         size, function, arguments = pickle.loads(request)
         return True, function(members[size], *arguments)
-    except Exception:
-        return False, traceback.format_exc()
+    except Exception:  # of which the end says enough
+        return False, traceback.format_exc(limit=-3)

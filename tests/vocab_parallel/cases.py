@@ -130,7 +130,7 @@ def dead_rows(tensors, widths):
 
 def far(tensors, widths):
     """Parts that are far from each other and from zero."""
-    for name, step in (("student_logits", 40.0), ("teacher_logits", -30.0)):
+    for name, step in (("student_logits", 4.0), ("teacher_logits", 3.0)):
         for rank, (begin, end) in enumerate(zip(edges(widths), edges(widths)[1:], strict=False)):
             tensors[name][..., begin:end] += step * rank + 300.0
 
@@ -138,7 +138,7 @@ def far(tensors, widths):
 def equal(tensors, widths):
     """The teacher is nearly the student, so that divergences are small against their terms."""
     tensors["teacher_logits"].copy_(tensors["student_logits"])
-    tensors["teacher_logits"][..., ::5] += 1e-3
+    tensors["teacher_logits"][..., ::5] += 0.05
 
 
 def beyond(tensors, widths):

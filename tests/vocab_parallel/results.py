@@ -140,9 +140,9 @@ def compare(case: Case, ours: dict[str, torch.Tensor]) -> None:
         for name, truth in expected.items():
             assert ours[name].dtype == truth.dtype
             finite = truth[truth.isfinite()].double().abs()
-            floor = 1e-12 * finite.max().item() if finite.numel() else 0.0
             torch.testing.assert_close(
-                ours[name], truth, rtol=1e-12, atol=floor, equal_nan=True,
+                ours[name], truth, rtol=1e-12, equal_nan=True,
+                atol=1e-12 * finite.max().item() if finite.numel() else 0.0,
                 msg=lambda text, name=name: f"{name}: {text}",
             )  # fmt: skip
         return
@@ -152,8 +152,8 @@ def compare(case: Case, ours: dict[str, torch.Tensor]) -> None:
         if expected.dtype == torch.bool:
             assert torch.equal(ours[name], expected), name
             continue
-        factor = condition_of(case, case.tensors()) if name.startswith("output") else 1.0
-        assert_close(name, ours[name], eager[name], expected, factor)
+        units = condition_of(case, case.tensors()) if name.startswith("output") else 1.0
+        assert_close(name, ours[name], eager[name], expected, units)
 
 
 def hold(ranks, case: Case) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill_ops.vocab_parallel import groups
+from distill_ops import groups
 from tests.support.cases import FLOAT_MASK, LABELS
 from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case
 from tests.vocab_parallel.results import compare, merged, results

@@ -54,10 +54,15 @@ class Threads:
 
 
 class ThreadGroup:
-    """A group as one rank sees it."""
+    """A group as one rank sees it; what ``group=`` takes, as a mesh of one dimension."""
+
+    ndim, mesh_dim_names, group_name = 1, None, "threads"
 
     def __init__(self, threads: Threads, rank: int):
         self.threads, self.rank, self.size = threads, rank, threads.size
+
+    def get_group(self) -> "ThreadGroup":
+        return self
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors in rank order, ``[size, *shape]``."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import distill_ops
-from distill_ops.vocab_parallel import groups
+from distill_ops import groups
 from tests.support.allocations import measured_peak
 from tests.support.ranks import Member
 from tests.vocab_parallel.cases import Case
@@ -47,7 +47,7 @@ def traffic(member: Member, case: Case, more: int = 0) -> tuple[Traffic, Traffic
     with groups.counted() as counted:
         outputs = form.function(*positional, **given, **options, group=member.group)
         for _ in range(more):
-            groups.all_gather(torch.zeros(1), groups.resolve(member.group.group_name))
+            groups.resolve(member.group.group_name).all_gather(torch.zeros(1))
     counts.append(Traffic(counted.collectives, counted.bytes))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     total = sum(x.sum() for x in outputs if x.requires_grad)
