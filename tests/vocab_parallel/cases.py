@@ -3,6 +3,7 @@
 import math
 from itertools import accumulate
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 
@@ -23,6 +24,11 @@ SPLIT = {  # along which dimension ranks share what is called so
     "student_logits": -1, "teacher_logits": -1, "logits": -1, "student_weight": 0,
     "student_bias": 0, "teacher_weight": 0, "teacher_bias": 0, "weight": 0, "bias": 0,
 }  # fmt: skip
+
+
+def widths_of(*of) -> tuple[int, ...]:
+    """Of two, three or four ranks: one for each case of a matrix, which thus is no larger by worlds."""
+    return WIDTHS[2 + crc32(repr(of).encode()) % len(WIDTHS)]
 
 
 def make_heads(n_cols: int):

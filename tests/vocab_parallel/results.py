@@ -69,12 +69,16 @@ def merged(case: Case, found: list[dict]) -> dict[str, torch.Tensor]:
     return whole
 
 
-def run_case(member: Member, case: Case) -> dict[str, torch.Tensor]:
-    """What a rank does: its results."""
+def run_case(member: Member, case: Case, compiled: bool = False) -> dict[str, torch.Tensor]:
+    """What a rank does: its results, of a graph without a break where that is asked for."""
     tensors, options = case.part(member.rank)
+    function = case.of_form.function
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
     if case.told != "placement":
         options["group"] = member.group
-        return results(case.of_form.function, case.of_form, tensors, options)
+        return results(function, case.of_form, tensors, options)
     mesh = DeviceMesh.from_group(member.group, "cpu")
     whole = case.tensors()
     for name, tensor in tensors.items():
@@ -82,7 +86,7 @@ def run_case(member: Member, case: Case) -> dict[str, torch.Tensor]:
             shape, stride = whole[name].shape, whole[name].stride()
             placed = mesh, [Shard(shared[0] % tensor.dim())]
             tensors[name] = DTensor.from_local(tensor, *placed, shape=shape, stride=stride)
-    found = results(case.of_form.function, case.of_form, tensors, options)
+    found = results(function, case.of_form, tensors, options)
     for name, value in found.items():
         if name.startswith("gradient"):
             given = tensors[name.removeprefix("gradient of ")]

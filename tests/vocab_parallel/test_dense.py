@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.support.cases import FLOAT_MASK, LABELS, OPTIONS, TOKENS
-from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, EDITS, INF, WIDTHS, Case
-from tests.vocab_parallel.results import compare, hold, merged, results, same_bits
+from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, EDITS, INF, WIDTHS, Case, widths_of
+from tests.vocab_parallel.results import compare, hold, merged, results, run_case, same_bits
 from tests.vocab_parallel.work import runs
 
 DTYPES = [torch.float32, torch.float64]
@@ -23,23 +23,18 @@ KINDS = [
 ]  # one collective, two, two without a moment
 ROWS = [edit for edit in EDITS if edit not in ("beyond", "equal")]
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])
-worlds = pytest.mark.parametrize("world", WIDTHS)
 divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 
 
-@pytest.mark.covering(
-    "option divergence.operands", "divergence dtype world", "option dtype", "option world"
-)
-@dtypes
-@worlds
+@pytest.mark.covering("option divergence.operands", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @divergences
-def test_options(divergence, option, world, dtype, ranks):
+def test_options(divergence, option, ranks):
     options = {**OPTIONS[option], "divergence": divergence}
     if "ignore_index" in options:
         options["labels"] = options["labels"].clamp(min=0)
-    hold(ranks, Case(WIDTHS[world], options, dtype))
+    for dtype in DTYPES:
+        hold(ranks, Case(widths_of(divergence, option), options, dtype))
 
 
 @pytest.mark.covering("widths told", "divergence told")
@@ -73,24 +68,21 @@ def test_placements(divergence, gradient, widths, ranks):
         hold(ranks, case._replace(whole_teacher=True))
 
 
-@pytest.mark.covering("divergence.operands edit", "divergence", "edit world", "edit dtype")
-@dtypes
-@worlds
+@pytest.mark.covering("divergence.operands edit", "divergence")
 @pytest.mark.parametrize("edit", ROWS)
 @divergences
-def test_what_rows_hold(divergence, edit, world, dtype, ranks):
+def test_what_rows_hold(divergence, edit, ranks):
     """Infinities, parts and rows without a finite logit, and offsets, on some ranks or on all."""
     options = {"divergence": divergence, "reduction": "none"}
-    hold(ranks, Case(WIDTHS[world], options, dtype, edit=edit))
+    for dtype in DTYPES:
+        hold(ranks, Case(widths_of(divergence, edit), options, dtype, edit=edit))
 
 
-@pytest.mark.covering("divergence", "world divergence.operands")
-@worlds
 @divergences
-def test_nearly_equal_rows(divergence, world, ranks):
+def test_nearly_equal_rows(divergence, ranks):
     """Where divergences are small against their terms; in float64 one process errs by more than 1e-12 too."""
     options = {"divergence": divergence, "reduction": "none"}
-    hold(ranks, Case(WIDTHS[world], options, edit="equal"))
+    hold(ranks, Case(widths_of(divergence), options, edit="equal"))
 
 
 @pytest.mark.parametrize("edit", ["some infinite", "dead student", "dead part"])
@@ -150,19 +142,27 @@ def test_components(divergence, weights, ranks):
         assert len(ours) == 4
 
 
-@pytest.mark.covering("divergence", "gradient divergence.operands", "world divergence.operands")
+@pytest.mark.covering("divergence", "gradient divergence.operands")
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
-@worlds
 @divergences
-def test_run_to_run(divergence, world, gradient, ranks):
+def test_run_to_run(divergence, gradient, ranks):
     options = {
         "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "gradient": gradient,
     }  # fmt: skip
-    case = Case(WIDTHS[world], options)
-    of_ranks = ranks.call(world, runs, case, 4)
+    case = Case(widths_of(divergence, gradient), options)
+    of_ranks = ranks.call(len(case.widths), runs, case, 4)
     first, *others = (merged(case, of_run) for of_run in zip(*of_ranks, strict=True))
     for found in others:
         assert all(same_bits(found[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("told", ["offset", "nothing", "placement"])
+def test_compiled(told, ranks):
+    """One graph, whose operator holds the collectives."""
+    options = {"divergence": "jensen_shannon", "labels": LABELS, "hard_label_weight": 0.4}
+    case = Case((17, 16), options, told=told)
+    eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
+    assert all(same_bits(graph[name], eager[name]) for name in eager)
 
 
 def test_the_comparison_sees_ranks_that_do_not_communicate():

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.support.cases import FLOAT_MASK, LABELS
-from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case
+from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case, widths_of
 from tests.vocab_parallel.results import hold
 
 DTYPES = [torch.float32, torch.float64]
+TOLD = ["offset", "nothing"]
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
 LOSS = {
     "plain": {},
@@ -42,29 +43,23 @@ OTHERS = {
     },
 }  # fmt: skip
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])
-worlds = pytest.mark.parametrize("world", WIDTHS)
-told = pytest.mark.parametrize("told", ["offset", "nothing"])
 
-
-@pytest.mark.covering("form divergence", "form world", "form dtype told", "form option")
-@told
-@dtypes
-@worlds
+@pytest.mark.covering("form divergence", "form option")
 @pytest.mark.parametrize(
     ("form", "option"), [(form, option) for form in OPTIONS for option in OPTIONS[form]]
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_forms_with_a_divergence(divergence, form, option, world, dtype, told, ranks):
+def test_forms_with_a_divergence(divergence, form, option, ranks):
     options = {**OPTIONS[form][option], "divergence": divergence}
-    hold(ranks, Case(WIDTHS[world], options, dtype, form, told=told))
+    for dtype, told in zip(DTYPES, TOLD, strict=True):
+        hold(ranks, Case(widths_of(divergence, option), options, dtype, form, told=told))
 
 
-@told
-@dtypes
-@worlds
 @pytest.mark.parametrize(
     ("form", "option"), [(form, option) for form in OTHERS for option in OTHERS[form]]
 )
-def test_forms_without(form, option, world, dtype, told, ranks):
-    hold(ranks, Case(WIDTHS[world], OTHERS[form][option], dtype, form, told=told))
+@pytest.mark.parametrize("world", WIDTHS)
+def test_forms_without(world, form, option, ranks):
+    for dtype in DTYPES:
+        for told in TOLD:
+            hold(ranks, Case(WIDTHS[world], OTHERS[form][option], dtype, form, told=told))
