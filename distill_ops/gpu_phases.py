@@ -29,7 +29,7 @@ KEPT = STATISTICS
 
 
 def kept_rows(options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
-    return phases.kept_rows(row, slope, scale, options.temperature)
+    return phases.kept_rows(options.temperature, row, slope, scale)
 
 
 def reduce(options: Options, tokens: Tokens, student, teacher, n_cols: int, kept) -> torch.Tensor:
