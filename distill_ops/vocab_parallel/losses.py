@@ -41,7 +41,9 @@ def loss(
         phases.differentiate(
             options, tokens, student, teacher, place.n_cols, found.kept, one, gradient
         )
-    components = found.components if options.components else found.losses.new_empty((0, inputs.n_rows))
+    components = (
+        found.components if options.components else found.losses.new_empty((0, inputs.n_rows))
+    )
     reduced = path.reduced(found.losses, components, options, tokens, inputs.leading)
     components = reduced[1] if options.components else None
     kept = (found.kept, place.kept(found.kept)) if made == BACKWARD else (None, None)
