@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEPT = "kept"
+KEPT, FAILED = "kept", "failed"
 BEGINNING = b'{"index": 0, "key": "'  # of every file
 
 
@@ -25,7 +25,10 @@ class Record(NamedTuple):
     index: int  #: of the input, from 0
     input: str | Mapping[str, Any]  #: as it was given
     target: str | None  #: the answer to train on, None where none is kept
-    agreement: float  #: the share of the samples that gave the most frequent answer
+    #: the share of the samples that gave the most frequent answer, at least of the input as it was; its mean over
+    #: all versions where they have one answer, and where the reason is "inconsistent" the share of the *versions*
+    #: (not samples) that have the most frequent one
+    agreement: float
     kept: bool  #: whether there is a target
     reason: (
         str  #: "kept", or why not: "tie", "low agreement", "unparsable", "inconsistent", "failed"
