@@ -25,9 +25,9 @@ class Record(NamedTuple):
     index: int  #: of the input, from 0
     input: str | Mapping[str, Any]  #: as it was given
     target: str | None  #: the answer to train on, None where none is kept
-    #: the share of the samples that gave the most frequent answer, at least of the input as it was; its mean over
-    #: all versions where they have one answer, and where the reason is "inconsistent" the share of the *versions*
-    #: (not samples) that have the most frequent one
+    #: the share of the samples that gave the most frequent answer, of several versions of an input its mean;
+    #: with the reason "inconsistent" the share of the *versions* that have the most frequent answer, with
+    #: another reason that of the samples of the input as it was, and 0 where it failed
     agreement: float
     kept: bool  #: whether there is a target
     reason: (

@@ -58,9 +58,9 @@ class Texts:
         except Exception as error:  # tokenizers raises bare Exceptions
             hint = ""
             if _is_of_tiktoken(getattr(self._tokenizer, "__self__", None)):
-                hint = "; pass the Encoding itself, whose special tokens are then known"
+                hint = " (pass the Encoding itself, whose special tokens are then known)"
             raise ValueError(
-                f"tokenizer fails on the text {shown(text)}: {type(error).__name__}: {error}{hint}"
+                f"tokenizer fails on the text {shown(text)}{hint}: {type(error).__name__}: {error}"
             ) from error
         ids = list(getattr(found, "ids", found))
         if ids and not isinstance(ids[0], Integral):
