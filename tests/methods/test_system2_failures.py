@@ -1,11 +1,14 @@
 """``curate`` where calls fail: retries, reasons, servers that are gone, and what is asked again."""
 
 import asyncio
+import os
+import signal
 
 import pytest
 
-from distill_ops.methods.system2 import Method, Step, curate, read_records
+from distill_ops.methods.system2 import Method, curate, read_records
 from tests.support.curations import DIRECT, TWO_STEPS, Flaky, echo, facts
+from tests.support.stored_teachers import in_child, status_of
 
 
 def test_a_call_that_fails_once_is_made_again():
@@ -109,7 +112,15 @@ def test_no_more_is_asked_for_an_input_that_failed():
     flaky = Flaky(lambda call, prompts: "0" in prompts)
     list(curate(["0", "1"], DIRECT, flaky, n=6, batch_size=2, retries=0))
     assert flaky.calls == [["0"] * 2, *[["1"] * 2] * 3]
-    method = Method("three", (*TWO_STEPS.steps, Step("third", "3: {question}")))
+
+    class Three(Method):
+        def program(self, fields):
+            yield ["1"]
+            (second,) = yield ["2: " + fields["question"]]
+            (third,) = yield ["3: " + second.split()[-1]]  # there is one, as it did not fail
+            return third.removeprefix("The answer is ")
+
+    method = Three("three", DIRECT.steps)
     flaky = Flaky(lambda call, prompts: "2: 0" in prompts)
     records = list(curate(["0", "1"], method, flaky, n=1, retries=0))
     assert flaky.calls[-1] == ["3: 1"]
@@ -129,7 +140,11 @@ def of_failures(path, fails="2457"):
     return path.read_bytes(), whole.read_bytes(), how
 
 
-def test_inputs_that_failed_are_asked_again_where_it_is_wanted(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "calls"), [(256, ["2244", "5577", "99"]), (3, ["22", "4455", "77", "99"])]
+)
+def test_inputs_that_failed_are_asked_again_where_it_is_wanted(tmp_path, monkeypatch, lines, calls):
+    monkeypatch.setattr("distill_ops.methods.system2.curation.BLOCK", lines)
     path, link = tmp_path / "records.jsonl", tmp_path / "link"
     before, whole, how = of_failures(path)
     link.symlink_to(path)
@@ -141,7 +156,7 @@ def test_inputs_that_failed_are_asked_again_where_it_is_wanted(tmp_path):
     more = [*ASKED, "9"]
     records = list(curate(more, DIRECT, again, path=link, retry_failed=True, **how))
     assert facts(records) == [(i, str(i), "kept") for i in range(10)]
-    assert again.calls == [[*"2244"], [*"5577"], [*"99"]]
+    assert again.calls == [[*call] for call in calls]
     assert path.read_bytes().startswith(whole)
     assert list(read_records(path)) == records
     assert link.is_symlink()
@@ -164,6 +179,19 @@ def test_what_is_asked_again_is_kept_whatever_ends_it(tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         list(curate(ASKED, DIRECT, echo, **how | {"n": 3}))
     assert path.read_bytes().splitlines() == whole[:5] + before[5:]
+
+
+def test_a_writer_that_is_killed_as_it_asks_again_has_changed_nothing(tmp_path):
+    path = tmp_path / "records.jsonl"
+    before, whole, how = of_failures(path)
+    how |= {"path": path, "retry_failed": True}
+    dies = lambda prompts: os.kill(os.getpid(), signal.SIGKILL) if "7" in prompts else echo(prompts)
+    child = in_child(lambda: list(curate(ASKED, DIRECT, dies, **how)))
+    assert status_of(child) == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert len(list(curate(ASKED, DIRECT, echo, **how))) == 9
+    assert path.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["records.jsonl", "whole"]
 
 
 def test_async_failures_are_retried_after_as_long_a_wait(monkeypatch):

@@ -11,6 +11,7 @@ _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 # What makes a number beside it a part of more. "~" is a space within the line.
 _DASHES = r"\-\u2010-\u2015\u2212"
 _HARMLESS = r"(?!approx|implies|mathrm|quad|right|text|to)"  # commands of LaTeX
+_MONEY = r"(?:\\?[$€£¥₹]~*)?\Z"
 
 
 def _compiled(*alternatives: str) -> re.Pattern:
@@ -18,9 +19,8 @@ def _compiled(*alternatives: str) -> re.Pattern:
 
 
 _MORE_BEFORE = _compiled(
-    rf"[{_DASHES}+±√×·⋅÷^]~*[({{]?\Z",  # 3-4, = - 2, 10^3, 10^(3)
-    rf"[{_DASHES}]~*\\?[$€£¥₹]~*\Z",  # -$5
-    r"[\d)\]}]~*(?:x|\*+|/)~*\(?\Z",  # 5 x 10
+    rf"[{_DASHES}+±√×·⋅÷^]~*[({{]?{_MONEY}",  # 3-4, = - 2, -$5, 10^3, 10^(3)
+    rf"[\d)\]}}]~*(?:x|\*+|/)~*\(?{_MONEY}",  # 5 x 10, 2 x $9
     rf"\\{_HARMLESS}[a-z]+~*\Z",  # \times 10
     r"(?<!\\boxed)(?<!\\textbf)(?<!\\mathbf)\{~*\\?\$?\Z",  # \frac{1}{2}
     r"[\w)]\(\Z",  # f(2)
