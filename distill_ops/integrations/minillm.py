@@ -44,7 +44,9 @@ def _split_group(args: Any, group: Any) -> Any:
     own transformers."""
     if not getattr(args, "model_parallel", False):
         if group is not None:
-            raise ValueError("group is given, but args.model_parallel is false: leave one of them out")
+            raise ValueError(
+                "group is given, but args.model_parallel is false: leave one of them out"
+            )
         return None
     if group is not None:
         return group

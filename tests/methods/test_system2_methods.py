@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from distill_ops.methods import system2
 from distill_ops.methods.system2 import (
     BRANCH_SOLVE_MERGE,
     CHAIN_OF_THOUGHT,
@@ -203,12 +202,14 @@ def test_braces_of_the_text():
     assert record.detail == "1 x 2"
 
 
-def test_a_program_that_yields_a_text_in_place_of_prompts():
-    class Letters(system2.Method):
+@pytest.mark.parametrize("wrong", ["a text", None, [1]])
+def test_a_program_that_yields_no_list_of_prompts(wrong):
+    class Wrong(Method):
         def program(self, fields):
-            texts = yield fields["question"]
+            texts = yield wrong
             return texts[0]
 
-    method = Letters("letters", (system2.Step("text", "{question}"),))
-    with pytest.raises(TypeError, match="'letters' must yield a list of prompts, got .*at input 0"):
-        list(system2.curate(["hello"], method, lambda prompts: prompts, n=1))
+    with pytest.raises(
+        TypeError, match="'x' must yield a list of prompts, got .*at input 0, 'hello'"
+    ):
+        list(curate(["hello"], Wrong("x", DIRECT.steps), lambda prompts: prompts, n=1))

@@ -176,27 +176,27 @@ class Windows:
         self, sample: "_Sample", answers: dict[tuple[int, int], list[str | None]]
     ) -> bool:
         """Whether there is more to ask, else the answer is noted."""
-        name = self.options.method.name
+        name, goes_on = self.options.method.name, True
         with _at_input(f"method {name!r}", sample.index, sample.value):
             try:
-                prompts = sample.program.send(sample.texts)
+                found = sample.program.send(sample.texts)
             except StopIteration as end:
-                answer, prompts = end.value, None
-        if prompts is None:
-            if answer is not None and not isinstance(answer, str):
-                raise TypeError(
-                    f"parse of method {name!r} must return a str or None, got {shown(answer)} at input "
-                    f"{sample.index}, {shown(sample.value)}"
-                )
-            answers.setdefault((sample.index, sample.version), []).append(answer)
-            return False
-        if not isinstance(prompts, list | tuple) or not all(isinstance(x, str) for x in prompts):
+                found, goes_on = end.value, False
+        if goes_on:
+            wanted = "program of method {!r} must yield a list of prompts"
+            fits = isinstance(found, list | tuple) and all(isinstance(x, str) for x in found)
+        else:
+            wanted = "parse of method {!r} must return a str or None"
+            fits = found is None or isinstance(found, str)
+        if not fits:
             raise TypeError(
-                f"program of method {name!r} must yield a list of prompts, got {shown(prompts)} at input "
-                f"{sample.index}, {shown(sample.value)}"
+                f"{wanted.format(name)}, got {shown(found)} at input {sample.index}, {shown(sample.value)}"
             )
-        sample.prompts = prompts
-        return True
+        if goes_on:
+            sample.prompts = found
+        else:
+            answers.setdefault((sample.index, sample.version), []).append(found)
+        return goes_on
 
     def _versions(self, index: int, value: Input) -> list[tuple[Mapping[str, Any], Undo]]:
         if not isinstance(value, str):
