@@ -1,6 +1,8 @@
 """What ``curate``, ``Step`` and ``Method`` refuse: the exception, and words of its message."""
 
+import functools
 import math
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -43,7 +45,18 @@ WRONG = [
     Wrong(ValueError, r"min_agreement must be in \[0, 1\], got 60", {"min_agreement": 60}),
     Wrong(TypeError, "progress must be True or False", {"progress": "yes"}),
     Wrong(ValueError, "total must be at least 0", {"total": -1}),
-    Wrong(TypeError, "settings must hold what JSON holds", {"settings": {"temperature": math.nan}}),
+    Wrong(
+        TypeError,
+        "settings must be what a resume of path= can compare, .* a lock cannot be told from another",
+        {"settings": {"client": threading.Lock()}, "path": "unused"},
+    ),
+    Wrong(
+        TypeError,
+        "normalize must be what a resume of path= can compare",
+        {"normalize": functools.partial(str.strip, threading.Lock()), "path": "unused"},
+    ),
+    Wrong(ValueError, "retry_failed=True is of a file that is resumed", {"retry_failed": True}),
+    Wrong(TypeError, "retry_failed must be True or False", {"retry_failed": "no"}),
 ]
 
 
@@ -62,8 +75,8 @@ LATE = [
     Wrong(TypeError, "input 1 must be a str or a mapping of fields, got 3", {"inputs": ["1", 3]}),
     Wrong(TypeError, "input 0 must hold what JSON holds", {"inputs": [{"question": {1, 2}}]}),
     Wrong(ValueError, r"input 0 must have the fields \['context', 'question'\] of method 'two'", {"method": TWO_FIELDS}),
-    Wrong(TypeError, "parse of method 'direct' must return a str or None, got 15 at input 0", {"method": DIRECT.parsed_by(len)}),
-    Wrong(RuntimeError, "split of step 'a' must return a list, got", {"method": SPLIT_TO_A_TEXT}),
+    Wrong(TypeError, "parse of method 'direct' must return a str or None, got 15 at input 0, '1'", {"method": DIRECT.parsed_by(len)}),
+    Wrong(TypeError, "raised at input 0, '1': TypeError: split of step 'a' must return a list, got", {"method": SPLIT_TO_A_TEXT}),
     Wrong(TypeError, "sample_fn must return a list of texts, got 'abc'", {"sample_fn": lambda p: "abc"}),
     Wrong(TypeError, "sample_fn must return a list of texts, got None", {"sample_fn": print}),
     Wrong(TypeError, "strings, or None for no text, got 1 at 0", {"sample_fn": lambda p: [1] * len(p)}),

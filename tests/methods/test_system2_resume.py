@@ -152,6 +152,37 @@ def test_an_async_iterator_that_is_left_is_closed(tmp_path):
     assert asyncio.run(inside()) == list(run(tmp_path / "records"))
 
 
+def test_an_async_iterator_is_closed_by_close(tmp_path):
+    async def inside():
+        curation = run(tmp_path / "records")
+        async for _ in curation:
+            break
+        curation.close()
+        return [record async for record in run(tmp_path / "records")]
+
+    assert asyncio.run(inside()) == list(run(tmp_path / "records"))
+
+
+class Repeated:
+    """A perturbation that is no dataclass."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self, fields):
+        return {"question": fields["question"] * self.times}, None
+
+
+def test_an_object_of_other_contents_is_another_setting(tmp_path):
+    how = {"path": tmp_path / "records", "n": 1}
+    asked = lambda times: curate(
+        ["x"], METHOD, lambda ps: ps, perturbations=[Repeated(times)], **how
+    )
+    assert list(asked(2)) == list(asked(2))
+    with pytest.raises(ValueError, match="other settings"):
+        list(asked(3))
+
+
 OTHERS = {
     "n": {"n": 4},
     "agreement": {"min_agreement": 0.6},

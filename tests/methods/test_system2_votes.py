@@ -46,10 +46,19 @@ def test_the_last_stated_answer():
 
 NUMBERS = {
     "12": "12", "-3.50 degrees": "-3.5", "+7": "7", "\u22128": "-8", "1,234,567.0": "1234567", "x is 0.0": "0",
-    "3-4": "4", "$1,200": "1200", "15% of 80 is 12": "12", "007": "7", "-0.0": "0", "5kg": "5",
-    "4.": "4", "(9)": "9", "100": "100",
-    "1/2": None, "1e5": None, "3.5e-2": None, "v2": None, "12,34": None, ".5": None, "1.2.3": None, "no": None,
+    "$1,200": "1200", "15% of 80 is 12": "12", "007": "7", "-0.0": "0", "5kg": "5", "25%": "25", "= **12** eggs": "12",
+    "4.": "4", "(9)": "9", "100": "100", "2+2=4": "4", "**Answer:** 12": "12", "$-5": "-5", "12 cm²": "12", "(-2)": "-2",
+    r"\boxed{-7}": "-7", r"\boxed{12\%}": "12", r"$\approx 5$": "5", r"\(5\text{ cm}\)": "5", r"90^\circ": "90", "12!": "12",
+    "1. 3\n2. -4": "-4", "5\n-4": "-4", "100 200\n300": "300", "60 miles/hour": "60",
 }  # fmt: skip
+PARTS_OF_MORE = [
+    "1/2", "1 / 2", "1e5", "3.5e-2", "v2", "12,34", ".5", "1.2.3", "no", "3-4", "2024-01-05", "3–4", "1 000", "1\u202f000", "1, 000",
+    "2 000.50", "1'000", "1’000", "1_000", "1，000", "0x1F", "0b101", "25 cm^2", "x^{2}", "10^-2", "10^(3)", "2^n", "5 x 10^3",
+    "5 × 10³", "5 x 10", "2 x $9", "5*10", "5 * 10", "2**3", "3 + 4", "3 -4", "= - 2", "-$5", "- 2 apples", r"5 \times 10", r"2\pi", "√2",
+    r"\frac{1}{2}", r"\sqrt{2}", "f(2)", "2(x + 1)", "2x", "2*x", "2 * x", "3 + x", "1/x", "10k", "5 k", "$5m", "3 million", "5-thousand",
+    "2 dozen", "3 quarters", "2 and a half", "2½", "2 ½", "2nd", "1990s", "2:30", "3 : 4", "5 ± 1", "12 or 13", "5 to 6", "|-5|",
+]  # fmt: skip
+NUMBERS |= dict.fromkeys(PARTS_OF_MORE)
 
 
 @pytest.mark.parametrize(("text", "expected"), NUMBERS.items())
@@ -63,6 +72,23 @@ def test_choice_is_one_letter_or_none():
     assert [parse(text) for text in found] == ["B", "C", "D", "B"]
     unsure = ["The answer is A or B.", "The answer is E.", "BAD", "the answer is a", ""]
     assert [parse(text) for text in unsure] == [None] * 5
+    words = [
+        "It is close.\nA better one is B-like",
+        "A good answer",
+        "I think so.",
+        "I prefer it",
+        "I",
+    ]
+    assert [Choice("ABI")(text) for text in words] == [None, None, None, None, "I"]
+    letters = [
+        "A is better",
+        "Option A looks right",
+        "(A) cat",
+        "A: a cat",
+        "A, as I said",
+        "I think B",
+    ]
+    assert [parse(text) for text in letters] == [*"AAAAAB"]
     with pytest.raises(ValueError, match=r"letters must be a string of letters, got 'A\]B'"):
         Choice("A]B")
 

@@ -5,11 +5,15 @@ from tests.support.mutants import Mutation
 
 VOTES = "tests/methods/test_system2_votes.py::test_"
 CURATE = "tests/methods/test_system2_curate.py::test_"
+METHODS = "tests/methods/test_system2_methods.py::test_"
+FAILURES = "tests/methods/test_system2_failures.py::test_"
+DIGESTS = "tests/methods/test_system2_digests.py::test_"
 ERRORS = "tests/methods/test_system2_errors.py::test_"
 RESUME = "tests/methods/test_system2_resume.py::test_"
 LABELS = "tests/methods/test_system2_labels.py::test_"
-FAILS = f"{CURATE}an_input_that_fails_is_a_reason_and_the_others_are_kept"
-GONE = f"{CURATE}a_server_that_is_gone_stops_the_run_and_loses_nothing[2]"
+TOKENS = "tests/methods/test_system2_tokens.py::test_"
+FAILS = f"{FAILURES}an_input_that_fails_is_a_reason_and_the_others_are_kept"
+GONE = f"{FAILURES}a_server_that_is_gone_stops_the_run_and_loses_nothing[2]"
 
 
 def mutation(name: str, file: str, old: str, new: str, test: str) -> Mutation:
@@ -43,7 +47,7 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_VOTES,
         "back = undo(answer)",
         "back = answer",
-        f"{CURATE}a_judge_that_prefers_the_first_is_found_out",
+        f"{METHODS}a_judge_that_prefers_the_first_is_found_out",
     ),
     mutation(
         "a version without an answer is overlooked",
@@ -85,7 +89,7 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_PROMPTS,
         "one_each = items[step.each][: step.most]",
         "one_each = items[step.each]",
-        f"{CURATE}branch_solve_merge",
+        f"{METHODS}branch_solve_merge",
     ),
     mutation(
         "a method starts over at a text that is missing",
@@ -97,8 +101,8 @@ SYSTEM2 = [
     mutation(
         "calls are not bounded",
         sources.METHODS_SYSTEM2_WINDOWS,
-        "chunk = prompts[start : start + self.options.batch_size]",
-        "chunk = prompts[start:]",
+        "chunk := list(islice(left, self.options.batch_size))",
+        "chunk := list(left)",
         f"{CURATE}calls_are_shared_by_inputs_and_bounded",
     ),
     mutation(
@@ -106,27 +110,27 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_WINDOWS,
         "* 2 ** (attempt - 1)",
         "",
-        f"{CURATE}retries_wait_longer_each_time",
+        f"{FAILURES}retries_wait_longer_each_time",
     ),
     mutation(
         "an input that fails takes its window along",
         sources.METHODS_SYSTEM2_WINDOWS,
-        "if len(groups) > 1 and index not in failed:",
+        "if len(groups) > 1:",
         "if False:",
         FAILS,
     ),
     mutation(
         "failures are never in a row",
         sources.METHODS_SYSTEM2_WINDOWS,
-        "self.failures_in_a_row += 1",
-        "self.failures_in_a_row = 1",
+        "(0 if start else self.before)",
+        "0",
         GONE,
     ),
     mutation(
         "failures of a server that is gone are written",
         sources.METHODS_SYSTEM2_CURATION,
-        "if record.reason != FAILED or not windows.failures_in_a_row:",
-        "if True:",
+        "if record.reason != FAILED:\n",
+        "if True:\n",
         GONE,
     ),
     mutation(
@@ -134,13 +138,13 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_CURATION,
         "\n        yield from written(held)\n",
         "\n",
-        f"{CURATE}all_inputs_fail",
+        f"{FAILURES}all_inputs_fail",
     ),
     mutation(
         "a new loop for each call",
         sources.METHODS_SYSTEM2_SAMPLING,
-        "loop = loop or _new_loop(texts)",
-        "loop = _new_loop(texts)",
+        "loop = loop or _new_loop(answer)",
+        "loop = _new_loop(answer)",
         f"{CURATE}with_and_without_an_event_loop[object]",
     ),
     mutation(
@@ -167,8 +171,8 @@ SYSTEM2 = [
     mutation(
         "lines wait in a buffer",
         sources.METHODS_SYSTEM2_JOURNAL,
-        "self._file.flush()",
-        "pass",
+        "self._file.flush()\n        self._n_appended",
+        "self._n_appended",
         f"{RESUME}a_record_is_on_file_when_it_is_given",
     ),
     mutation(
@@ -187,9 +191,9 @@ SYSTEM2 = [
     ),
     mutation(
         "the first input that is new is skipped",
-        sources.METHODS_SYSTEM2_CURATION,
-        "inputs = chain([(index, value)], inputs)",
-        "pass",
+        sources.METHODS_SYSTEM2_JOURNAL,
+        "            yield record._replace(input=value)\n",
+        "            yield record._replace(input=value)\n        next(inputs, None)\n",
         f"{RESUME}more_inputs_are_appended",
     ),
     mutation(
@@ -232,20 +236,160 @@ SYSTEM2 = [
         sources.METHODS_SYSTEM2_TOKENIZATION,
         "return ids[: start + len(bare)]",
         "return ids",
-        f"{LABELS}tokenizers[fast_tokenizer]",
+        f"{TOKENS}tokenizers[fast_tokenizer]",
     ),
     mutation(
         "unknown words are special tokens",
         sources.METHODS_SYSTEM2_TOKENIZATION,
         "frozenset(found - {unknown})",
         "frozenset(found)",
-        f"{LABELS}tokenizers[word_tokenizer]",
+        f"{TOKENS}tokenizers[word_tokenizer]",
     ),
     mutation(
         "special tokens in texts are not noticed",
         sources.METHODS_SYSTEM2_LABELS,
         "if not keep and (",
         "if False and (",
-        f"{LABELS}tokenizers[fast_tokenizer]",
+        f"{TOKENS}tokenizers[fast_tokenizer]",
+    ),
+    mutation(
+        "an input that fails is asked on in its other samples",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "if index not in failures.errors)\n",
+        "if True)\n",
+        f"{FAILURES}no_more_is_asked_for_an_input_that_failed",
+    ),
+    mutation(
+        "an input that failed goes on to the next step",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "running = [sample for sample in asked if sample.index not in failures.errors]",
+        "running = asked",
+        f"{FAILURES}no_more_is_asked_for_an_input_that_failed",
+    ),
+    mutation(
+        "failures with others between them are in a row",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "return self.before + len(self.order) if n is None else n",
+        "return self.before + len(self.errors)",
+        f"{FAILURES}failures_with_others_between_them_are_not_in_a_row[1]",
+    ),
+    mutation(
+        "failures of a window are all in a row",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "n = end - start + 1 + ",
+        "n = len(self.errors) + ",
+        f"{FAILURES}failures_with_others_between_them_are_not_in_a_row[4]",
+    ),
+    mutation(
+        "what was done before a run stops is lost",
+        sources.METHODS_SYSTEM2_CURATION,
+        "            records, error = yield from windows.records(window)\n            for",
+        "            records, error = yield from windows.records(window)\n            records = [] if error else records\n            for",
+        f"{FAILURES}what_is_done_is_yielded_before_the_run_stops",
+    ),
+    mutation(
+        "an input that is not at its end gets a record",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "ends += [sample.index for sample in asked]",
+        "pass",
+        f"{FAILURES}what_is_done_is_yielded_before_the_run_stops",
+    ),
+    mutation(
+        "lines that were not reached are lost",
+        sources.METHODS_SYSTEM2_JOURNAL,
+        "shutil.copyfileobj(old, self._file)",
+        "pass",
+        f"{FAILURES}what_is_asked_again_is_kept_whatever_ends_it",
+    ),
+    mutation(
+        "a link is replaced by a file",
+        sources.METHODS_SYSTEM2_JOURNAL,
+        "Writing.beside(Path(os.path.realpath(path)))",
+        "Writing.beside(path)",
+        f"{FAILURES}inputs_that_failed_are_asked_again_where_it_is_wanted[256-calls0]",
+    ),
+    mutation(
+        "a retry does not wait where an event loop runs",
+        sources.METHODS_SYSTEM2_SAMPLING,
+        "await asyncio.sleep(item.wait_s)",
+        "await asyncio.sleep(0.0)",
+        f"{FAILURES}async_failures_are_retried_after_as_long_a_wait",
+    ),
+    mutation(
+        "an async iterator keeps its file at close",
+        sources.METHODS_SYSTEM2_CURATION,
+        "self._records.close()\n        self._program.close()",
+        "self._records.close()",
+        f"{RESUME}an_async_iterator_is_closed_by_close",
+    ),
+    mutation(
+        "agreement is of the first version",
+        sources.METHODS_SYSTEM2_WINDOWS,
+        "agreement=mean if found.answer else",
+        "agreement=vote.agreement if found.answer else",
+        f"{METHODS}agreement_is_of_samples_or_of_versions",
+    ),
+    mutation(
+        "an object is its class",
+        sources.METHODS_SYSTEM2_DIGESTS,
+        'return [f"{kind.__module__}.{kind.__qualname__}", of(kept)]',
+        'return [f"{kind.__module__}.{kind.__qualname__}"]',
+        f"{RESUME}an_object_of_other_contents_is_another_setting",
+    ),
+    mutation(
+        "a function does not hold what it closes over",
+        sources.METHODS_SYSTEM2_DIGESTS,
+        'held[f"closes over {name}"] = cell.cell_contents',
+        "pass",
+        f"{DIGESTS}equal_things_are_one_and_others_are_not[closure]",
+    ),
+    mutation(
+        "lambdas are one",
+        sources.METHODS_SYSTEM2_DIGESTS,
+        'held["code"] = code',
+        "pass",
+        f"{DIGESTS}equal_things_are_one_and_others_are_not[lambda]",
+    ),
+    mutation(
+        "a power's exponent is a number",
+        sources.METHODS_SYSTEM2_NUMERALS,
+        "√×·⋅÷^]~",
+        "√×·⋅÷]~",
+        f"{VOTES}last_number[25 cm^2-None]",
+    ),
+    mutation(
+        "thousands may be apart",
+        sources.METHODS_SYSTEM2_NUMERALS,
+        "looked_at.append(_MORE_BEFORE_THREE_DIGITS)",
+        "pass",
+        f"{VOTES}last_number[1 000-None]",
+    ),
+    mutation(
+        "an article is a choice",
+        sources.METHODS_SYSTEM2_ANSWERS,
+        "if not _WORD.match(stated, letter.start())",
+        "",
+        f"{VOTES}choice_is_one_letter_or_none",
+    ),
+    mutation(
+        "special ids that are listed are not known",
+        sources.METHODS_SYSTEM2_TOKENIZATION,
+        "found = set(tokenizer.all_special_ids)",
+        "pass",
+        f"{TOKENS}special_tokens_of_a_tokenizer_that_lists_their_ids",
+    ),
+    mutation(
+        "a chat is cut from its beginning",
+        sources.METHODS_SYSTEM2_LABELS,
+        "cut = partial(_around, messages, opened, asked, texts)",
+        "cut = lambda: ([], before, [])",
+        f"{TOKENS}a_long_chat_is_cut_where_the_user_speaks",
+    ),
+    mutation(
+        "a batch without labels has no token",
+        sources.METHODS_SYSTEM2_LABELS,
+        "[([texts.pad], [], 0.0)], [None]",
+        "[([], [], 0.0)], [None]",
+        f"{LABELS}a_batch_that_is_skipped_has_no_loss[how0]",
     ),
 ]

@@ -21,10 +21,11 @@ Example::
 docs/system2.md says which tasks gain, and what the knobs do.
 """
 
-from .answers import Choice, final_answer, last_number, normalize_answer
+from .answers import Choice, final_answer, normalize_answer
 from .curation import Curation, curate
 from .labels import Labels, to_labels
 from .messages import to_messages
+from .numerals import last_number
 from .prompts import (
     BRANCH_SOLVE_MERGE,
     CHAIN_OF_THOUGHT,

@@ -7,14 +7,13 @@ unparsable. Where it cannot be sure it returns None, as a wrong answer would be 
 import re
 import unicodedata
 from dataclasses import dataclass
-from decimal import Decimal
 
 _STATED = re.compile(r"\banswer\b[*_]*\s*(?:is\b\s*:?|:)[*_]*", re.IGNORECASE)
 _BOXED = r"\boxed{"
-_NUMERIC = re.compile(
-    r"(?<!\w)[-+\u2212]?\.?\d[\d.,/]*(?:[eE][-+]?\d+)?"
-)  # a run that may be a number
-_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_WORD = re.compile(  # an article or a pronoun, by what stands around it
+    r"(?<!\()(?<![Oo]ption )(?<![Cc]hoice )(?<![Rr]esponse )"
+    r"[AI] +(?!(?:and|because|has|is|or|over|since|was|wins)\b)\w"
+)
 _AROUND = " \t\r\n*_`\"'“”‘’"
 
 
@@ -74,29 +73,11 @@ def _bare(text: str) -> str | None:
     return text.strip(_AROUND).removesuffix(".").strip(_AROUND) or None
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text, in one spelling.
-
-    ``1,000.50`` is "1000.5"; a last one like 1/2, 1e5 or 1,5 gives None, and digits of a word are no number.
-    A text goes in, a decimal number as a string comes out, or None where there is none.
-
-    Example:
-        >>> from distill_ops.methods.system2 import last_number
-        >>> last_number("6 boxes of 200 are 1,200.00 dollars."), last_number("about 1/2")
-        ('1200', None)
-    """
-    found = _NUMERIC.findall(text)
-    if not found or not _NUMBER.fullmatch(found[-1].rstrip(".,/")):
-        return None
-    value = Decimal(found[-1].rstrip(".,/").replace(",", "").replace("\u2212", "-"))
-    shown = format(value, "f")
-    shown = shown.rstrip("0").rstrip(".") if "." in shown else shown
-    return "0" if shown in ("-0", "") else shown
-
-
 @dataclass(frozen=True)
 class Choice:
     """A parser of one letter among those of the options, as :func:`final_answer` finds it.
+
+    None where it is a word, as in "A better one" or "I think so".
 
     Example:
         >>> from distill_ops.methods.system2 import Choice
@@ -116,5 +97,8 @@ class Choice:
 
     def __call__(self, text: str) -> str | None:
         stated = final_answer(text)
-        found = set(re.findall(rf"(?<!\w)[{self.letters}](?!\w)", stated or ""))
-        return found.pop() if len(found) == 1 else None
+        if stated is None:
+            return None
+        found = list(re.finditer(rf"(?<!\w)[{self.letters}](?!\w)", stated))
+        sure = [letter for letter in found if not _WORD.match(stated, letter.start())]
+        return sure[0][0] if sure and len({letter[0] for letter in found}) == 1 else None

@@ -1,10 +1,9 @@
 """``curate``: a stream of inputs, several samples of each, and a record of what they agree on."""
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from .answers import normalize_answer
 from .journal import Journal
 from .progress import no_bar, rich_bar
 from .prompts import Method
-from .records import Record, Summary
+from .records import FAILED, Record, Summary
 from .sampling import Call, drive, drive_async
-from .windows import FAILED, Input, Options, Perturbation, Windows
+from .windows import Input, Options, Perturbation, Windows
+
+BLOCK = 256  # lines that are read before those that failed among them are asked again
 
 
 def curate(
@@ -33,6 +34,7 @@ def curate(
     retries: int = 2,
     retry_wait_s: float = 1.0,
     max_failures: int = 10,
+    retry_failed: bool = False,
     progress: bool = False,
     total: int | None = None,
 ) -> "Curation":
@@ -69,15 +71,20 @@ def curate(
         normalize, min_agreement: as in :func:`majority_vote`, of each version's samples.
         path: a JSONL file, written a whole line at a time. A call with the same arguments resumes it,
             and yields what it holds first; a last line that was cut off is made again.
-        settings: whatever else the samples depend on, such as a model's name and temperature, of JSON's
-            types. With ``path``, a resume with other inputs, method, n, perturbations, normalize,
-            min_agreement or settings is refused. Functions are known by their names.
+        settings: whatever else the samples depend on, such as a model's name and temperature. With ``path``, a
+            resume with other inputs, method, n, perturbations, normalize, min_agreement or settings is
+            refused: data are compared by value, functions by name, defaults and what they close over (a
+            lambda also by its code), objects by class and what pickle keeps of them. So an edit inside
+            of a function is not seen: put a version here.
         batch_size: the most prompts of a call; those of several inputs are put together.
         retries: how often a call that raised is made again, after ``retry_wait_s`` seconds, then twice as
             many, and so on; then each input's prompts are tried alone, once, and an input that
-            fails there has the reason "failed" and the error as its detail.
-        max_failures: so many inputs that fail in a row, as where a server is gone, are an error, and
-            are not written: a resume begins with them.
+            fails there has the reason "failed" and the error as its detail; nothing more is asked for it.
+        max_failures: so many inputs that fail in a row, as where a server is gone, at whatever step, are an
+            error. What was done before them is yielded first; they are not written, and a resume begins
+            with them.
+        retry_failed: whether a resume of ``path`` asks the inputs again whose reason is "failed"; their lines
+            are replaced.
         progress: whether to show a bar and print the summary (needs rich).
         total: the number of inputs, for the bar, where inputs has no length.
 
@@ -88,8 +95,10 @@ def curate(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected; from the iterator for
             an input that lacks a field, for texts that are no list of strings, one a prompt, and for
-            a path of other inputs or settings.
-        RuntimeError: from the iterator, after ``max_failures``, or as an event loop runs.
+            a path of other inputs or settings; and with ``path``, TypeError for what pickle refuses.
+        RuntimeError: from the iterator, after ``max_failures``, as an event loop runs, or where a function of
+            yours (a perturbation and its undo, normalize, parse) raised: with the input, and the error as
+            its cause. ValueError and TypeError stay what they are.
         BlockingIOError: from the iterator: another process writes ``path``.
     """
     if isinstance(inputs, str | bytes | Mapping) or not hasattr(inputs, "__iter__"):
@@ -105,9 +114,12 @@ def curate(
     else:
         integer("total", total, 0)
     bar = rich_bar() if flag("progress", progress) else no_bar
-    key = options.digest(settings)
-    journal = nullcontext if path is None else Journal(Path(path), key).open
-    return Curation(inputs, options, sample_fn, journal, partial(bar, total))
+    if flag("retry_failed", retry_failed) and path is None:
+        raise ValueError("retry_failed=True is of a file that is resumed: pass path=")
+    journal = nullcontext
+    if path is not None:
+        journal = Journal(Path(path), options.digest(settings)).open
+    return Curation(inputs, options, sample_fn, journal, partial(bar, total), retry_failed)
 
 
 class Curation:
@@ -128,11 +140,14 @@ class Curation:
         sample_fn: Callable,
         open_journal: Callable[[], AbstractContextManager[Journal | None]],
         open_bar: Callable[[Summary], AbstractContextManager[Callable[[], None]]],
+        retry_failed: bool = False,
     ):
         self.summary = Summary()
-        program = _program(inputs, options, self.summary, open_journal, open_bar)
-        self._records = drive(program, sample_fn)
-        self._records_async = drive_async(program, sample_fn)
+        self._program = _program(
+            inputs, options, self.summary, open_journal, open_bar, retry_failed
+        )
+        self._records = drive(self._program, sample_fn)
+        self._records_async = drive_async(self._program, sample_fn)
 
     def __iter__(self) -> "Curation":
         return self
@@ -147,20 +162,26 @@ class Curation:
         return await anext(self._records_async)
 
     def close(self) -> None:
-        """Ends the iterator and closes the file, as the end of the inputs does."""
+        """Ends the iterator, sync or async, and closes the file, as the end of the inputs does."""
         self._records.close()
+        self._program.close()
 
     async def aclose(self) -> None:
-        """:meth:`close`, of ``async for``."""
+        """:meth:`close`, awaited."""
         await self._records_async.aclose()
+        self._program.close()
 
 
 # a function, not a method: an iterator that is dropped is freed, and its file with it, at once
 def _program(
-    inputs: Iterable[Input], options: Options, summary: Summary, open_journal, open_bar
+    inputs: Iterable[Input],
+    options: Options,
+    summary: Summary,
+    open_journal,
+    open_bar,
+    retry_failed: bool,
 ) -> Generator[Record | Call, Any, None]:
-    inputs, n_stored = enumerate(inputs), 0
-    windows = Windows(options, summary)
+    inputs, windows = enumerate(inputs), Windows(options, summary)
     with open_bar(summary) as advance, open_journal() as journal:
 
         def counted(record: Record) -> Record:
@@ -168,27 +189,46 @@ def _program(
             advance()
             return record
 
-        def written(held: deque[Record]) -> Iterator[Record]:
-            while held:
-                record = held.popleft()
+        def written(records: list[Record]) -> Iterator[Record]:
+            for record in records:
                 if journal is not None:
                     journal.append(record)
                 yield counted(record)
 
-        for index, value in inputs if journal else ():
-            record = journal.stored(index, value)
-            if record is None:
-                inputs = chain([(index, value)], inputs)
-                break
-            n_stored += 1
-            yield counted(record)
-        else:
-            if journal:
-                journal.check_at_end(n_stored)
-        held = deque()  # records from an input that failed to the next one that did not
+        if journal is not None:
+            stored = journal.stored(inputs)
+            if retry_failed and journal.has_failed():
+                with journal.rewritten():
+                    while block := list(islice(stored, BLOCK)):
+                        done, error = yield from _again(block, options.width, windows)
+                        yield from written(done)
+                        if error is not None:
+                            raise error
+            yield from map(counted, stored)
+        held: list[Record] = []  # that failed, since the last one that did not
         while window := list(islice(inputs, options.width)):
-            for record in (yield from windows.records(window)):
+            records, error = yield from windows.records(window)
+            for record in records:
                 held.append(record)
-                if record.reason != FAILED or not windows.failures_in_a_row:
+                if record.reason != FAILED:
                     yield from written(held)
+                    held = []
+            if error is not None:
+                raise error
         yield from written(held)
+
+
+def _again(
+    block: list[Record], width: int, windows: Windows
+) -> Generator[Call, Any, tuple[list[Record], RuntimeError | None]]:
+    """Records, those that failed asked again, up to the first one for which that came to an end."""
+    left = [(record.index, record.input) for record in block if record.reason == FAILED]
+    found, error = {}, None
+    while left and error is None:
+        records, error = yield from windows.records(left[:width])
+        found |= {record.index: record for record in records}
+        left = left[width:]
+    while error and found and found[next(reversed(found))].reason == FAILED:
+        found.popitem()  # in a row with those that ended it
+    block = [found.get(record.index) if record.reason == FAILED else record for record in block]
+    return block[: block.index(None)] if error else block, error

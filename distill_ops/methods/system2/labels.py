@@ -1,6 +1,8 @@
 """Records to tensors: ids, shifted labels, weights, and what keeps records apart in one row."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from .tokenization import AUTO, Texts
 
 IGNORED = -100
 NO_ANSWER, SPECIAL, NO_PROMPT = "no answer", "special token in the text", "no prompt"
+MARK = "\ue000"  # of a private use: in no text
 LONG_PROMPT, LONG_TARGET = "prompt longer than the window", "target longer than the window"
 
 
@@ -97,14 +100,15 @@ def to_labels(
 
     Args:
         records: :class:`Record`, or rows of their JSONL or data set: mappings with input and target.
-        tokenizer: of ``transformers`` or ``tokenizers``, or a function of a text to its ids, as ``tiktoken``'s
-            ``encode``.
+        tokenizer: of ``transformers``, ``tokenizers`` or ``tiktoken`` (an ``Encoding``), or a function of a text
+            to its ids.
         prompt: as in :func:`to_messages`.
         chat: whether the tokenizer's chat template makes the text, of :func:`to_messages` with ``system``; it
             ends the target itself.
         max_length: the model's window, in tokens; None for none.
         truncate: of a record that is longer: "skip" it, or "left": cut the prompt's beginning, but for
-            a special token that opens it. A target is never cut.
+            a special token that opens it; with ``chat`` the beginning of what the user says, so that roles
+            and system message stay. A target is never cut.
         pack: whether records share rows of ``max_length`` tokens, in their order: pass ``position_ids`` and
             ``block_mask()`` to the model, or ``cu_seqlens`` and ``cu_seqlens.diff().max()`` to FlashAttention's varlen functions.
         padding_side: "right" or "left", of rows that are not packed.
@@ -112,15 +116,19 @@ def to_labels(
         weighting: of each label: "token" (1: a mean over tokens), "record" (1 / the record's labels: long
             answers count no more), "agreement" (the record's), or a function of the record.
         special_tokens: of a text that spells one, as "</s>", which would end the answer: "skip" or "keep".
+            A ``system`` that does is refused, unless kept.
         eos_token_id: ends each target; by default the tokenizer's; None for none. Not with ``chat``.
-        pad_token_id: by default the tokenizer's, else the end token: no label is ever of padding.
+        pad_token_id: by default the tokenizer's, else the end token, else 0: padding is masked, and no label
+            is ever of it.
 
     Returns:
         :class:`Labels`, on the CPU. The last position of a record has no label: nothing follows it.
+        Where every record is skipped, as may be in a data loader's batch, one row of padding without
+        labels, its first token attended to, with a warning: its loss is 0, and so is the gradient.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected; also where no record
-            gives labels.
+        ValueError, TypeError: naming the argument, what came and what was expected; also of no records, and of
+            a text on which the tokenizer fails.
     """
     if isinstance(records, Record | Mapping | str) or not hasattr(records, "__iter__"):
         raise TypeError(f"records must be an iterable of records, got {shown(records)}")
@@ -144,6 +152,11 @@ def to_labels(
     if system is not None and not chat:
         raise ValueError("system needs chat=True: put it into prompt")
     texts = Texts(tokenizer, None if chat else eos_token_id, pad_token_id)
+    if system is not None and special_tokens == "skip" and texts.holds_special(system):
+        raise ValueError(
+            f"system spells a special token of the tokenizer, got {shown(system)}: take it out, or pass "
+            f"special_tokens='keep'"
+        )
     pieces, places, skipped = [], [], []
     for place, record in enumerate(records):
         found = _ids(record, texts, prompt, system, chat, special_tokens == "keep")
@@ -154,17 +167,24 @@ def to_labels(
             continue
         pieces.append((*found, _weight(record, weighting, len(found[1]))))
         places.append(place)
+    if not pieces and not skipped:
+        raise ValueError("records must hold at least one, got none")
     if not pieces:
-        why = ", ".join(sorted({reason for _, reason in skipped})) or "there are none"
-        raise ValueError(f"records must hold one that gives labels, got {len(skipped)}: {why}")
+        why = ", ".join(sorted({reason for _, reason in skipped}))
+        warnings.warn(
+            f"none of the {len(skipped)} records gives labels ({why}): one row of padding, whose loss is 0",
+            stacklevel=2,
+        )
+        pieces, places = [([texts.pad], [], 0.0)], [None]
     rows, records_of = _rows(pieces, places, max_length if pack else None)
     longest = max(sum(len(p) + len(t) for p, t, _ in row) for row in rows)
     width = max_length if pack else -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    records_of = [[place for place in row if place is not None] for row in records_of]
     return _filled(rows, width, padding_side == "left", texts.pad, records_of, skipped)
 
 
 def _ids(record, texts: Texts, prompt, system, chat: bool, keep: bool):
-    """Ids of prompt and target, or why there are none."""
+    """Ids of prompt and target, and how the prompt can be cut; or why there are none."""
     target = part_of(record, "target")
     if target is not None and not isinstance(target, str):
         raise TypeError(f"target of a record must be a str or None, got {shown(target)}")
@@ -176,30 +196,48 @@ def _ids(record, texts: Texts, prompt, system, chat: bool, keep: bool):
     if not chat:
         end = [] if texts.eos is None else [texts.eos]
         before, after = texts.prompt_ids(asked), texts.ids(target, False) + end
-    else:
-        messages = to_messages(record, prompt=prompt, system=system)
-        asked = texts.template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = texts.template(messages, tokenize=False)
-        if not whole.startswith(asked):
-            raise ValueError(
-                "tokenizer's chat template does not begin a chat with its generation prompt: write prompt= "
-                f"out, with chat=False; the prompt is {shown(asked)}"
-            )
-        before, after = texts.ids(asked, False), texts.ids(whole[len(asked) :], False)
-    return (before, after) if before else NO_PROMPT
+        opening = before[:1] if before and before[0] in texts.special else []
+        return (
+            (before, after, lambda: (opening, before[len(opening) :], [])) if before else NO_PROMPT
+        )
+    messages = to_messages(record, prompt=prompt, system=system)
+    opened = texts.template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = texts.template(messages, tokenize=False)
+    if not whole.startswith(opened):
+        raise ValueError(
+            "tokenizer's chat template does not begin a chat with its generation prompt: write prompt= "
+            f"out, with chat=False; the prompt is {shown(opened)}"
+        )
+    before, after = texts.ids(opened, False), texts.ids(whole[len(opened) :], False)
+    cut = partial(_around, messages, opened, asked, texts)
+    return (before, after, cut) if before else NO_PROMPT
 
 
-def _fitted(before: list[int], after: list[int], max_length, left: bool, special):
+def _around(messages, opened: str, asked: str, texts: Texts):
+    """Ids of what a chat has before the last user's text, of that text with what follows, of what follows.
+
+    None where the template changes the text.
+    """
+    marked = [*messages[:-2], messages[-2] | {"content": MARK}]
+    parts = texts.template(marked, tokenize=False, add_generation_prompt=True).split(MARK)
+    if len(parts) != 2 or asked.join(parts) != opened:
+        return None
+    head, tail = parts
+    return [texts.ids(text, False) for text in (head, asked + tail, tail)]
+
+
+def _fitted(before: list[int], after: list[int], cut, max_length, left: bool, special):
     """Within the window: cut or refused."""
     if max_length is None or len(before) + len(after) <= max_length:
         return before, after
     room = max_length - len(after)
-    opening = before[:1] if before[0] in special else []
-    if room < len(opening) + 1:
+    if room < (2 if before[0] in special else 1):
         return LONG_TARGET
-    if not left:
+    parts = cut() if left else None
+    if parts is None or room <= len(parts[0]) + len(parts[2]):
         return LONG_PROMPT
-    return opening + before[len(before) - room + len(opening) :], after
+    head, rest, _ = parts
+    return head + rest[max(0, len(rest) + len(head) - room) :], after
 
 
 def _weight(record, weighting, n_labels: int) -> float:

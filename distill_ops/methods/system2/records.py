@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEPT = "kept"
+KEPT, FAILED = "kept", "failed"
 BEGINNING = b'{"index": 0, "key": "'  # of every file
 
 
@@ -25,7 +25,10 @@ class Record(NamedTuple):
     index: int  #: of the input, from 0
     input: str | Mapping[str, Any]  #: as it was given
     target: str | None  #: the answer to train on, None where none is kept
-    agreement: float  #: the share of the samples that gave the most frequent answer
+    #: the share of the samples that gave the most frequent answer, of several versions of an input its mean;
+    #: with the reason "inconsistent" the share of the *versions* that have the most frequent answer, with
+    #: another reason that of the samples of the input as it was, and 0 where it failed
+    agreement: float
     kept: bool  #: whether there is a target
     reason: (
         str  #: "kept", or why not: "tie", "low agreement", "unparsable", "inconsistent", "failed"

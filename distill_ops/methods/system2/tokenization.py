@@ -7,23 +7,24 @@ from typing import Any
 from ...scalars import integer, shown
 
 AUTO = "auto"
+END = "<|endoftext|>"  # as tiktoken calls it
 
 
 class Texts:
-    """A tokenizer of ``transformers`` or ``tokenizers``, or a function of a text to its ids."""
+    """A tokenizer of ``transformers``, ``tokenizers`` or ``tiktoken``, or a function of a text to its ids."""
 
     def __init__(self, tokenizer: Any, eos_token_id, pad_token_id):
         self._tokenizer = tokenizer
         is_one = callable(tokenizer) or hasattr(tokenizer, "encode")
         if not is_one or isinstance(tokenizer, str | bytes | type):
             raise TypeError(
-                f"tokenizer must be one of transformers or tokenizers, or a function of a text to its "
-                f"ids, got {shown(tokenizer)}"
+                f"tokenizer must be one of transformers, tokenizers or tiktoken, or a function of a text to "
+                f"its ids, got {shown(tokenizer)}"
             )
         for name in ("truncation", "padding"):  # of tokenizers, which then cuts and pads any text
             if isinstance(getattr(tokenizer, name, None), dict):
                 raise ValueError(f"tokenizer has {name} switched on: call its no_{name}()")
-        self._is_plain = not hasattr(tokenizer, "encode")
+        self._encode = _encoder(tokenizer)
         self.special = _special_ids(tokenizer)
         self.eos = self._end(eos_token_id)
         self.pad = self._padding(pad_token_id)
@@ -31,6 +32,8 @@ class Texts:
     def _end(self, given) -> int | None:
         if given == AUTO:
             given = getattr(self._tokenizer, "eos_token_id", None)
+            if _is_of_tiktoken(self._tokenizer) and END in self._tokenizer.special_tokens_set:
+                given = self._tokenizer.eot_token
             if given is None:
                 raise ValueError(
                     "tokenizer has no eos_token_id: pass eos_token_id=, so that the model learns to stop, or "
@@ -39,18 +42,26 @@ class Texts:
         return None if given is None else integer("eos_token_id", given, 0)
 
     def _padding(self, given) -> int:
-        if given is None:
-            given = getattr(self._tokenizer, "pad_token_id", None)
-        if given is None:
-            given = self.eos if self.eos is not None else 0
-        return integer("pad_token_id", given, 0)
+        known = [
+            given,
+            getattr(self._tokenizer, "pad_token_id", None),
+            self.eos,
+            getattr(self._tokenizer, "eos_token_id", None),
+            0,
+        ]
+        return integer("pad_token_id", next(x for x in known if x is not None), 0)
 
     def ids(self, text: str, special: bool) -> list[int]:
         """With or without the special tokens that the tokenizer puts around a text."""
-        if self._is_plain:
-            found = self._tokenizer(text)
-        else:
-            found = self._tokenizer.encode(text, add_special_tokens=special)
+        try:
+            found = self._encode(text, special)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            hint = ""
+            if _is_of_tiktoken(getattr(self._tokenizer, "__self__", None)):
+                hint = " (pass the Encoding itself, whose special tokens are then known)"
+            raise ValueError(
+                f"tokenizer fails on the text {shown(text)}{hint}: {type(error).__name__}: {error}"
+            ) from error
         ids = list(getattr(found, "ids", found))
         if ids and not isinstance(ids[0], Integral):
             raise TypeError(f"tokenizer must return a list of ids, got {shown(found)}")
@@ -82,9 +93,23 @@ class Texts:
         return found
 
 
+def _is_of_tiktoken(tokenizer: Any) -> bool:
+    return all(hasattr(tokenizer, x) for x in ("encode_single_token", "special_tokens_set"))
+
+
+def _encoder(tokenizer: Any) -> Callable[[str, bool], Any]:
+    if not hasattr(tokenizer, "encode"):
+        return lambda text, special: tokenizer(text)
+    if _is_of_tiktoken(tokenizer):  # which refuses a text that spells a special token, if not told
+        return lambda text, special: tokenizer.encode(text, allowed_special="all")
+    return lambda text, special: tokenizer.encode(text, add_special_tokens=special)
+
+
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Those that a text should not spell; what stands for unknown characters is not among them."""
     found, unknown = set(), None
+    if _is_of_tiktoken(tokenizer):
+        return frozenset(map(tokenizer.encode_single_token, tokenizer.special_tokens_set))
     if hasattr(tokenizer, "all_special_ids"):
         added = getattr(tokenizer, "added_tokens_decoder", {})
         found = set(tokenizer.all_special_ids)

@@ -1,15 +1,16 @@
 """Some inputs at a time: their samples side by side through a method's steps, calls that fail, records."""
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
 from ...scalars import integer, number, shown
-from .journal import described, digest, input_digest
+from .digests import described, digest, input_digest
 from .prompts import Method
-from .records import KEPT, Record, Summary
-from .sampling import Call
+from .records import FAILED, KEPT, Record, Summary
+from .sampling import Call, checked_texts
 from .votes import (
     AGREED,
     INCONSISTENT,
@@ -20,7 +21,6 @@ from .votes import (
     perturbation_consistent,
 )
 
-FAILED = "failed"
 Input = str | Mapping[str, Any]
 Perturbation = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Undo]]
 
@@ -60,11 +60,68 @@ class Options:
 
     def digest(self, settings: Mapping[str, Any] | None) -> str:
         """Of all that a record depends on, but for its input and the model."""
-        facts = self.method, self.n, self.perturbations, self.normalize, float(self.min_agreement)
-        try:
-            return digest(described((*facts, settings)))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"settings must hold what JSON holds: {error}") from None
+        facts = {
+            "method": self.method,
+            "n": self.n,
+            "perturbations": self.perturbations,
+            "normalize": self.normalize,
+            "min_agreement": float(self.min_agreement),
+            "settings": settings,
+        }
+        found = []
+        for name, fact in facts.items():
+            try:
+                found.append(described(fact))
+            except TypeError as error:
+                raise TypeError(
+                    f"{name} must be what a resume of path= can compare, data or what pickle takes: {error}; "
+                    f"give it a __getstate__, or no path"
+                ) from error
+        return digest(found)
+
+
+@dataclass
+class Failures:
+    """Inputs of a window that failed, and how many did in a row just before it."""
+
+    order: list[int]
+    before: int
+    errors: dict[int, Exception] = field(default_factory=dict)
+    stop: RuntimeError | None = None  # after too many in a row,
+    first: int = 0  # the first of which, in this window, is this
+
+    def add(self, index: int, error: Exception, most: int) -> None:
+        self.errors[index] = error
+        start = end = self.order.index(index)
+        while start and self.order[start - 1] in self.errors:
+            start -= 1
+        while end + 1 < len(self.order) and self.order[end + 1] in self.errors:
+            end += 1
+        n = end - start + 1 + (0 if start else self.before)
+        if n >= most:
+            self.first = self.order[start]
+            self.stop = RuntimeError(
+                f"sample_fn failed for {n} inputs in a row (max_failures), the last of them input {index}: "
+                f"{type(error).__name__}: {error}; none of them is written"
+            )
+            self.stop.__cause__ = error
+
+    def after(self) -> int:
+        """How many failed in a row up to the window's end."""
+        n = next((i for i, x in enumerate(reversed(self.order)) if x not in self.errors), None)
+        return self.before + len(self.order) if n is None else n
+
+
+@contextmanager
+def _at_input(who: str, index: int, value: Input) -> Iterator[None]:
+    """Errors of a user's function say where it was."""
+    try:
+        yield
+    except Exception as error:
+        kind = type(error) if type(error) in (TypeError, ValueError) else RuntimeError
+        raise kind(
+            f"{who} raised at input {index}, {shown(value)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class Windows:
@@ -72,61 +129,74 @@ class Windows:
 
     def __init__(self, options: Options, summary: Summary):
         self.options, self.summary = options, summary
-        self.failures_in_a_row = 0  # inputs, and no call that succeeded since
+        self._failed_last = 0  # inputs in a row
 
-    def records(self, window: list[tuple[int, Input]]) -> Generator[Call, Any, list[Record]]:
-        """Records of some inputs, whose samples go through the method's steps side by side."""
-        undo, programs, owners = [], [], []
+    def records(
+        self, window: list[tuple[int, Input]]
+    ) -> Generator[Call, Any, tuple[list[Record], RuntimeError | None]]:
+        """Records of some inputs, whose samples go through the method's steps side by side.
+
+        After too many failures in a row, those of the first inputs that came to their end, and the error.
+        """
+        undo, running = [], []
         for index, value in window:
             versions = self._versions(index, value)
             undo.append([back for _, back in versions])
             for version, (fields, _) in enumerate(versions):
-                programs += [self.options.method.program(fields) for _ in range(self.options.n)]
-                owners += [(index, version)] * self.options.n
-        answers: dict[tuple[int, int], list[str | None]] = {owner: [] for owner in owners}
-        failed: dict[int, Exception] = {}
-        running = [(*pair, None) for pair in zip(owners, programs, strict=True)]
+                running += [
+                    _Sample(index, value, version, self.options.method.program(fields))
+                    for _ in range(self.options.n)
+                ]
+        answers: dict[tuple[int, int], list[str | None]] = {}
+        failures = Failures([index for index, _ in window], self._failed_last)
         while running:
+            asked = [sample for sample in running if self._advanced(sample, answers)]
+            if failures.stop:
+                break
+            prompts = [(sample.index, text) for sample in asked for text in sample.prompts]
+            texts = iter((yield from self._texts(prompts, failures)))
+            for sample in asked:
+                sample.texts = list(islice(texts, len(sample.prompts)))
+            running = [sample for sample in asked if sample.index not in failures.errors]
+            if failures.stop:  # what came before may have come to its end
+                running = [sample for sample in running if sample.index < failures.first]
+        else:
             asked = []
-            for owner, program, texts in running:
-                try:
-                    prompts = program.send(texts)
-                except StopIteration as end:
-                    answers[owner].append(self._answer(owner[0], end.value))
-                except Exception as error:
-                    raise RuntimeError(
-                        f"method {self.options.method.name!r} raised at input {owner[0]}: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                else:
-                    self._check_asked(owner[0], prompts)
-                    asked.append((owner, program, prompts))
-            prompts = [(owner[0], text) for owner, _, texts in asked for text in texts]
-            found = iter((yield from self._texts(prompts, failed)))
-            running = [
-                (owner, program, list(islice(found, len(texts)))) for owner, program, texts in asked
-            ]
-            running = [x for x in running if x[0][0] not in failed]
-        return [
-            self._record(index, value, [answers[index, i] for i in range(len(back))], back, failed)
+        self._failed_last = failures.after()
+        ends = [failures.first] if failures.stop else []
+        ends += [sample.index for sample in asked]
+        records = [
+            self._record(index, value, answers, back, failures.errors.get(index))
             for (index, value), back in zip(window, undo, strict=True)
+            if not ends or index < min(ends)
         ]
+        return records, failures.stop
 
-    def _check_asked(self, index: int, prompts: list[str]) -> None:
-        fits = isinstance(prompts, list | tuple) and all(isinstance(x, str) for x in prompts)
+    def _advanced(
+        self, sample: "_Sample", answers: dict[tuple[int, int], list[str | None]]
+    ) -> bool:
+        """Whether there is more to ask, else the answer is noted."""
+        name, goes_on = self.options.method.name, True
+        with _at_input(f"method {name!r}", sample.index, sample.value):
+            try:
+                found = sample.program.send(sample.texts)
+            except StopIteration as end:
+                found, goes_on = end.value, False
+        if goes_on:
+            wanted = "program of method {!r} must yield a list of prompts"
+            fits = isinstance(found, list | tuple) and all(isinstance(x, str) for x in found)
+        else:
+            wanted = "parse of method {!r} must return a str or None"
+            fits = found is None or isinstance(found, str)
         if not fits:
             raise TypeError(
-                f"program of method {self.options.method.name!r} must yield a list of prompts, got "
-                f"{shown(prompts)} at input {index}"
+                f"{wanted.format(name)}, got {shown(found)} at input {sample.index}, {shown(sample.value)}"
             )
-
-    def _answer(self, index: int, answer: str | None) -> str | None:
-        if answer is not None and not isinstance(answer, str):
-            raise TypeError(
-                f"parse of method {self.options.method.name!r} must return a str or None, got "
-                f"{shown(answer)} at input {index}"
-            )
-        return answer
+        if goes_on:
+            sample.prompts = found
+        else:
+            answers.setdefault((sample.index, sample.version), []).append(found)
+        return goes_on
 
     def _versions(self, index: int, value: Input) -> list[tuple[Mapping[str, Any], Undo]]:
         if not isinstance(value, str):
@@ -140,79 +210,88 @@ class Windows:
             )
         versions: list[tuple[Mapping[str, Any], Undo]] = [(fields, None)]
         for i, perturbed in enumerate(self.options.perturbations):
-            found = perturbed(dict(fields))
+            with _at_input(f"perturbations[{i}]", index, value):
+                found = perturbed(dict(fields))
             if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping)):
                 raise TypeError(
                     f"perturbations[{i}] must return a mapping of fields and how an answer is undone, "
-                    f"got {shown(found)}"
+                    f"got {shown(found)} at input {index}, {shown(value)}"
                 )
             versions.append(found)
         return versions
 
-    def _texts(self, prompts: list[tuple[int, str]], failed: dict[int, Exception]):
+    def _texts(self, prompts: list[tuple[int, str]], failures: Failures):
         """A text for each prompt, which comes with the index of its input; None for those that failed."""
-        texts: list[str | None] = []
-        for start in range(0, len(prompts), self.options.batch_size):
-            chunk = prompts[start : start + self.options.batch_size]
-            found = yield from self._call([text for _, text in chunk], self.options.retries)
-            if not isinstance(found, Exception):
-                texts += found
+        texts: list[str | None] = [None] * len(prompts)
+        left = (i for i, (index, _) in enumerate(prompts) if index not in failures.errors)
+        while chunk := list(islice(left, self.options.batch_size)):
+            whole = yield from self._call([prompts[i][1] for i in chunk], self.options.retries)
+            if not isinstance(whole, Exception):
+                for i, text in zip(chunk, whole, strict=True):
+                    texts[i] = text
                 continue
-            groups = [list(group) for _, group in groupby(chunk, key=lambda pair: pair[0])]
+            groups = [list(group) for _, group in groupby(chunk, key=lambda i: prompts[i][0])]
             for group in groups:
-                index, alone = group[0][0], found
-                if len(groups) > 1 and index not in failed:
-                    alone = yield from self._call([text for _, text in group], 0)
-                if isinstance(alone, Exception):
-                    self._fail(index, alone, failed)
-                    alone = [None] * len(group)
-                texts += alone
+                found = whole
+                if len(groups) > 1:
+                    found = yield from self._call([prompts[i][1] for i in group], 0)
+                if isinstance(found, Exception):
+                    failures.add(prompts[group[0]][0], found, self.options.max_failures)
+                    if failures.stop:
+                        return texts
+                    continue
+                for i, text in zip(group, found, strict=True):
+                    texts[i] = text
         return texts
 
     def _call(self, prompts: list[str], retries: int):
+        """As many texts, or an exception."""
         for attempt in range(retries + 1):
             wait_s = self.options.retry_wait_s * 2 ** (attempt - 1) if attempt else 0.0
             found = yield Call(prompts, wait_s)
             if not isinstance(found, Exception):
-                self.failures_in_a_row = 0
                 self.summary.n_texts += len(prompts)
-                break
+                return checked_texts(found, len(prompts))
         return found
 
-    def _fail(self, index: int, error: Exception, failed: dict[int, Exception]) -> None:
-        if index in failed:
-            return
-        failed[index] = error
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= self.options.max_failures:
-            raise RuntimeError(
-                f"sample_fn failed for {self.failures_in_a_row} inputs in a row (max_failures), the last "
-                f"of them input {index}: {type(error).__name__}: {error}; none of them is written"
-            ) from error
-
-    def _record(self, index: int, value: Input, answers, undo, failed) -> Record:
-        if index in failed:
-            error = failed[index]
-            return Record(
-                index, value, None, 0.0, False, FAILED, f"{type(error).__name__}: {error}"
-            )
-        votes = [
-            majority_vote(
-                each, normalize=self.options.normalize, min_agreement=self.options.min_agreement
-            )
-            for each in answers
-        ]
+    def _record(self, index: int, value: Input, answers, undo, error: Exception | None) -> Record:
+        if error is not None:
+            detail = f"{type(error).__name__}: {error}"
+            return Record(index, value, None, 0.0, False, FAILED, detail)
+        normalize = self.options.normalize
+        with _at_input("normalize", index, value):
+            votes = [
+                majority_vote(
+                    answers[index, version],
+                    normalize=normalize,
+                    min_agreement=self.options.min_agreement,
+                )
+                for version in range(len(undo))
+            ]
         vote, detail = votes[0], _shown_counts(votes)
         if vote.answer is not None and len(votes) > 1:
-            found = perturbation_consistent(
-                [each.answer for each in votes], undo, normalize=self.options.normalize
-            )
+            with _at_input("undo of perturbations, or normalize,", index, value):
+                found = perturbation_consistent(
+                    [each.answer for each in votes], undo, normalize=normalize
+                )
             mean = sum(each.agreement for each in votes) / len(votes)
             vote = found._replace(agreement=mean if found.answer else found.agreement)
             if found.answer is None:
                 vote = vote._replace(reason=INCONSISTENT)
         reason = KEPT if vote.reason == AGREED else vote.reason
         return Record(index, value, vote.answer, vote.agreement, reason == KEPT, reason, detail)
+
+
+@dataclass
+class _Sample:
+    """One sample of one version of an input, on its way through the method's steps."""
+
+    index: int
+    value: Input
+    version: int
+    program: Generator[list[str], list[str | None], str | None]
+    prompts: list[str] | tuple[str, ...] = ()
+    texts: list[str | None] | None = None
 
 
 def _shown_counts(votes: list[Vote]) -> str:
