@@ -133,15 +133,15 @@ def gathered(loss: str, part: Part) -> torch.Tensor:
 
 
 def torch_parallel(loss: str, part: Part) -> torch.Tensor:
+    """Under ``loss_parallel``, which its backward needs too, and which does not nest."""
     logits = DTensor.from_local(part.student, part.mesh, [Shard(1)], run_check=False)
     labels = DTensor.from_local(part.labels, part.mesh, [Replicate()], run_check=False)
-    with loss_parallel():
-        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels)
 
 
 def count_torch_parallel(loss: str, part: Part) -> None:
     """Its collectives happen inside PyTorch, which counts them, but not their bytes."""
-    with CommDebugMode() as seen:
+    with CommDebugMode() as seen, loss_parallel():
         torch_parallel(loss, part)
     part.sent = {"collectives": seen.get_total_counts(), "bytes": None}
 
