@@ -70,4 +70,8 @@ example-minillm: setup
 example-system2: setup
 	$(RUN) examples/system2.py --seeds $(SEEDS)
 
+.PHONY: example-tensor-parallel
+example-tensor-parallel: setup
+	$(RUN) -m torch.distributed.run --nproc-per-node 2 examples/tensor_parallel.py
+
 .PHONY: setup bench test test-full test-gpu static report accuracy mutants check example example-offline example-minillm

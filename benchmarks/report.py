@@ -13,14 +13,14 @@ from .core.machine import RESULTS, machine_line
 from .core.markdown import markdown_table, replace_marked
 from .core.records import EAGER, OURS, Measured, find, group_by_case, load
 from .core.screen import mebibytes, number
-from .losses import forms_report, minillm, plot
+from .losses import forms_report, minillm, parallel, plot
 from .losses import report as dense_report
 from .losses.forms import FormRecord
 from .losses.records import COMPILE, Record, timed_training
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 # pages of docs/ with the table of a JSON of their own between the markers
-METHODS = {"minillm": "minillm-cpu.json"}
+METHODS = {"minillm": "minillm-cpu.json", "vocab-parallel": parallel.RECORDS}
 # the README's lines: dense losses at the first shape, and the first case of (form, loss)
 DENSE = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 FORMS = (
@@ -125,6 +125,8 @@ def page(
 
 def method_part(name: str) -> str:
     """What stands between the markers of a method's page."""
+    if METHODS[name] == parallel.RECORDS:
+        return parallel.markdown(*load(RESULTS / parallel.RECORDS, parallel.ParallelRecord))
     return forms_report.of_a_method(*load(RESULTS / METHODS[name], FormRecord), minillm.STATISTICS)
 
 

@@ -30,6 +30,7 @@ from ..core.screen import make_console, make_table, number
 from ..core.timing import Times
 from .parallel_providers import HARD_LABEL, PROVIDERS, Part, Provider, count_torch_parallel
 
+RECORDS = "vocab-parallel-cpu.json"  # of a full run
 LOSSES = ("soft_cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", HARD_LABEL)
 ONE, TOLERANCE, CHECKED_TOKENS = "one_process", 1e-4, 8
 
@@ -186,10 +187,6 @@ def markdown(records: Sequence[ParallelRecord], facts: dict[str, object]) -> str
     return "\n".join(lines)
 
 
-def of_page() -> str:
-    return markdown(*load(RESULTS / "vocab-parallel-cpu.json", ParallelRecord))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
@@ -208,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--vocab {options.vocab} must be a multiple of --ranks {options.ranks}")
     with tempfile.TemporaryDirectory() as folder:
         path = options.json or (Path(folder) / "records.json" if arguments else None)
-        path = path or RESULTS / "vocab-parallel-cpu.json"
+        path = path or RESULTS / RECORDS
         start = functools.partial(mp.spawn, nprocs=options.ranks)
         start(rank_main, args=(options, f"{folder}/store", str(path)))
         records, facts = load(path, ParallelRecord)
