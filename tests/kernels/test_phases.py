@@ -74,6 +74,7 @@ class Numbers(NamedTuple):
 
 class Found(NamedTuple):
     parts: list[dict[str, torch.Tensor]]
+    sums: list[torch.Tensor]
     loss: torch.Tensor
     gradient: torch.Tensor
 
@@ -115,8 +116,8 @@ def numbers(case: Case) -> Numbers:
     truth_teacher, teacher_rows = teacher.clone(), None
     if case.chosen:
         order = torch.randperm(N_ROWS, generator=generator)
-        teacher = torch.cat([teacher[order], teacher[:1]])
-        teacher_rows = order.argsort()
+        teacher = torch.cat([teacher[:1], teacher[order]])
+        teacher_rows = 1 + order.argsort()
         teacher_rows[MISSING] = len(teacher)
         truth_teacher[MISSING] = NAN
     upstream = 0.5 + uniform(N_ROWS)
@@ -167,6 +168,7 @@ def launched(case: Case) -> Found:
     fast = functools.reduce(torch.minimum, [x["fast"] for x in parts])
     whole = SimpleNamespace(**{**whole._asdict(), "fast": fast})
 
+    sums = []
     loss = slope = torch.zeros_like(given.weights)
     keep = functools.partial(phases.kept_rows, case.temperature, whole, scale=given.weights)
     if case.divergence is not None and case.divergence.moment in ("none", "symmetric"):
@@ -195,7 +197,7 @@ def launched(case: Case) -> Found:
         else:
             gradient.zero_()
         gradients.append(gradient)
-    return Found(parts, loss, torch.cat(gradients, -1))
+    return Found(parts, sums, loss, torch.cat(gradients, -1))
 
 
 MIXED, PADDED = (HALF, WIDE), {"widths": (37, 96, 5), "used": (37, 93, 0)}
@@ -324,6 +326,9 @@ def test_loss_and_gradient_of_whole_rows(case):
     gradient = ours.gradient.clone()
     gradient[:, columns] = 0
     assert not gradient.any()  # of columns that are not used
+    for sums in ours.sums:
+        assert sums[:, UNREAD].tolist() == [0, 0, 1]
+        assert sums[:2, DEAD].isnan().all() == (sums is not ours.sums[-1] or case.used[-1] > 0)
     ours = Result(ours.loss * given.upstream, ours.gradient[:, columns])
     for name in Result._fields:
         values = [getattr(x, name) for x in (ours, *truths)]
