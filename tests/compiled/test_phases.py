@@ -59,4 +59,4 @@ def test_phase(phase, divergence, n_cols, temperature, target):
     # symmetric KL's second sweep is rare there; a declared one's first has a moment here
     if phase in dense and (phase == "reduce" or divergence.name in BUILT_IN):
         most = dense[phase].instructions / columns(dense[phase])
-        assert min(loop.instructions / columns(loop) for loop in whole) <= 1.02 * most
+        assert min(loop.instructions / columns(loop) for loop in whole) <= 1.05 * most
