@@ -1,5 +1,6 @@
 """The launches over parts of rows, compiled for GPUs that are not here (``test_dense.py``): no stack,
-16-byte accesses and no barrier in the loops over tiles."""
+16-byte accesses and no barrier in the loops over tiles, and no more instructions than the dense kernel's
+sweeps of which they are made."""
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from tests.support.machine_code import some, stack_and_loops
 pytest.importorskip("triton")
 
 from distill_ops.analysis import aot
-from distill_ops.analysis.forms import phase_launch
+from distill_ops.analysis.forms import Form, count, phase_launch
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import chi_squared
 
-MOST = {"normalise": 11, "reduce": 17}  # instructions an element
 DIVERGENCES = {**BUILT_IN, "declared": chi_squared}
 
 # what changes the code; T = 2 is with a hard label
@@ -29,7 +29,6 @@ CASES = [
 ]  # fmt: skip
 KEPT = [
     ("normalise", "symmetric_kl", 50257, 2.0, "sm_100"),
-    ("normalise", "soft_cross_entropy", 64128, 1.0, "sm_90"),
     ("normalise", "jensen_shannon", 64128, 1.0, "gfx942"),
     ("reduce", "jensen_shannon", 64128, 1.0, "sm_90"),
     ("reduce", "symmetric_kl", 64128, 1.0, "gfx942"),
@@ -40,10 +39,11 @@ KEPT = [
     ("phase", "divergence", "n_cols", "temperature", "target"), some(CASES, KEPT)
 )
 def test_phase(phase, divergence, n_cols, temperature, target):
-    target = aot.TARGETS[target]
+    target, divergence = aot.TARGETS[target], DIVERGENCES[divergence]()
+    label = 0.5 if temperature != 1 else 0.0
     launch = phase_launch(
-        phase, DIVERGENCES[divergence](), n_cols, torch.bfloat16, target,
-        temperature=temperature, hard_label_weight=0.5 if temperature != 1 else 0.0,
+        phase, divergence, n_cols, torch.bfloat16, target,
+        temperature=temperature, hard_label_weight=label,
     )  # fmt: skip
     stack, loops = stack_and_loops(launch, target)
     assert stack == 0
@@ -54,4 +54,9 @@ def test_phase(phase, divergence, n_cols, temperature, target):
     whole = [loop for loop in loops if loop.narrow_accesses == 0 and not loop.guarded]
     columns = lambda loop: loop.bytes_loaded / 4
     assert max(columns(loop) for loop in whole) >= launch.arguments["WIDTH"]
-    assert min(loop.instructions / columns(loop) for loop in whole) <= MOST[phase]
+    form = Form(n_cols, gradient="none", hard_label_weight=label, temperature=temperature)
+    dense = count(*form.launches(divergence, target), target).fast()
+    # symmetric KL's second sweep is rare there; a declared one's first has a moment here
+    if phase in dense and (phase == "reduce" or divergence.name in BUILT_IN):
+        most = dense[phase].instructions / columns(dense[phase])
+        assert min(loop.instructions / columns(loop) for loop in whole) <= 1.05 * most

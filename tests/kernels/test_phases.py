@@ -5,7 +5,6 @@ in float64 on the same inputs."""
 
 import functools
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +20,7 @@ from distill_ops.divergences.base import Divergence, as_divergence
 from distill_ops.divergences.built_in import BUILT_IN
 from distill_ops.gpu import formula_of
 from distill_ops.problem import Options
-from distill_ops.row_statistics import RowStatistics
+from distill_ops.row_statistics import OF_DIVERGENCE, RowStatistics
 from tests.conftest import HAS_GPU
 from tests.support.declared import chi_squared, declared_but_finite
 from tests.support.helpers import Result, assert_close, make_logits, run_reference
@@ -30,11 +29,7 @@ pytestmark = pytest.mark.interpreter
 
 INF, NAN = math.inf, math.nan
 HALF, WIDE = torch.bfloat16, torch.float32
-DIVERGENCE = (
-    "student_max", "student_sum", "teacher_max", "teacher_sum", "kept_sum", "teacher_moment",
-    "student_moment", "fast",
-)  # fmt: skip
-LABEL = "label_max", "label_sum", "label_logit", "label_found"
+DIVERGENCE, LABEL = RowStatistics._fields[:OF_DIVERGENCE], RowStatistics._fields[OF_DIVERGENCE:]
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 # rows by what is in them
@@ -73,7 +68,8 @@ class Numbers(NamedTuple):
 
 
 class Found(NamedTuple):
-    parts: list[dict[str, torch.Tensor]]
+    parts: list[RowStatistics]
+    sums: list[torch.Tensor]
     loss: torch.Tensor
     gradient: torch.Tensor
 
@@ -115,8 +111,8 @@ def numbers(case: Case) -> Numbers:
     truth_teacher, teacher_rows = teacher.clone(), None
     if case.chosen:
         order = torch.randperm(N_ROWS, generator=generator)
-        teacher = torch.cat([teacher[order], teacher[:1]])
-        teacher_rows = order.argsort()
+        teacher = torch.cat([teacher[:1], teacher[order]])
+        teacher_rows = 1 + order.argsort()
         teacher_rows[MISSING] = len(teacher)
         truth_teacher[MISSING] = NAN
     upstream = 0.5 + uniform(N_ROWS)
@@ -127,10 +123,6 @@ def numbers(case: Case) -> Numbers:
 def shards(case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     """As a head makes them: of their own memory; or views at any column of one tensor."""
     return [part.contiguous() if case.contiguous else part for part in x.split(case.widths, -1)]
-
-
-def made(number: dict[str, torch.Tensor]) -> RowStatistics:
-    return RowStatistics(**{name: number[name] for name in RowStatistics._fields})
 
 
 @functools.cache
@@ -160,13 +152,12 @@ def launched(case: Case) -> Found:
             formula, student, teacher, own_labels, n_cols, parts=packed, weights=given.weights,
             teacher_rows=teacher_rows,
         )  # fmt: skip
-        empty = [torch.full_like(packed[0], x) for x in phases.EMPTY[len(packed) :]]
-        parts.append(dict(zip(DIVERGENCE + LABEL, [*packed, *empty], strict=True)))
+        parts.append(RowStatistics.unpack(packed))
     divergence = case.divergence or as_divergence("soft_cross_entropy")
-    whole = RowStatistics.combine([made(x) for x in parts], divergence, case.temperature)
-    fast = functools.reduce(torch.minimum, [x["fast"] for x in parts])
-    whole = SimpleNamespace(**{**whole._asdict(), "fast": fast})
+    whole = RowStatistics.combine(parts, divergence, case.temperature)
+    fast = whole.fast
 
+    sums = []
     loss = slope = torch.zeros_like(given.weights)
     keep = functools.partial(phases.kept_rows, case.temperature, whole, scale=given.weights)
     if case.divergence is not None and case.divergence.moment in ("none", "symmetric"):
@@ -179,8 +170,8 @@ def launched(case: Case) -> Found:
         loss, slope = sum(sums)[:2]
         fast = torch.stack(sums)[:, 2].amin(0)
     elif case.divergence is not None:
-        loss, slope = RowStatistics.loss_and_slope(whole, divergence)
-    of_label = RowStatistics.hard_label_loss(whole) if hard else 0.0
+        loss, slope = whole.loss_and_slope(divergence)
+    of_label = whole.hard_label_loss() if hard else 0.0
     loss = formula.soft_weight * loss + formula.hard_label_weight * of_label
     loss = torch.where(given.weights == 0, 0.0, loss * given.weights)
     kept = keep(slope, fast=fast)
@@ -195,7 +186,7 @@ def launched(case: Case) -> Found:
         else:
             gradient.zero_()
         gradients.append(gradient)
-    return Found(parts, loss, torch.cat(gradients, -1))
+    return Found(parts, sums, loss, torch.cat(gradients, -1))
 
 
 MIXED, PADDED = (HALF, WIDE), {"widths": (37, 96, 5), "used": (37, 93, 0)}
@@ -253,7 +244,7 @@ def test_statistics_of_parts(case):
         if case.divergence is None:
             lost = truth.label_sum.isnan()
         for name in names:
-            a, b = ours[name].double(), getattr(truth, name)
+            a, b = getattr(ours, name).double(), getattr(truth, name)
             known = read & ~lost
             if name.endswith("_sum") and name != "kept_sum":
                 assert torch.equal(a[exists].isnan(), b[exists].isnan()), name
@@ -263,20 +254,20 @@ def test_statistics_of_parts(case):
                 allowed = 4 * torch.finfo(WIDE).eps * cost
                 assert ((a - b).abs() <= allowed)[known].all(), (name, rank)
         for name, empty in zip(DIVERGENCE + LABEL, phases.EMPTY, strict=True):
-            assert (ours[name][UNREAD] == empty).all(), name
+            assert (getattr(ours, name)[UNREAD] == empty).all(), name
         if case.chosen and case.used[rank]:  # whose teacher's row does not exist
-            assert ours["teacher_sum"][MISSING].isnan()
-            assert ours["label_sum"][MISSING].isnan() == (case.hard_label_weight != 0)
+            assert ours.teacher_sum[MISSING].isnan()
+            assert ours.label_sum[MISSING].isnan() == (case.hard_label_weight != 0)
         own = given.labels - sum(case.widths[:rank])
         if case.hard_label_weight:
             inside = (own >= 0) & (own < case.used[rank]) & read
-            assert torch.equal(ours["label_found"], inside.float())
+            assert torch.equal(ours.label_found, inside.float())
 
 
 @each
 def test_which_loops_serve(case):
     """Parts without an infinity take those without guards, and the others not where it matters."""
-    fast = torch.stack([x["fast"] for x in launched(case).parts])
+    fast = torch.stack([x.fast for x in launched(case).parts])
     assert ((fast == 0) | (fast == 1)).all()
     quick = [PLAIN, UP, FAR, UNREAD, NEAR]
     assert (fast[:, quick] == 1).all()
@@ -324,6 +315,9 @@ def test_loss_and_gradient_of_whole_rows(case):
     gradient = ours.gradient.clone()
     gradient[:, columns] = 0
     assert not gradient.any()  # of columns that are not used
+    for sums in ours.sums:
+        assert sums[:, UNREAD].tolist() == [0, 0, 1]
+        assert sums[:2, DEAD].isnan().all() == (sums is not ours.sums[-1] or case.used[-1] > 0)
     ours = Result(ours.loss * given.upstream, ours.gradient[:, columns])
     for name in Result._fields:
         values = [getattr(x, name) for x in (ours, *truths)]
