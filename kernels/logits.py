@@ -77,7 +77,7 @@ def _launch(kernel, matrices: dict[str, torch.Tensor], **arguments) -> None:
     """Launch either kernel on matrices ``[n, V]``, by its names for them."""
     first = next(iter(matrices.values()))
     n_rows, n_cols = first.shape
-    if n_rows == 0:
+    if first.numel() == 0:
         return
     for name, matrix in matrices.items():
         stride = matrix.stride(0)

@@ -125,7 +125,10 @@ def linear_distillation_loss(
         teacher_bias=teacher_bias, teacher_logits=teacher_logits,
     )  # fmt: skip
     ranks = check_sequence_parallel(
-        sequence_parallel, split, student_hidden=student_hidden, teacher_hidden=teacher_hidden
+        sequence_parallel,
+        arguments.group,
+        student_hidden=student_hidden,
+        teacher_hidden=teacher_hidden,
     )
     student, student_options, teacher, teacher_options, n_cols, arguments = checked_heads(
         (student_hidden, student_weight, student_bias), (student_logit_scale, student_softcap),

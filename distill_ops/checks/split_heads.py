@@ -2,7 +2,8 @@
 
 import torch
 
-from ..groups import UNKNOWN, WHOLE, Split, resolve
+from .. import groups
+from ..groups import UNKNOWN, WHOLE, Split
 from ..scalars import flag
 from .split import is_distributed, of_dtensor, split_of
 
@@ -30,7 +31,7 @@ def split_heads(
 
 def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, Split]:
     mesh, dim = tensor.device_mesh, -1 if name.endswith("logits") else 0
-    if mesh.ndim > 1 and tensor.requires_grad:
+    if mesh.ndim > 1 and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} is a DTensor on a mesh of {mesh.ndim} dimensions, over the others of which its gradient "
             f"would stay unreduced: read it inside the forward of the fully_shard module that holds it, or pass "
@@ -59,21 +60,19 @@ def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, S
 
 
 def _same_ranks(one: str, other: str) -> bool:
-    groups = resolve(one), resolve(other)
-    return len({tuple(group.ranks) for group in groups}) == 1
+    return groups.resolve(one).ranks == groups.resolve(other).ranks
 
 
-def check_sequence_parallel(
-    sequence_parallel: bool, split: Split, **hidden: torch.Tensor | None
-) -> int:
-    """How many ranks split the tokens of the hidden states, which are given by their names.
+def check_sequence_parallel(sequence_parallel: bool, group, **hidden: torch.Tensor | None) -> int:
+    """How many ranks split the tokens of the hidden states, which are given by their names; the group is
+    one that :func:`split_heads` took.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     if not flag("sequence_parallel", sequence_parallel):
         return 1
-    if split.group is None:
+    if group is None:
         raise ValueError(
             "sequence_parallel=True needs group=, the ranks that split the vocabulary and the tokens"
         )
@@ -83,4 +82,4 @@ def check_sequence_parallel(
                 f"{name} must be [tokens, ..., dim] with sequence_parallel=True, whose first dimension the "
                 f"ranks split, got shape {tuple(tensor.shape)}"
             )
-    return resolve(split.group).size
+    return group.size()  # which a graph knows

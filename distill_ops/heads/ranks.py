@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..groups import UNKNOWN, Place, Split, resolve
+from .. import groups
+from ..groups import UNKNOWN, Place, Split
 
 
 class Ranks(NamedTuple):
@@ -74,7 +75,7 @@ def joined(
         ValueError: on all ranks: a teacher that is neither split alike nor whole, an offset that is not the
             number of columns before this rank's, or other numbers of tokens than the others'.
     """
-    group = resolve(split.group)
+    group = groups.resolve(split.group)
     if split.offset != UNKNOWN and split.width != UNKNOWN and token_ranks == 1:
         even = -(-split.width // group.size)
         widths = [min(even, max(split.width - i * even, 0)) for i in range(group.size)]
@@ -127,6 +128,9 @@ def joined_again(split: Split, kept: torch.Tensor, token_ranks: int = 1) -> Rank
     """:func:`joined` once more, from what it found, without a collective."""
     offset, width, widest, start = kept.tolist()
     place = Place(
-        resolve(split.group), offset, split.n_cols(width, offset), None if start < 0 else start
+        groups.resolve(split.group),
+        offset,
+        split.n_cols(width, offset),
+        None if start < 0 else start,
     )
     return Ranks(place, width, widest, token_ranks)

@@ -49,3 +49,24 @@ def hold(monkeypatch, kernel_device):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, hold):
     hold(Case(WIDTHS[3], {**OPTIONS[option], "divergence": divergence}))
+
+
+LINEAR = {
+    "plain": {},
+    "backward": {"gradient": "backward", "temperature": 2.0, "loss_mask": FLOAT_MASK},
+    "hard_none": {**HARD, "reduction": "none"},
+    "hard_only": {"labels": LABELS, "hard_label_weight": 1.0},
+    "vocab_size": {"vocab_size": 29, **HARD},
+    "capped": {"student_softcap": 3.0, "teacher_softcap": 5.0, "loss_mask": FLOAT_MASK},
+    "kept": {"loss_mask": FLOAT_MASK, "kept_tokens": 5},
+    "blocks": {"memory_budget": 1000},
+    "teacher_rows": {"teacher_rows": torch.tensor([[3, 1, 1], [0, 5, 5]])},
+}
+
+
+@pytest.mark.parametrize("option", LINEAR)
+@pytest.mark.parametrize("divergence", ["soft_cross_entropy", "jensen_shannon"])
+def test_linear(divergence, option, hold):
+    options = {**LINEAR[option], "divergence": divergence}
+    hold(Case(WIDTHS[3], options, form="linear_distillation_loss"))
+    hold(Case((9, 0, 24), options, form="linear_distillation_loss", whole_teacher=True))

@@ -76,3 +76,7 @@ class ThreadGroup:
         finally:
             threads.turn.acquire()
         return found
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, over the tensor."""
+        return tensor.copy_(self.all_gather(tensor).sum(0))
