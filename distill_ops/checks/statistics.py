@@ -7,11 +7,12 @@ import torch
 
 from ..arguments import LossArguments
 from ..divergences.base import Divergence, as_divergence
+from ..groups import WHOLE, Split
 from ..problem import HeadOptions
 from ..results import StatisticsCoefficients
 from ..scalars import number, shown
 from .heads import check_head, check_heads
-from .logits import check_pair
+from .logits import check_pair, check_parts
 from .options import head_options
 from .tokens import check_parameters, check_token_ids
 from .values import WEIGHT_DTYPES, TokenRows, check_plain, constant
@@ -104,9 +105,13 @@ def check_statistics(
     temperature: float,
     ignore_index: int,
     coefficients: Coefficients,
+    split: Split = WHOLE,
 ) -> CheckedStatistics:
     """Check the arguments of ``distillation_statistics``."""
-    n_cols = check_pair(student_logits, teacher_logits, None)
+    if split.group is None:
+        n_cols = check_pair(student_logits, teacher_logits, None)
+    else:
+        n_cols = check_parts(student_logits, teacher_logits)
     rows = TokenRows("student_logits", student_logits)
     return _checked(rows, token_ids, divergence, temperature, ignore_index, n_cols, coefficients)
 

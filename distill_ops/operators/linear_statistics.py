@@ -73,7 +73,7 @@ class StatisticsPass:
         agreement = new(n_rows, dtype=torch.bool)
         kept = [None, None]
         if keep:
-            shapes = kept_shapes(n_rows, self.options.backend)
+            shapes = kept_shapes(n_rows, self.options)
             kept = [None if shape is None else new(shape, dtype=self.dtype) for shape in shapes]
         if coefficients is not None:
             coefficients = self.chosen(coefficients, 1)
@@ -144,7 +144,7 @@ def fake(
 ):
     outputs, kept = fakes(inputs, options, plan)
     if plan.made != FORWARD:
-        return outputs, (*kept, None)
+        return outputs, kept
     students = zip(inputs.student, plan.wanted, strict=True)
     return outputs, tuple(x.new_empty(x.shape) if want else None for x, want in students)
 
