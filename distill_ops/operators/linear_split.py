@@ -8,7 +8,6 @@ from ..groups import check_agreement
 from ..heads.engine import Gradients
 from ..heads.ranks import N_KEPT, Ranks, joined, joined_again
 from ..heads.select import placed
-from ..kernels.launch import STATISTICS
 from ..problem import LinearInputs, LinearOptions
 from ..vocab_parallel.losses import facts_of
 from ..vocab_parallel.rows import local, row_losses
@@ -66,7 +65,7 @@ class SplitRows:
         self.phases, self.kept = phases_of(made.options.backend), None
         made.tokens = local(made.tokens, ranks.place)
         if keep:
-            self.kept = made.losses.new_empty(made.selection.n_rows, STATISTICS)
+            self.kept = made.losses.new_empty(made.selection.n_rows, self.phases.KEPT)
 
     def row_loss(self, student, rows: slice, gradient) -> None:
         made, (teacher, tokens) = self.made, self.made.compared(rows)
@@ -85,7 +84,7 @@ class SplitRows:
         self.phases.differentiate(self.options, tokens, *columns, kept, upstream, out)
 
     def statistics(self, n_tokens: int) -> torch.Tensor:
-        """What the backward needs of all tokens, ``[n, STATISTICS]``."""
+        """What the backward needs of all tokens, ``[n, KEPT]``."""
         return placed(self.kept.t(), self.made.selection, n_tokens).t().contiguous()
 
     def gradients(self, kept: torch.Tensor, upstream: torch.Tensor) -> Gradients:
@@ -104,8 +103,8 @@ class SplitRows:
         return self.made.engine.run(write)
 
 
-def kept_fakes(inputs: LinearInputs):
+def kept_fakes(inputs: LinearInputs, backend: str):
     """Of a forward that makes no gradient; the inputs are those of all tokens."""
-    new = inputs.student_hidden.new_empty
-    of_rows = new((inputs.n_rows, STATISTICS), dtype=inputs.dtype())
+    new, numbers = inputs.student_hidden.new_empty, phases_of(backend).KEPT
+    of_rows = new((inputs.n_rows, numbers), dtype=inputs.dtype())
     return of_rows, new(N_KEPT, dtype=torch.int64, device="cpu"), None
