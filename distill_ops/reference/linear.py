@@ -6,6 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, with_loss_options
 from ..checks.heads import check_head, check_heads, check_no_teacher
 from ..checks.options import given_options, head_options
+from ..checks.split_heads import check_sequence_parallel, split_heads
 from ..checks.statistics import both_heads, check_linear_statistics
 from ..checks.tokens import check_options, check_token_ids
 from ..checks.values import TokenRows
@@ -14,9 +15,10 @@ from ..divergences.built_in import ReverseKL
 from ..problem import working_dtype
 from ..results import DistillationStatistics, LossResult, StatisticsCoefficients
 from .dense import distillation_loss, token_weights
+from .split import both_gathered, heads_gathered, tokens_gathered
 from .tokens import statistics_of, token_log_probs
 
-WITHOUT = ("infinities", "gradient", "backend", "group", "vocab_offset")
+WITHOUT = ("infinities", "gradient", "backend")
 
 
 def head_logits(
@@ -56,6 +58,7 @@ def linear_distillation_loss(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     teacher_logits: torch.Tensor | None = None,
+    sequence_parallel: bool = False,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """:func:`distill_ops.linear_distillation_loss` in eager PyTorch, differentiable by autograd.
@@ -75,11 +78,27 @@ def linear_distillation_loss(
     Arguments, result and errors are those of :func:`distill_ops.linear_distillation_loss`
     (docs/semantics.md, section 10), without those that say how it is computed. Logits are formed in
     float32 (float64 where a tensor is); autograd gives the gradients of the student's hidden states,
-    weight and bias.
+    weight and bias. With ``group`` the heads are gathered, and each rank has the gradient of its own rows
+    and the whole one of its hidden states.
     """
     arguments = given_options("reference.linear_distillation_loss", options, *WITHOUT)
     student_head = head_options("student_", student_logit_scale, student_softcap)
     teacher_head = head_options("teacher_", teacher_logit_scale, teacher_softcap)
+    split, student_weight, student_bias, teacher_weight, teacher_bias, teacher_logits = split_heads(
+        arguments.group, arguments.vocab_offset, arguments.vocab_size,
+        student_weight=student_weight, student_bias=student_bias, teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias, teacher_logits=teacher_logits,
+    )  # fmt: skip
+    hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+    if check_sequence_parallel(sequence_parallel, split, **hidden) > 1:
+        student_hidden, teacher_hidden = (tokens_gathered(x, split) for x in hidden.values())
+    if split.group is not None:
+        if teacher_logits is not None:
+            like = teacher_logits.new_empty((1, student_weight.shape[0]))
+            _, teacher_logits = both_gathered(split, like, teacher_logits)
+        heads = (student_weight, student_bias), (teacher_weight, teacher_bias)
+        heads = heads_gathered(split, *heads)
+        (student_weight, student_bias), (teacher_weight, teacher_bias) = heads
     check_head("student_", student_hidden, student_weight, student_bias)
     if teacher_hidden is not None and teacher_weight is not None:
         check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, frozen=True)
@@ -103,7 +122,12 @@ def linear_distillation_loss(
         teacher = head_logits(
             teacher_hidden, teacher_weight, teacher_bias, *teacher_head, unread, n_cols, dtype
         ).detach()
-    options.pop("vocab_size", None)  # the logits have no other columns
+    for name in (
+        "vocab_size",
+        "group",
+        "vocab_offset",
+    ):  # the logits have all columns, and no other
+        options.pop(name, None)
     return distillation_loss(student, teacher, **options)
 
 
