@@ -15,7 +15,7 @@ from ..divergences.built_in import ReverseKL
 from ..problem import working_dtype
 from ..results import DistillationStatistics, LossResult, StatisticsCoefficients
 from .dense import distillation_loss, token_weights
-from .split import both_gathered, heads_gathered, tokens_gathered
+from .split import both_gathered, head_gathered, heads_gathered, tokens_gathered
 from .tokens import statistics_of, token_log_probs
 
 WITHOUT = ("infinities", "gradient", "backend")
@@ -142,6 +142,9 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`distill_ops.linear_token_log_probs` in eager PyTorch, differentiable by autograd.
 
@@ -160,6 +163,11 @@ def linear_token_log_probs(
     that say how it is computed.
     """
     head = head_options("", logit_scale, softcap)
+    split, weight, bias = split_heads(group, vocab_offset, None, weight=weight, bias=bias)
+    if check_sequence_parallel(sequence_parallel, split, hidden=hidden) > 1:
+        hidden = tokens_gathered(hidden, split)
+    if split.group is not None:
+        weight, bias = (head_gathered(x, split) for x in (weight, bias))
     check_head("", hidden, weight, bias)
     rows, n_cols = TokenRows("hidden", hidden), weight.shape[0]
     checked = check_token_ids(rows, token_ids, temperature, ignore_index)

@@ -11,7 +11,7 @@ import torch
 
 from ..checks.values import debug
 from ..divergences.base import Divergence
-from ..groups import check_agreement, place_again, place_of
+from ..groups import Place, check_agreement, place_again, place_of
 from ..problem import Options, StatisticsInputs
 from ..row_statistics import OF_DIVERGENCE, RowStatistics
 from ..rows import IGNORED, Tokens, parameters_of
@@ -68,21 +68,30 @@ def agreement(pairs: torch.Tensor) -> torch.Tensor:
 
 def statistics(phases, inputs: StatisticsInputs, options: Options):
     """``[5, ...]``, the agreement ``[...]``, and what the gradient needs: numbers of the rows for the
-    divergence and for the token, and the offset.
+    divergence and for the token, and the offset."""
+    student, teacher, split = *inputs[:2], options.split
+    if debug():
+        check_agreement(split, facts_of(inputs, options), student.device)
+    width = student.shape[-1]
+    place = place_of(split, width, student.device, teacher.shape[-1])
+    here = inputs._replace(teacher=place.of_teacher(teacher, width))
+    outputs, agree, kept = statistics_of_rows(phases, here, options, place)
+    leading = inputs.leading
+    outputs, agree = outputs.view(len(outputs), *leading), agree.view(leading)
+    return outputs, agree, (*kept, place.kept(kept[0]))
+
+
+def statistics_of_rows(phases, inputs: StatisticsInputs, options: Options, place: Place):
+    """``[5, n]``, the agreement ``[n]``, and numbers of the rows for the divergence and for the token, of
+    this rank's columns of both models.
 
     Raises:
         ValueError: on every rank, on a CPU, for an id that no rank has.
     """
-    student, teacher, split, dtype = *inputs[:2], options.split, inputs.dtype()
-    if debug():
-        check_agreement(split, facts_of(inputs, options), student.device)
-    width, temperature = student.shape[-1], options.temperature
-    place = place_of(split, width, student.device, teacher.shape[-1])
-    teacher = place.of_teacher(teacher, width)
+    models, dtype, temperature = inputs[:2], inputs.dtype(), options.temperature
     ids = local_ids(inputs.ids, options.ignore_index, place)
     ignored = ids == IGNORED
     tokens = Tokens(None, (~ignored).to(dtype), 1.0, parameters_of(inputs, options))
-    models = student, teacher
     own = phases.normalise(options, tokens, *models, place.n_cols)
     pair = phases.pair_part(*models, ids, place.n_cols, temperature, dtype)
     logits = (logits_at(x, ids, dtype) for x in models)
@@ -107,10 +116,8 @@ def statistics(phases, inputs: StatisticsInputs, options: Options):
     entropies = [x.entropy() for x in both]
     outputs = torch.stack([found.losses, *(x.log_prob(temperature) for x in both), *entropies])
     alive = (of_student.total > 0) & (of_teacher.total > 0)
-    kept = found.kept, of_student.kept(entropies[0]), place.kept(found.kept)
-    leading = inputs.leading
-    outputs = outputs.masked_fill_(ignored, 0.0).view(len(outputs), *leading)
-    return outputs, (agreement(pairs) & alive).view(leading), kept
+    kept = found.kept, of_student.kept(entropies[0])
+    return outputs.masked_fill_(ignored, 0.0), agreement(pairs) & alive, kept
 
 
 def gradient(phases, inputs: StatisticsInputs, options: Options, kept, upstream, out) -> None:
@@ -119,8 +126,14 @@ def gradient(phases, inputs: StatisticsInputs, options: Options, kept, upstream,
     *of_rows, offset = kept
     width = student.shape[-1]
     place = place_again(options.split, offset, width, teacher.shape[-1])
+    here = inputs._replace(teacher=place.of_teacher(teacher, width))
+    gradient_of_rows(phases, here, options, place, of_rows, upstream, out)
+
+
+def gradient_of_rows(
+    phases, inputs: StatisticsInputs, options: Options, place: Place, kept, upstream, out
+) -> None:
+    """Fill ``out``, which may be over the student's logits, for what :func:`statistics_of_rows` keeps."""
     ids = local_ids(inputs.ids, options.ignore_index, place)
-    phases.statistics_gradient(
-        options, parameters_of(inputs, options), student, place.of_teacher(teacher, width), ids,
-        of_rows, upstream, out,
-    )  # fmt: skip
+    parameters = parameters_of(inputs, options)
+    phases.statistics_gradient(options, parameters, *inputs[:2], ids, kept, upstream, out)
