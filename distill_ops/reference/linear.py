@@ -198,6 +198,9 @@ def linear_distillation_statistics(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     coefficients: StatisticsCoefficients | None = None,
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distill_ops.linear_distillation_statistics` in eager PyTorch, differentiable by autograd.
 
@@ -218,6 +221,18 @@ def linear_distillation_statistics(
     those that say how it is computed.
     """
     heads = both_heads(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    split, student_weight, student_bias, teacher_weight, teacher_bias = split_heads(
+        group, vocab_offset, vocab_size, student_weight=student_weight, student_bias=student_bias,
+        teacher_weight=teacher_weight, teacher_bias=teacher_bias,
+    )  # fmt: skip
+    hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+    if check_sequence_parallel(sequence_parallel, split, **hidden) > 1:
+        student_hidden, teacher_hidden = (tokens_gathered(x, split) for x in hidden.values())
+    if split.group is not None:
+        gathered = heads_gathered(
+            split, (student_weight, student_bias), (teacher_weight, teacher_bias)
+        )
+        (student_weight, student_bias), (teacher_weight, teacher_bias) = gathered
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
     checked = check_linear_statistics(
