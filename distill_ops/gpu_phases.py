@@ -6,7 +6,7 @@ import math
 import torch
 
 from .gpu import formula_of, on
-from .kernels import dense, phases, token
+from .kernels import dense, pair, phases, statistics, token
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .problem import Options
 from .row_statistics import OF_DIVERGENCE, RowStatistics
@@ -107,3 +107,52 @@ def token_gradient(
             logits, ids, temperature, IGNORED, statistics=kept, gradient=out, upstream=upstream,
             upstream_entropy=upstream_entropy,
         )  # fmt: skip
+
+
+def pair_part(
+    student: torch.Tensor,  # [..., width]
+    teacher: torch.Tensor,  # [..., width]
+    ids: torch.Tensor | None,  # [n]
+    n_cols: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As ``cpu.pair_phases.pair_part``."""
+    n_rows = math.prod(student.shape[:-1])
+    numbers = student.new_empty((pair.N_NUMBERS, n_rows), dtype=torch.float32)
+    with on(student):
+        pair.run(student, teacher, ids, IGNORED, n_cols, temperature, numbers)
+    return torch.stack([*exact_part(*numbers[:3]), *exact_part(*numbers[3:6]), numbers[6]])
+
+
+def statistics_gradient(
+    options: Options,
+    parameters: tuple[float | torch.Tensor, ...],
+    student: torch.Tensor,  # [..., width]
+    teacher: torch.Tensor,  # [..., width]
+    ids: torch.Tensor,  # [n]
+    kept: tuple[torch.Tensor, torch.Tensor],  # [n, 9], [n, 3]
+    upstream: torch.Tensor,  # [5, n]
+    out: torch.Tensor,
+) -> None:
+    if student.shape[-1] == 0:
+        return
+    with on(student):
+        statistics.run(
+            formula_of(options, parameters), student, teacher, ids, IGNORED, statistics=kept,
+            gradient=out, upstream=upstream,
+        )  # fmt: skip
+
+
+def pair_sums(
+    student: torch.Tensor,  # [..., width]
+    teacher: torch.Tensor,  # [..., width]
+    n_cols: int,
+    temperature: float,
+    kept: torch.Tensor,  # [4, n]
+) -> torch.Tensor:
+    """As ``cpu.pair_phases.pair_sums``."""
+    sums = kept.new_empty((pair.N_SUMS, kept.shape[1]))
+    with on(student):
+        pair.run_sums(student, teacher, n_cols, temperature, kept, sums)
+    return sums

@@ -192,6 +192,7 @@ class MetricsOptions(NamedTuple):
     backend: str
     temperature: float
     n_cols: int
+    split: Split = WHOLE
 
 
 class DenseInputs(NamedTuple):

@@ -3,6 +3,7 @@
 import torch
 
 from ..checks.options import block_options
+from ..checks.split_heads import check_sequence_parallel, split_heads
 from ..checks.statistics import both_heads, check_linear_statistics
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
@@ -34,6 +35,9 @@ def linear_distillation_statistics(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     backend: str = "auto",
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distillation_statistics` of two language-model heads, without their logits in memory.
 
@@ -81,6 +85,9 @@ def linear_distillation_statistics(
             hidden states read all the same, for its statistics; ``ignore_index`` leaves one out.
         logits_dtype, memory_budget: as in :func:`linear_distillation_loss`.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+        group, vocab_offset, sequence_parallel: as in :func:`linear_distillation_loss`, of column-parallel heads: one
+            or two collectives a block, as in :func:`distillation_statistics`, beside the exchange of widths
+            and the sum of the hidden states' gradient.
 
     Returns:
         :class:`DistillationStatistics`, each ``[...]``, nats, float32 (float64 where a tensor is).
@@ -93,18 +100,26 @@ def linear_distillation_statistics(
     """
     blocks = block_options(logits_dtype, memory_budget)
     heads = both_heads(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    split, student_weight, student_bias, teacher_weight, teacher_bias = split_heads(
+        group, vocab_offset, vocab_size, student_weight=student_weight, student_bias=student_bias,
+        teacher_weight=teacher_weight, teacher_bias=teacher_bias,
+    )  # fmt: skip
+    ranks = check_sequence_parallel(
+        sequence_parallel, group, student_hidden=student_hidden, teacher_hidden=teacher_hidden
+    )
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
     checked = check_linear_statistics(
-        student, teacher, token_ids, divergence, temperature, ignore_index, vocab_size, coefficients
-    )
+        student, teacher, token_ids, divergence, temperature, ignore_index, vocab_size, coefficients,
+        split, ranks,
+    )  # fmt: skip
     # in training no graph is made through a head
     teacher = teacher_hidden, *(x if x is None else x.detach() for x in teacher[1:])
     autocast = autocast_dtype(student_hidden.device)
     backend = choose_backend(backend, "student_hidden", *student, *teacher)
     options = LinearStatisticsOptions(
-        Options.of(checked.loss, checked.n_cols, backend), *heads,
-        blocks._replace(autocast=autocast), checked.numbers,
+        Options.of(checked.loss, checked.n_cols, backend, split=split), *heads,
+        blocks._replace(autocast=autocast, token_ranks=ranks), checked.numbers,
     )  # fmt: skip
     parameters = checked.loss.divergence.tensors
     inputs = LinearStatisticsInputs(*student, *teacher, checked.ids, parameters, checked.tensors)

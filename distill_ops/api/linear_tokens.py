@@ -4,6 +4,7 @@ import torch
 
 from ..checks.heads import check_head
 from ..checks.options import block_options, head_options
+from ..checks.split_heads import check_sequence_parallel, split_heads
 from ..checks.tokens import check_token_ids
 from ..checks.values import TokenRows
 from ..operators.linear_tokens import linear_token_log_probs as operator
@@ -26,6 +27,9 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     backend: str = "auto",
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`token_log_probs` of a language-model head, without its logits in memory.
 
@@ -54,6 +58,9 @@ def linear_token_log_probs(
         temperature, return_entropy: as in :func:`token_log_probs`.
         logits_dtype, memory_budget: as in :func:`linear_distillation_loss`.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+        group, vocab_offset, sequence_parallel: as in :func:`linear_distillation_loss`, of a column-parallel head.
+            One collective beside the exchange of widths, and one in the backward, which sums the gradient of
+            the hidden states.
 
     Returns:
         Nats, ``[...]``, float32 (float64 where a tensor is), or a pair (log-probabilities, entropies).
@@ -67,15 +74,17 @@ def linear_token_log_probs(
         block_options(logits_dtype, memory_budget),
         head_options("", logit_scale, softcap),
     )
+    split, weight, bias = split_heads(group, vocab_offset, None, weight=weight, bias=bias)
+    ranks = check_sequence_parallel(sequence_parallel, group, hidden=hidden)
     tensors = hidden, weight, bias
-    check_head("", *tensors)
+    check_head("", *tensors, least=int(split.group is None))
     ids, temperature, ignore_index = check_token_ids(
-        TokenRows("hidden", hidden), token_ids, temperature, ignore_index
+        TokenRows("hidden", hidden, ranks), token_ids, temperature, ignore_index
     )
     backend = choose_backend(backend, "hidden", *tensors)
     options = LinearTokenOptions(
-        TokenOptions(backend, temperature, ignore_index, return_entropy), head,
-        blocks._replace(autocast=autocast_dtype(hidden.device)),
+        TokenOptions(backend, temperature, ignore_index, return_entropy, split), head,
+        blocks._replace(autocast=autocast_dtype(hidden.device), token_ranks=ranks),
     )  # fmt: skip
     made = gradient_mode("backward", "none", *tensors)
     inputs = LinearTokenInputs(*tensors, ids)

@@ -2,11 +2,13 @@
 
 import torch
 
-from ..checks.logits import check_pair
+from ..checks.logits import check_pair, check_parts
+from ..checks.split import split_logits
 from ..checks.values import check_temperature
 from ..operators.metrics import distillation_metrics as operator
 from ..problem import MetricsInputs, MetricsOptions
 from ..results import DistillationMetrics
+from ..scalars import integer
 from .choices import choose_backend
 
 
@@ -17,6 +19,8 @@ def distillation_metrics(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     backend: str = "auto",
+    group=None,
+    vocab_offset: int | None = None,
 ) -> DistillationMetrics:
     """Divergences, entropies and agreement of student and teacher, per token, without a gradient.
 
@@ -42,6 +46,7 @@ def distillation_metrics(
         temperature: of both softmaxes, positive.
         vocab_size: use the first columns of both.
         backend: "auto", "triton" or "torch", as in :func:`distill_ops.distillation_loss`.
+        group, vocab_offset: as there, of the ranks that split the vocabulary; two collectives.
 
     Returns:
         :class:`DistillationMetrics`, each ``[...]``; detached. A token whose logits are NaN, or all
@@ -53,12 +58,20 @@ def distillation_metrics(
     student_logits, teacher_logits = (
         x.detach() if isinstance(x, torch.Tensor) else x for x in (student_logits, teacher_logits)
     )
-    n_cols = check_pair(student_logits, teacher_logits, vocab_size)
+    if vocab_size is not None:
+        vocab_size = integer("vocab_size", vocab_size, 1)
+    split, student_logits, teacher_logits = split_logits(
+        group, vocab_offset, vocab_size, student_logits, teacher_logits
+    )
+    if split.group is None:
+        n_cols = check_pair(student_logits, teacher_logits, vocab_size)
+    else:
+        n_cols = check_parts(student_logits, teacher_logits)
     temperature = check_temperature(temperature)
     backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
     sums, agreement = operator(
         "distillation_metrics",
         MetricsInputs(student_logits, teacher_logits),
-        MetricsOptions(backend, temperature, n_cols),
+        MetricsOptions(backend, temperature, n_cols, split),
     )
     return DistillationMetrics(*sums.unbind(0), agreement)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks.split import split_logits
 from ..checks.statistics import check_statistics
 from ..divergences.base import Divergence
 from ..divergences.built_in import ReverseKL
@@ -21,6 +22,8 @@ def distillation_statistics(
     ignore_index: int = -100,
     coefficients: StatisticsCoefficients | None = None,
     backend: str = "auto",
+    group=None,
+    vocab_offset: int | None = None,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """Divergence, log-probabilities, entropies and agreement of both models, token by token.
 
@@ -61,6 +64,8 @@ def distillation_statistics(
             backward). A term whose coefficient is 0 is left out, be it infinite: where all three are,
             the gradient of the row is 0. A token that is ignored counts 0 whatever its coefficients hold.
         backend: "triton", "torch" (CPU path), or "auto": Triton for tensors on a GPU.
+        group, vocab_offset: as in :func:`token_log_probs`, of the ranks that split the vocabulary of both; a whole
+            teacher is sliced. One collective for the soft cross-entropy, forward and reverse KL, two for others.
 
     Returns:
         :class:`DistillationStatistics`, each ``[...]``, nats, float32 (float64 for float64 logits).
@@ -72,6 +77,9 @@ def distillation_statistics(
         RuntimeError: from backward, on a second derivative; on a second backward of a loss whose
             gradient the forward made.
     """
+    split, student_logits, teacher_logits = split_logits(
+        group, vocab_offset, None, student_logits, teacher_logits
+    )
     checked = check_statistics(
         student_logits,
         teacher_logits,
@@ -80,9 +88,12 @@ def distillation_statistics(
         temperature,
         ignore_index,
         coefficients,
+        split,
     )
     backend = choose_backend(backend, "student_logits", student_logits, teacher_logits)
-    options = StatisticsOptions(Options.of(checked.loss, checked.n_cols, backend), checked.numbers)
+    options = StatisticsOptions(
+        Options.of(checked.loss, checked.n_cols, backend, split=split), checked.numbers
+    )
     parameters = checked.loss.divergence.tensors
     inputs = StatisticsInputs(
         student_logits, teacher_logits, checked.ids, parameters, checked.tensors

@@ -7,11 +7,12 @@ import torch
 
 from ..arguments import LossArguments
 from ..divergences.base import Divergence, as_divergence
+from ..groups import WHOLE, Split
 from ..problem import HeadOptions
 from ..results import StatisticsCoefficients
-from ..scalars import number, shown
+from ..scalars import integer, number, shown
 from .heads import check_head, check_heads
-from .logits import check_pair
+from .logits import check_pair, check_parts
 from .options import head_options
 from .tokens import check_parameters, check_token_ids
 from .values import WEIGHT_DTYPES, TokenRows, check_plain, constant
@@ -104,9 +105,13 @@ def check_statistics(
     temperature: float,
     ignore_index: int,
     coefficients: Coefficients,
+    split: Split = WHOLE,
 ) -> CheckedStatistics:
     """Check the arguments of ``distillation_statistics``."""
-    n_cols = check_pair(student_logits, teacher_logits, None)
+    if split.group is None:
+        n_cols = check_pair(student_logits, teacher_logits, None)
+    else:
+        n_cols = check_parts(student_logits, teacher_logits)
     rows = TokenRows("student_logits", student_logits)
     return _checked(rows, token_ids, divergence, temperature, ignore_index, n_cols, coefficients)
 
@@ -120,13 +125,18 @@ def check_linear_statistics(
     ignore_index: int,
     vocab_size: int | None,
     coefficients: Coefficients,
+    split: Split = WHOLE,
+    token_ranks: int = 1,
 ) -> CheckedStatistics:
     """Check the arguments of ``linear_distillation_statistics`` but those of the heads' logits."""
-    check_head("student_", *student)
-    check_head("teacher_", *teacher, frozen=True)
-    rows = TokenRows("student_hidden", student[0])
+    if vocab_size is not None:
+        vocab_size = integer("vocab_size", vocab_size, 1)
+    least = int(split.group is None)
+    check_head("student_", *student, least=least)
+    check_head("teacher_", *teacher, frozen=True, least=least)
+    rows = TokenRows("student_hidden", student[0], token_ranks)
     arguments = LossArguments(vocab_size=vocab_size)
-    n_cols = check_heads(rows, student[1], *teacher[:2], arguments)
+    n_cols = check_heads(rows, student[1], *teacher[:2], arguments, split=split)
     return _checked(rows, token_ids, divergence, temperature, ignore_index, n_cols, coefficients)
 
 

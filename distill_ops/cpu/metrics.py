@@ -25,18 +25,25 @@ def _chunk_metrics(
         logs.append(torch.log_softmax(logits, -1))
     log_q, log_p = logs
     q, p = log_q.exp(), log_p.exp()
+    sums = *pair_terms(log_q, log_p, q, p), -_times(q, log_q), -_times(p, log_p)
+    no_softmax = (log_q.isnan() | log_p.isnan()).any(-1)
+    sums = torch.stack([x.sum(-1) for x in sums]).masked_fill(no_softmax, math.nan)
+    return sums, (top_s == top_t) & ~no_softmax
+
+
+def pair_terms(
+    log_q: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, p: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The terms of all sums but the entropies."""
     both = (q == 0) & (p == 0)
     log_ratio = (log_p - log_q).masked_fill(both, 0.0)
     log_m = torch.log(0.5 + 0.5 * torch.exp(-log_ratio.abs()))
     of_student = _times(q, log_ratio.clamp(min=0) + log_m)
     of_teacher = _times(p, log_ratio.clamp(max=0) - log_m)
-    sums = (
+    return (
         _times(p, log_ratio), _times(q, -log_ratio), 0.5 * (of_teacher - of_student),
-        0.5 * (q - p).abs(), torch.minimum(q, p), -_times(q, log_q), -_times(p, log_p),
+        0.5 * (q - p).abs(), torch.minimum(q, p),
     )  # fmt: skip
-    no_softmax = (log_q.isnan() | log_p.isnan()).any(-1)
-    sums = torch.stack([x.sum(-1) for x in sums]).masked_fill(no_softmax, math.nan)
-    return sums, (top_s == top_t) & ~no_softmax
 
 
 def metrics(

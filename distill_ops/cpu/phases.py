@@ -24,8 +24,6 @@ from .rows import (
     rows_in_chunk,
 )
 from .token_phases import exponents as _distances
-from .token_phases import token_gradient as token_gradient
-from .token_phases import token_part as token_part
 
 NEG_INF = float("-inf")
 

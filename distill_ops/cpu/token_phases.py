@@ -23,7 +23,7 @@ def exponents(
     return out if temperature == 1 else out.div_(temperature)
 
 
-def _finite(maximum: torch.Tensor) -> torch.Tensor:
+def finite_maximum(maximum: torch.Tensor) -> torch.Tensor:
     """A maximum to subtract: 0 of columns without a finite logit."""
     return maximum.masked_fill(maximum == NEG_INF, 0.0)
 
@@ -51,7 +51,7 @@ def token_part(
         chunk = matrix[:, :n_cols][rows]
         y, e = buffers(len(chunk))
         maximum = chunk.amax(-1).to(dtype)
-        torch.exp(exponents(chunk, _finite(maximum), temperature, y), out=e)
+        torch.exp(exponents(chunk, finite_maximum(maximum), temperature, y), out=e)
         numbers[0, places], numbers[1, places] = maximum, row_sums(e)
         if entropy:
             numbers[2, places] = row_sums(e.mul_(y.clamp_(min=LOWEST)))
@@ -71,7 +71,7 @@ def token_gradient_of_chunk(
     """``(g (1[j = id] - q_j) - h q_j (log q_j + H)) / T`` of this rank's columns."""
     maximum, total, entropy = kept.unbind(-1)
     first, second = work
-    y = exponents(chunk, _finite(maximum), temperature, first)
+    y = exponents(chunk, finite_maximum(maximum), temperature, first)
     e = torch.exp(y, out=second)
     over = 1 / (total * -temperature)
     if upstream_entropy is None:

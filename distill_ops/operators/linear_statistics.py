@@ -4,12 +4,17 @@ import torch
 
 from .. import problem
 from ..checks import contents
+from ..checks.values import debug
+from ..groups import check_agreement
 from ..heads.engine import Engine, Gradients
 from ..heads.projection import Projection, logits_bytes
+from ..heads.ranks import N_KEPT, Ranks, joined, joined_again
 from ..heads.select import on_device, placed, select
-from ..problem import BACKWARD, FORWARD, NO_GRADIENTS, StatisticsInputs, Wanted
+from ..problem import BACKWARD, FORWARD, NO_GRADIENTS, StatisticsInputs, Wanted, shaped_as_all
 from ..rows import Tokens, parameters_of
-from .path import path_of
+from ..vocab_parallel import statistics as split_statistics
+from ..vocab_parallel.losses import facts_of
+from .path import path_of, phases_of
 from .register import LossOperator, Plan
 from .statistics import (
     OTHERWISE,
@@ -31,8 +36,10 @@ class StatisticsPass:
         inputs: problem.LinearStatisticsInputs,
         options: problem.LinearStatisticsOptions,
         wanted: Wanted,
+        ranks: Ranks | None = None,
     ):
         self.options, self.path = options.loss, path_of(options.loss.backend)
+        self.place = None if ranks is None else ranks.place
         backend, blocks = self.options.backend, options.blocks
         dtype, ids = inputs.dtype(), inputs.ids.reshape(-1)
         counted = (ids != self.options.ignore_index).to(dtype)
@@ -41,7 +48,7 @@ class StatisticsPass:
         self.dtype, self.n_tokens = dtype, len(ids)
         wide = dtype == torch.float64
         logits_dtype = torch.float64 if wide else blocks.logits_dtype
-        shared = self.options.n_cols, wide, blocks.autocast, backend == "triton"
+        shared = self.options.n_cols, wide, blocks.autocast, backend == "triton", ranks
         student = Projection.of(*inputs.student, options.student, self.selection, *shared)
         # the logits of ignored tokens are not read: the teacher's may be NaN
         selected = self.selection._replace(unread=None)
@@ -58,6 +65,24 @@ class StatisticsPass:
         parameters = [x for x in tokens.parameters if isinstance(x, torch.Tensor)]
         return StatisticsInputs(student, teacher, tokens.labels, parameters, [])
 
+    def statistics_of(self, inputs: StatisticsInputs, keep: bool):
+        """Outputs, agreement and what the gradient needs of some rows."""
+        if self.place is None:
+            return self.path.statistics_of_tokens(inputs, self.options, keep)
+        phases = phases_of(self.options.backend)
+        return split_statistics.statistics_of_rows(phases, inputs, self.options, self.place)
+
+    def write_gradient(self, inputs: StatisticsInputs, kept, upstream, gradient) -> None:
+        """Of some rows, for their upstream gradients ``[OUTPUTS, n]``."""
+        asked = asking(inputs, self.options, upstream)
+        if self.place is None:
+            self.path.statistics_gradient(asked, self.options, kept, upstream, gradient)
+            return
+        phases = phases_of(self.options.backend)
+        split_statistics.gradient_of_rows(
+            phases, asked, self.options, self.place, kept, upstream, gradient
+        )
+
     def chosen(self, of_tokens: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
         """Of all tokens the selected ones."""
         index = self.selection.index
@@ -73,28 +98,26 @@ class StatisticsPass:
         agreement = new(n_rows, dtype=torch.bool)
         kept = [None, None]
         if keep:
-            shapes = kept_shapes(n_rows, self.options.backend)
+            shapes = kept_shapes(n_rows, self.options)
             kept = [None if shape is None else new(shape, dtype=self.dtype) for shape in shapes]
         if coefficients is not None:
             coefficients = self.chosen(coefficients, 1)
 
         def store(logits, rows, gradient):
             inputs = self.of_rows(logits, rows)
-            outputs[:, rows], agreement[rows], of_rows = self.path.statistics_of_tokens(
-                inputs, self.options, keep or gradient is not None
-            )
+            found = self.statistics_of(inputs, keep or gradient is not None)
+            outputs[:, rows], found_agreement, of_rows = found
+            agreement[rows] = found_agreement
             if gradient is not None:
-                upstream = coefficients[:, rows]
-                asked = asking(inputs, self.options, upstream)
-                self.path.statistics_gradient(asked, self.options, of_rows, upstream, gradient)
+                self.write_gradient(inputs, of_rows, coefficients[:, rows], gradient)
             for target, values in zip(kept, of_rows, strict=True):
                 if target is not None:
                     target[rows] = values
 
         gradients = self.engine.run(store)
-        outputs, agreement, *kept = (
-            placed(x, self.selection, self.n_tokens) for x in (outputs, agreement, *kept)
-        )
+        place = lambda x: placed(x, self.selection, self.n_tokens)
+        outputs, agreement = place(outputs), place(agreement)
+        kept = [None if x is None else place(x.t()).t().contiguous() for x in kept]
         return outputs, agreement, kept, gradients
 
     def gradients(self, kept, upstream: torch.Tensor) -> Gradients:
@@ -102,12 +125,38 @@ class StatisticsPass:
         kept, upstream = [*map(self.chosen, kept)], self.chosen(upstream, 1)
 
         def write(logits, rows, gradient):
-            part = upstream[:, rows]
-            inputs = asking(self.of_rows(logits, rows), self.options, part)
             of_rows = [x if x is None or x.numel() == 0 else x[rows] for x in kept]
-            self.path.statistics_gradient(inputs, self.options, of_rows, part, gradient)
+            self.write_gradient(self.of_rows(logits, rows), of_rows, upstream[:, rows], gradient)
 
         return self.engine.run(write)
+
+
+def here(
+    inputs: problem.LinearStatisticsInputs,
+    options: problem.LinearStatisticsOptions,
+    plan: Plan,
+    kept: torch.Tensor | None = None,
+) -> tuple[problem.LinearStatisticsInputs, problem.LinearStatisticsOptions, Ranks]:
+    """The call on this rank, with the hidden states of all tokens, its part of a whole teacher and the
+    columns that count, and the ranks; ``kept`` is what the forward found of them."""
+    split, token_ranks = options.loss.split, options.blocks.token_ranks
+    hidden = inputs.student_hidden
+    if kept is not None:
+        ranks = joined_again(split, kept, token_ranks)
+    else:
+        if debug():
+            facts = facts_of(inputs, options.loss) | options._asdict() | {"loss": None}
+            facts["when gradients are made"] = plan.made
+            check_agreement(split, facts, hidden.device)
+        widths = inputs.student_weight.shape[0], inputs.teacher_weight.shape[0]
+        ranks = joined(split, widths[0], inputs.n_rows, hidden.device, widths[1], token_ranks)
+    inputs = inputs._replace(
+        student_hidden=ranks.all_tokens(hidden),
+        teacher_hidden=ranks.all_tokens(inputs.teacher_hidden),
+        teacher_weight=ranks.of_head(inputs.teacher_weight),
+        teacher_bias=ranks.of_head(inputs.teacher_bias),
+    )
+    return inputs, options._replace(loss=options.loss._replace(n_cols=ranks.place.n_cols)), ranks
 
 
 def forward(
@@ -115,14 +164,21 @@ def forward(
 ):
     """The loss ``[]`` where there are coefficients, ``[OUTPUTS, ...]``, and the agreement ``[...]``; kept
     are the gradients, made here, or what they need of the rows."""
-    hidden, leading = inputs.student_hidden, inputs.leading
+    hidden, ranks = inputs.student_hidden, None
     with on_device(hidden):
+        if options.loss.split.group is not None:
+            inputs, options, ranks = here(inputs, options, plan)
         wanted = Wanted(*plan.wanted) if plan.made == FORWARD else NO_GRADIENTS
-        made = StatisticsPass(inputs, options, wanted)
+        made = StatisticsPass(inputs, options, wanted, ranks)
         coefficients = coefficient_rows(inputs, options) if options.coefficients else None
         outputs, agreement, kept, gradients = made.statistics(coefficients, plan.made == BACKWARD)
         loss = None if coefficients is None else loss_of(outputs, coefficients)
-    kept = gradients.of(hidden) if plan.made == FORWARD else (*kept, None)
+    leading = inputs.leading
+    if plan.made == FORWARD:
+        kept = gradients.of(hidden)
+    else:
+        of_ranks = ranks.kept() if ranks is not None and plan.made == BACKWARD else None
+        kept = *kept, of_ranks
     return (loss, outputs.view(OUTPUTS, *leading), agreement.view(leading)), kept
 
 
@@ -133,19 +189,26 @@ def gradient(
     kept,
     upstreams,
 ):
-    with on_device(inputs.student_hidden):
-        made = StatisticsPass(inputs, options, Wanted(*plan.wanted))
+    hidden, ranks = inputs.student_hidden, None
+    with on_device(hidden):
+        if options.loss.split.group is not None:
+            inputs, options, ranks = here(inputs, options, plan, kept[2])
+        made = StatisticsPass(inputs, options, Wanted(*plan.wanted), ranks)
         upstream = upstream_rows(inputs, options, upstreams)
-        return made.gradients(kept[:2], upstream).of(inputs.student_hidden)
+        return made.gradients(kept[:2], upstream).of(hidden)
 
 
 def fake(
     inputs: problem.LinearStatisticsInputs, options: problem.LinearStatisticsOptions, plan: Plan
 ):
-    outputs, kept = fakes(inputs, options, plan)
+    students_of = inputs.student
+    inputs = shaped_as_all(inputs, options.blocks.token_ranks)
+    outputs, (*kept, of_ranks) = fakes(inputs, options, plan)
     if plan.made != FORWARD:
-        return outputs, (*kept, None)
-    students = zip(inputs.student, plan.wanted, strict=True)
+        if of_ranks is not None:
+            of_ranks = inputs.ids.new_empty(N_KEPT, device="cpu")
+        return outputs, (*kept, of_ranks)
+    students = zip(students_of, plan.wanted, strict=True)
     return outputs, tuple(x.new_empty(x.shape) if want else None for x, want in students)
 
 

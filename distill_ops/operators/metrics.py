@@ -4,7 +4,8 @@ import torch
 
 from ..problem import MetricsInputs, MetricsOptions
 from ..results import DistillationMetrics
-from .path import path_of
+from ..vocab_parallel import metrics as split_metrics
+from .path import path_of, phases_of
 from .register import LossOperator, Plan
 
 N_SUMS = len(DistillationMetrics._fields) - 1
@@ -12,7 +13,10 @@ N_SUMS = len(DistillationMetrics._fields) - 1
 
 def forward(inputs: MetricsInputs, options: MetricsOptions, plan: Plan):
     """Sums ``[N_SUMS, ...]`` and the agreement ``[...]``."""
-    sums, agreement = path_of(options.backend).metrics_of_tokens(inputs, options)
+    if options.split.group is None:
+        sums, agreement = path_of(options.backend).metrics_of_tokens(inputs, options)
+    else:
+        sums, agreement = split_metrics.metrics(phases_of(options.backend), inputs, options)
     return (sums.view(N_SUMS, *inputs.leading), agreement.view(inputs.leading)), ()
 
 

@@ -18,6 +18,6 @@ def phases_of(backend: str):
         from .. import gpu_phases
 
         return gpu_phases
-    from ..cpu import phases
+    from ..cpu import split_forms
 
-    return phases
+    return split_forms

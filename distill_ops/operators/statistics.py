@@ -15,7 +15,8 @@ from ..problem import (
     StatisticsInputs,
     StatisticsOptions,
 )
-from .path import path_of
+from ..vocab_parallel import statistics as split_statistics
+from .path import path_of, phases_of
 from .register import LossOperator, Plan
 
 OUTPUTS = 5  # divergence, both log-probabilities, both entropies
@@ -63,20 +64,44 @@ def upstream_rows(inputs: Inputs, options: AnyOptions, upstreams) -> torch.Tenso
     return rows.contiguous()
 
 
-def kept_shapes(n_rows: int, backend: str) -> tuple[tuple[int, ...] | None, ...]:
+def kept_shapes(n_rows: int, options: Options) -> tuple[tuple[int, ...] | None, ...]:
     """Of what a path keeps of the rows for a gradient made in the backward."""
-    if backend == "triton":
+    if options.split.group is not None:
+        return (n_rows, phases_of(options.backend).KEPT), (n_rows, TOKEN_STATISTICS)
+    if options.backend == "triton":
         return (n_rows, STATISTICS), (n_rows, TOKEN_STATISTICS)
     return None, (n_rows,)
+
+
+def statistics_of(inputs: StatisticsInputs, options: Options, keep: bool):
+    """``[OUTPUTS, ...]``, the agreement ``[...]``, and what the gradient needs of the rows, and of a split
+    vocabulary the offset."""
+    if options.split.group is not None:
+        return split_statistics.statistics(phases_of(options.backend), inputs, options)
+    found = path_of(options.backend).statistics_of_tokens(inputs, options, keep)
+    outputs, agreement, kept = found
+    return outputs, agreement, (*kept, None)
+
+
+def write_gradient(
+    inputs: StatisticsInputs, options: Options, kept, upstream: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Fill ``out`` with the gradient for ``[OUTPUTS, n]``."""
+    if options.split.group is not None:
+        phases = phases_of(options.backend)
+        split_statistics.gradient(phases, inputs, options, kept, upstream, out)
+    else:
+        path_of(options.backend).statistics_gradient(inputs, options, kept[:2], upstream, out)
 
 
 def fakes(inputs: Inputs, options: AnyOptions, plan: Plan):
     """The outputs, and what is kept for a gradient made in the backward."""
     new, dtype = inputs[0].new_empty, inputs.dtype()
-    kept = None, None
+    kept = None, None, None
     if plan.made == BACKWARD:
-        shapes = kept_shapes(inputs.n_rows, options.loss.backend)
-        kept = tuple(None if shape is None else new(shape, dtype=dtype) for shape in shapes)
+        shapes = kept_shapes(inputs.n_rows, options.loss)
+        offset = None if options.loss.split.group is None else new((), dtype=torch.int64)
+        kept = *(None if shape is None else new(shape, dtype=dtype) for shape in shapes), offset
     loss = new((), dtype=dtype) if options.coefficients else None
     outputs = new((OUTPUTS, *inputs.leading), dtype=dtype)
     return (loss, outputs, new(inputs.leading, dtype=torch.bool)), kept
@@ -85,18 +110,17 @@ def fakes(inputs: Inputs, options: AnyOptions, plan: Plan):
 def forward(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
     """The loss ``[]`` where there are coefficients, ``[OUTPUTS, ...]``, and the agreement ``[...]``; kept
     is the gradient, made here, or what it needs of the rows."""
-    path = path_of(options.loss.backend)
-    outputs, agreement, kept = path.statistics_of_tokens(
-        inputs, options.loss, plan.made != NO_GRADIENT
-    )
+    outputs, agreement, kept = statistics_of(inputs, options.loss, plan.made != NO_GRADIENT)
+    if plan.made == NO_GRADIENT:
+        kept = None, None, None
     if not options.coefficients:
         return (None, outputs, agreement), kept
     coefficients = coefficient_rows(inputs, options)
     if plan.made == FORWARD:
         made = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
         asked = asking(inputs, options.loss, coefficients)
-        path.statistics_gradient(asked, options.loss, kept, coefficients, made)
-        kept = made, None
+        write_gradient(asked, options.loss, kept, coefficients, made)
+        kept = made, None, None
     return (loss_of(outputs, coefficients), outputs, agreement), kept
 
 
@@ -105,19 +129,19 @@ def gradient(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan, k
     upstream = upstream_rows(inputs, options, upstreams)
     if options.coefficients:
         inputs = asking(inputs, options.loss, upstream)
-    path_of(options.loss.backend).statistics_gradient(inputs, options.loss, kept, upstream, out)
+    write_gradient(inputs, options.loss, kept, upstream, out)
     return (out,)
 
 
 def fake(inputs: StatisticsInputs, options: StatisticsOptions, plan: Plan):
     outputs, kept = fakes(inputs, options, plan)
     if plan.made == FORWARD:
-        kept = inputs.student.new_empty(inputs.student.shape), None
+        kept = inputs.student.new_empty(inputs.student.shape), None, None
     return outputs, kept
 
 
 distillation_statistics = LossOperator(
     "distillation_statistics", StatisticsInputs, StatisticsOptions, forward=forward, gradient=gradient,
-    fake=fake, check=contents.of_statistics, students=("student",), outputs=3, kept=2, differentiable=2,
+    fake=fake, check=contents.of_statistics, students=("student",), outputs=3, kept=3, differentiable=2,
     otherwise=OTHERWISE,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from ..divergences.built_in import ReverseKL
 from ..problem import working_dtype
 from ..results import DistillationStatistics, LossResult, StatisticsCoefficients
 from .dense import distillation_loss, token_weights
-from .split import both_gathered, heads_gathered, tokens_gathered
+from .split import both_gathered, head_gathered, heads_gathered, tokens_gathered
 from .tokens import statistics_of, token_log_probs
 
 WITHOUT = ("infinities", "gradient", "backend")
@@ -142,6 +142,9 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`distill_ops.linear_token_log_probs` in eager PyTorch, differentiable by autograd.
 
@@ -160,6 +163,11 @@ def linear_token_log_probs(
     that say how it is computed.
     """
     head = head_options("", logit_scale, softcap)
+    split, weight, bias = split_heads(group, vocab_offset, None, weight=weight, bias=bias)
+    if check_sequence_parallel(sequence_parallel, group, hidden=hidden) > 1:
+        hidden = tokens_gathered(hidden, split)
+    if split.group is not None:
+        weight, bias = (head_gathered(x, split) for x in (weight, bias))
     check_head("", hidden, weight, bias)
     rows, n_cols = TokenRows("hidden", hidden), weight.shape[0]
     checked = check_token_ids(rows, token_ids, temperature, ignore_index)
@@ -190,6 +198,9 @@ def linear_distillation_statistics(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     coefficients: StatisticsCoefficients | None = None,
+    group=None,
+    vocab_offset: int | None = None,
+    sequence_parallel: bool = False,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distill_ops.linear_distillation_statistics` in eager PyTorch, differentiable by autograd.
 
@@ -210,6 +221,18 @@ def linear_distillation_statistics(
     those that say how it is computed.
     """
     heads = both_heads(student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap)
+    split, student_weight, student_bias, teacher_weight, teacher_bias = split_heads(
+        group, vocab_offset, vocab_size, student_weight=student_weight, student_bias=student_bias,
+        teacher_weight=teacher_weight, teacher_bias=teacher_bias,
+    )  # fmt: skip
+    hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+    if check_sequence_parallel(sequence_parallel, group, **hidden) > 1:
+        student_hidden, teacher_hidden = (tokens_gathered(x, split) for x in hidden.values())
+    if split.group is not None:
+        gathered = heads_gathered(
+            split, (student_weight, student_bias), (teacher_weight, teacher_bias)
+        )
+        (student_weight, student_bias), (teacher_weight, teacher_bias) = gathered
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
     checked = check_linear_statistics(

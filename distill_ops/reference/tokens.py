@@ -21,7 +21,7 @@ from ..results import DistillationStatistics, StatisticsCoefficients
 from ..scalars import flag
 from .dense import divergence_terms, log_mixture
 from .rows import entropy, no_maximum
-from .split import gathered
+from .split import both_gathered, gathered
 
 
 def _read(logits: torch.Tensor, ignored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,6 +88,8 @@ def distillation_statistics(
     temperature: float = 1.0,
     ignore_index: int = -100,
     coefficients: StatisticsCoefficients | None = None,
+    group=None,
+    vocab_offset: int | None = None,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.
 
@@ -106,6 +108,11 @@ def distillation_statistics(
     Arguments, edges, result and errors are those of :func:`distill_ops.distillation_statistics`
     (docs/semantics.md, section 12), without ``backend``.
     """
+    split, student_logits, teacher_logits = split_logits(
+        group, vocab_offset, None, student_logits, teacher_logits
+    )
+    if split.group is not None:
+        student_logits, teacher_logits = both_gathered(split, student_logits, teacher_logits)
     checked = check_statistics(
         student_logits,
         teacher_logits,

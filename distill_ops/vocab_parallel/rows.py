@@ -63,12 +63,20 @@ def row_losses(
     phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place
 ) -> RowLosses:
     """Losses of rows ``[..., width]`` of this rank's columns; the tokens are :func:`local`."""
-    kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
-    parts = phases.normalise(options, tokens, *columns)
+    parts = phases.normalise(options, tokens, student, teacher, place.n_cols)
     row = RowStatistics.combine(
         [RowStatistics.unpack(part) for part in place.group.all_gather(parts)],
-        kind or Divergence, options.temperature,
+        options.kind() or Divergence, options.temperature,
     )  # fmt: skip
+    return losses_of(phases, options, tokens, student, teacher, place, row, parts)
+
+
+def losses_of(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place,
+    row: RowStatistics, parts: torch.Tensor,
+) -> RowLosses:  # fmt: skip
+    """The same from the statistics of whole rows, and what :meth:`Phases.normalise` gave."""
+    kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
     loss, slope = None, torch.zeros_like(row.student_sum)
     scale = torch.ones_like(slope) if weights is None else weights
     scale = torch.where(scale == 0, 0.0, scale / tokens.denominator).to(slope.dtype)

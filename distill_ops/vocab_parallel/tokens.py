@@ -85,18 +85,17 @@ def logits_at(logits: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> to
     return logits.gather(-1, index).reshape(-1).to(dtype).masked_fill_(ids < 0, INF)
 
 
-def gathered_statistics(
-    phases, options: TokenOptions, logits: torch.Tensor, ids: torch.Tensor, place: Place,
+def numbers_of(
+    phases, options: TokenOptions, logits: torch.Tensor, ids: torch.Tensor, n_cols: int,
     dtype: torch.dtype,
-) -> TokenStatistics:  # fmt: skip
-    """Of all columns of the rows of this rank's logits; ids are :func:`local_ids`."""
+) -> torch.Tensor:  # fmt: skip
+    """What is exchanged of this rank's columns, ``[3, n]`` or with the entropy ``[4, n]``; ids are
+    :func:`local_ids`."""
     maximum, total, moment = phases.token_part(
-        logits, ids, place.n_cols, options.temperature, options.entropy, dtype
+        logits, ids, n_cols, options.temperature, options.entropy, dtype
     )
     numbers = [maximum, total, logits_at(logits, ids, dtype)]
-    if options.entropy:
-        numbers.append(moment)
-    return combined(place.group.all_gather(torch.stack(numbers)), options)
+    return torch.stack([*numbers, moment] if options.entropy else numbers)
 
 
 def combined(parts: torch.Tensor, options: TokenOptions) -> TokenStatistics:
@@ -131,7 +130,8 @@ def log_probs(phases, inputs: TokenInputs, options: TokenOptions):
         check_agreement(split, facts_of(inputs, options), logits.device)
     place = place_of(split, logits.shape[-1], logits.device)
     ids = local_ids(inputs.ids, options.ignore_index, place)
-    row = gathered_statistics(phases, options, logits, ids, place, dtype)
+    numbers = numbers_of(phases, options, logits, ids, place.n_cols, dtype)
+    row = combined(place.group.all_gather(numbers), options)
     found, entropies, kept = results(row, options, ids == IGNORED)
     shaped = (x.view(inputs.leading) for x in (found, entropies))
     return tuple(shaped), (kept, place.kept(kept))

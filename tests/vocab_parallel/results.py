@@ -31,6 +31,8 @@ def results(function, form: Form, tensors, options) -> dict[str, torch.Tensor]:
     positional = [given.pop(name) for name in form.positional]
     outputs = function(*positional, **given, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if isinstance(outputs[-1], tuple):  # beside a loss
+        outputs = *outputs[:-1], *outputs[-1]
     generator, total = torch.Generator().manual_seed(9), 0.0
     for x in outputs:
         if x.requires_grad:

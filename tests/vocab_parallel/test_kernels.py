@@ -70,3 +70,27 @@ def test_linear(divergence, option, hold):
     options = {**LINEAR[option], "divergence": divergence}
     hold(Case(WIDTHS[3], options, form="linear_distillation_loss"))
     hold(Case((9, 0, 24), options, form="linear_distillation_loss", whole_teacher=True))
+
+
+OF_TOKENS = {
+    "token_log_probs": ({}, {"temperature": 2.0}),
+    "distillation_metrics": ({}, {"vocab_size": 29}),
+}
+
+
+@pytest.mark.parametrize("edit", ["nothing", "dead part"])
+@pytest.mark.parametrize("form", OF_TOKENS)
+def test_tokens(form, edit, hold):
+    for options in OF_TOKENS[form]:
+        hold(Case(WIDTHS[3], options, form=form, edit=edit))
+
+
+@pytest.mark.covering("divergence option")
+@pytest.mark.parametrize(
+    "option", [{}, {"coefficients": (0.7, -1.3, 0.25), "temperature": 2.0}], ids=["plain", "loss"]
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_statistics(divergence, option, hold):
+    options = {**option, "divergence": divergence}
+    for edit in ("nothing", "dead part"):
+        hold(Case(WIDTHS[3], options, form="distillation_statistics", edit=edit))
