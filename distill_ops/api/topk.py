@@ -4,9 +4,10 @@ import torch
 from typing_extensions import Unpack
 
 from ..arguments import LossOptions, Tail, with_loss_options
-from ..checks.logits import check_alone
-from ..checks.options import given_options
+from ..checks.logits import check_alone, check_parts
+from ..checks.options import check_splittable, given_options
 from ..checks.slots import check_topk
+from ..checks.split import split_logits
 from ..checks.values import TokenRows
 from ..operators.dense import dense_loss
 from ..operators.topk import topk_loss
@@ -14,7 +15,7 @@ from ..problem import DenseInputs, Options, TopKInputs
 from ..results import LossResult
 from .choices import choose_backend, gradient_mode, loss_result
 
-WITHOUT = ("infinities", "group", "vocab_offset")
+WITHOUT = ("infinities",)
 OWN = "tail", "mass_terms", "log_prob_floor"
 
 
@@ -84,6 +85,12 @@ def topk_distillation_loss(
             dimensions, for each token, as in :func:`distill_ops.distillation_loss`.
         vocab_size: the vocabulary is the student's first ``vocab_size`` columns; the others get
             gradient 0.
+        group: the ranks that split the vocabulary, as in :func:`distill_ops.distillation_loss`: each has its
+            columns of the student's logits and all of the teacher's slots, the same on every rank. Ids,
+            labels and ``vocab_size`` count over all columns; an id that no rank has is an error, on a GPU
+            NaN. Two collectives, of at most 12 numbers a token in all; none in the backward.
+        vocab_offset: the columns before this rank's. Without it the ranks exchange their widths, one more
+            collective; on a GPU ``vocab_size`` then waits for it.
 
     The other arguments are those of :func:`distill_ops.distillation_loss`. Both teacher arguments may
     be None where the divergence has no weight.
@@ -91,7 +98,14 @@ def topk_distillation_loss(
     Result and errors are those of :func:`distill_ops.distillation_loss`.
     """
     arguments = given_options("topk_distillation_loss", options, *WITHOUT, own=OWN)
-    n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
+    split, student_logits, _ = split_logits(
+        arguments.group, arguments.vocab_offset, arguments.vocab_size, student_logits, None
+    )
+    if split.group is not None:
+        check_splittable(arguments.infinities, arguments.token_outputs)
+        n_cols = check_parts(student_logits, None)
+    else:
+        n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
     asked = Tail(tail, mass_terms, log_prob_floor)
     arguments, checked = check_topk(rows, teacher_log_probs, teacher_ids, asked, arguments)
@@ -103,6 +117,6 @@ def topk_distillation_loss(
         operator = topk_loss
         inputs = TopKInputs(student_logits, teacher_log_probs, teacher_ids, *arguments.tensors)
     backend = choose_backend(arguments.backend, "student_logits", student_logits, teacher_log_probs)
-    options = Options.of(arguments, n_cols, backend, checked)
+    options = Options.of(arguments, n_cols, backend, checked, split)
     outputs = operator("topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options, arguments.return_components)

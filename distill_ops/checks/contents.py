@@ -259,7 +259,7 @@ def _slots(
 ) -> None:
     """Ids and log-probabilities of rows that count, which ``kept [...]`` says; unused slots hold an id of
     -1."""
-    low = _slot_ids("teacher_ids", ids, options.n_cols, kept)
+    low = _slot_ids("teacher_ids", ids, options.bound, kept)
     kept = kept[..., None]
     twice, in_order = repeated(ids)
     if twice.any():  # a server pads with ids that it gave before, of log-probability -inf

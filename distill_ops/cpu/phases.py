@@ -35,12 +35,12 @@ class Rows:
 
     def __init__(
         self, options: Options, tokens: Tokens, student, teacher, n_cols: int, gradient=None,
-        elements: int = CHUNK_ELEMENTS,
+        elements: int = CHUNK_ELEMENTS, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.options, self.tokens, self.n_cols, self.gradient = options, tokens, n_cols, gradient
         self.student = student
         self.teacher = teacher if options.soft else None
-        self.dtype = working_dtype(student, self.teacher)
+        self.dtype = working_dtype(student, self.teacher) if dtype is None else dtype
         self.n_rows = math.prod(student.shape[:-1])
         threads = torch.get_num_threads()
         self.size = rows_in_chunk(

@@ -20,11 +20,11 @@ MOST_COLUMNS = 2**31 - 1
 LEAST_REST = 2.0**-24  # of the teacher's tail
 
 
-def _finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
+def finite_or_zero(maximum: torch.Tensor) -> torch.Tensor:
     return maximum.masked_fill(maximum == NEG_INF, 0.0)
 
 
-def _teacher(
+def teacher_of(
     log_probs: torch.Tensor, ids: torch.Tensor, tail: str, n_cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the K slots and the rest, ``[n, K + 1]``; and whether a row's make a
@@ -51,7 +51,7 @@ def _columns(ids: torch.Tensor) -> torch.Tensor:
     return torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True)).clamp_(min=0)
 
 
-def _copy_outside(student: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def copy_outside(student: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The student's logits in the working dtype, -inf in the columns of the K."""
     out.copy_(student)
     first_column = out[:, :1].clone()
@@ -60,7 +60,7 @@ def _copy_outside(student: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -
     return out
 
 
-def _exponentials(
+def exponentials(
     x: torch.Tensor, maximum: torch.Tensor, temperature: float, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``exp((x - maximum) / temperature)``, over x; the exponents are ``kept``."""
@@ -82,6 +82,8 @@ def _mass_factor(divergence: type[Divergence], parameters: list) -> float | torc
 class TopKChunk:
     """The losses of some rows, and then their gradient: it may overwrite the student's logits."""
 
+    counted = None  # how many of the outcomes are summed, from the first; None: all
+
     def __init__(
         self, terms: Terms, tail: Tail, student: torch.Tensor, log_probs: torch.Tensor,
         ids: torch.Tensor, per_row: PerRow, buffers: list[torch.Tensor], outputs: ChunkOutputs | None,
@@ -96,32 +98,39 @@ class TopKChunk:
         logits = student.gather(-1, ids.clamp(min=0)).to(terms.dtype)
         self.logits = logits.masked_fill_(ids < 0, NEG_INF)
         self.log_probs = log_probs
-        self.log_p, self.good = _teacher(log_probs, ids, tail.name, student.shape[-1])
+        self.log_p, self.good = self._read_teacher()
+
+    def _read_teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return teacher_of(self.log_probs, self.ids, self.tail.name, self.student.shape[-1])
 
     def losses(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Divergence and cross-entropy of each row."""
-        temperature, rest = self.terms.temperature, self.logits.new_zeros(len(self.logits), 1)
-        self.rest_max = self.rest_sum = self.hard_sum = rest
-        if self.rest or self.terms.hard:
-            outside = _copy_outside(self.student, self.ids, self.buffers[0])
-            self.rest_max = outside.amax(-1, keepdim=True)
-            shift = _finite_or_zero(self.rest_max)
-            if self.own_hard:
-                hard = self.buffers[1].copy_(outside) if self.rest else outside
-            if self.rest:
-                kept = self.buffers[2] if self._looks() else None
-                self.rest_sum = row_sums(_exponentials(outside, shift, temperature, kept))[:, None]
-                self.hard_sum = self.rest_sum
-                if kept is not None:
-                    self.moment = row_sums(kept.clamp_(min=LOWEST).mul_(outside))[:, None]
-            if self.own_hard:
-                self.hard_sum = row_sums(_exponentials(hard, shift, 1.0))[:, None]
-                self.hard = hard
+        self._sum_outside()
         loss = self._divergence()
         hard_loss = self._cross_entropy() if self.terms.hard else None
         if self.outputs is not None:
             self._tell()
         return loss, hard_loss
+
+    def _sum_outside(self) -> None:
+        """Maximum and sums of exponentials of the columns outside, which the buffers then hold."""
+        temperature, rest = self.terms.temperature, self.logits.new_zeros(len(self.logits), 1)
+        self.rest_max = self.rest_sum = self.hard_sum = rest
+        if self.rest or self.terms.hard:
+            outside = copy_outside(self.student, self.ids, self.buffers[0])
+            self.rest_max = outside.amax(-1, keepdim=True)
+            shift = finite_or_zero(self.rest_max)
+            if self.own_hard:
+                hard = self.buffers[1].copy_(outside) if self.rest else outside
+            if self.rest:
+                kept = self.buffers[2] if self._looks() else None
+                self.rest_sum = row_sums(exponentials(outside, shift, temperature, kept))[:, None]
+                self.hard_sum = self.rest_sum
+                if kept is not None:
+                    self.moment = row_sums(kept.clamp_(min=LOWEST).mul_(outside))[:, None]
+            if self.own_hard:
+                self.hard_sum = row_sums(exponentials(hard, shift, 1.0))[:, None]
+                self.hard = hard
 
     def _looks(self) -> bool:
         """Whether an output is of the student's normaliser."""
@@ -169,9 +178,9 @@ class TopKChunk:
             x = x.masked_fill(log_p[:, :-1] == NEG_INF, NEG_INF)
         has_rest = (self.rest_sum != 0) if self.rest else torch.zeros_like(self.good)
         rest_max = self.rest_max.double().masked_fill(~has_rest, NEG_INF)
-        maximum = torch.maximum(x.amax(-1, keepdim=True), rest_max)
+        maximum = self._maximum(x, rest_max)
         self.maximum = maximum
-        shift = _finite_or_zero(maximum)
+        shift = finite_or_zero(maximum)
         # the maximum goes first: the division could overflow
         lowest = torch.finfo(x.dtype).min
         y = torch.cat([x, rest_max], -1)
@@ -179,24 +188,39 @@ class TopKChunk:
         y = ((y - shift) / temperature).clamp_(min=lowest)
         y[:, -1:] += self.rest_sum.double().masked_fill(~has_rest, 1.0).log()
         y.masked_fill_(zero, NEG_INF)
-        log_q = torch.log_softmax(y, -1)
+        log_q = self._log_q(y)
         self.q = log_q.exp()
         if self.each:  # the columns outside come one by one
             zero[:, -1] = True
-            of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
-            self.log_sum = (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
+            self.log_sum = self._log_sum(x, rest_max, shift)
         value, slope = self._terms(log_q, log_p, zero)
         if self.tail.name == "drop":
             value[:, -1], slope[:, -1] = 0, 0
         good = self.good & maximum.isfinite() & (self.rest_sum >= 0)
         self.poison = torch.where(good, 0.0, math.nan).to(self.terms.dtype)
-        loss, self.total_slope = row_sums(value), row_sums(slope)[:, None]
+        loss = row_sums(value[:, : self.counted])
+        self.total_slope = row_sums(slope[:, : self.counted])[:, None]
         self.slope = slope
         if self.each:
             value, slope = self._terms_outside()
             loss = loss + row_sums(value)
             self.total_slope = self.total_slope + row_sums(slope)[:, None]
         return loss.to(self.terms.dtype) + self.poison[:, 0]
+
+    def _maximum(self, x: torch.Tensor, rest_max: torch.Tensor) -> torch.Tensor:
+        """Of the student's logits that its normaliser sums."""
+        return torch.maximum(x.amax(-1, keepdim=True), rest_max)
+
+    def _log_q(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(y, -1)
+
+    def _log_sum(
+        self, x: torch.Tensor, rest_max: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
+        """The normaliser's logarithm, relative to the maximum."""
+        temperature = self.terms.temperature
+        of_rest = ((rest_max - shift) / temperature).exp() * self.rest_sum
+        return (row_sums(((x - shift) / temperature).exp())[:, None] + of_rest).log()
 
     def _terms(self, log_q, log_p, student_zero) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope by the rules for infinities (semantics.md, section 3)."""
@@ -220,9 +244,9 @@ class TopKChunk:
 
     def _terms_outside(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every column outside the K, p being 0; the first buffer then holds their q."""
-        x = _copy_outside(self.student, self.ids, self.buffers[0])
+        x = copy_outside(self.student, self.ids, self.buffers[0])
         zero = x == NEG_INF
-        x.sub_(_finite_or_zero(self.maximum).to(x.dtype)).div_(self.terms.temperature)
+        x.sub_(finite_or_zero(self.maximum).to(x.dtype)).div_(self.terms.temperature)
         log_q = x.sub_(self.log_sum.to(x.dtype))
         value, slope = self._terms(log_q, torch.full_like(log_q, NEG_INF), zero)
         self.outside_slope = slope
@@ -233,7 +257,7 @@ class TopKChunk:
         labels = self.per_row.labels[:, None]
         has_rest = self.hard_sum != 0
         rest_max = self.rest_max.masked_fill(~has_rest, NEG_INF)
-        maximum = _finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
+        maximum = finite_or_zero(torch.maximum(self.logits.amax(-1, keepdim=True), rest_max))
         self.hard_q = (self.logits - maximum).exp_()
         # from what is relative to the rest's maximum
         self.hard_factor = (rest_max - maximum).exp_()
@@ -273,12 +297,14 @@ class TopKChunk:
             labels = self.per_row.labels[:, None]
             one_hot = (self.ids == labels).to(out.dtype)
             slots = slots + (self.hard_q - one_hot) * hard_scale
-            minus = torch.zeros_like(self.poison) - hard_scale
             # where the label is one of the K, that comes over it
-            out.scatter_add_(-1, labels, minus)
+            self._add_to_label(out, torch.zeros_like(self.poison) - hard_scale)
         self._scatter(slots, out)
         if out is not gradient:
             gradient.copy_(out)
+
+    def _add_to_label(self, out: torch.Tensor, terms: torch.Tensor) -> None:
+        out.scatter_add_(-1, self.per_row.labels[:, None], terms)
 
     def _scatter(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         """Write what the used slots hold to their columns."""

@@ -28,7 +28,7 @@ def forward(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan, into
     path = path_of(options.backend)
     if options.split.group is not None:
         outputs, (statistics, offset) = split_losses.loss(
-            path, phases_of(options.backend), inputs, options, plan.made, gradient
+            path, _phases(options), inputs, options, plan.made, gradient
         )
     else:
         outputs, statistics = path.loss(inputs, options, plan.made, gradient)
@@ -36,12 +36,15 @@ def forward(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan, into
     return outputs, (statistics if gradient is None else gradient, offset)
 
 
+def _phases(options: Options):
+    return phases_of(options.backend, options.tail is not None)
+
+
 def gradient(inputs, options: Options, plan: Plan, kept, upstreams, into=None):
     out = empty_gradient(inputs.student) if into is None else into
     path = path_of(options.backend)
     if options.split.group is not None:
-        phases = phases_of(options.backend)
-        split_losses.gradient(path, phases, inputs, options, kept, *upstreams, out)
+        split_losses.gradient(path, _phases(options), inputs, options, kept, *upstreams, out)
     else:
         path.gradient(inputs, options, kept[0], *upstreams, out)
     return (out,)
@@ -62,7 +65,7 @@ def fake(inputs: DenseInputs | TopKInputs, options: Options, plan: Plan):
     if plan.made == FORWARD:
         kept = new(inputs.student.shape)
     elif plan.made == BACKWARD and (split or options.backend == "triton"):
-        numbers = phases_of(options.backend).KEPT if split else inputs.statistics
+        numbers = _phases(options).KEPT if split else inputs.statistics
         kept = new((inputs.n_rows, numbers), dtype=inputs.dtype())
         offset = new((), dtype=torch.int64) if split else None
     return loss_fakes(inputs, options), (kept, offset)

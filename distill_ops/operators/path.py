@@ -12,12 +12,17 @@ def path_of(backend: str):
     return forms
 
 
-def phases_of(backend: str):
-    """The module that computes one phase at a time, for ranks that split the vocabulary."""
+def phases_of(backend: str, top_k: bool = False):
+    """The module that computes one phase at a time, for ranks that split the vocabulary; ``top_k``: against
+    a teacher of K log-probabilities."""
     if backend == "triton":
+        if top_k:
+            from .. import gpu_topk_phases
+
+            return gpu_topk_phases
         from .. import gpu_phases
 
         return gpu_phases
-    from ..cpu import split_forms
+    from ..cpu import split_forms, topk_phases
 
-    return split_forms
+    return topk_phases if top_k else split_forms

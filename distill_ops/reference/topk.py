@@ -8,8 +8,9 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, Tail, with_loss_options
 from ..checks.contents import of_loss
 from ..checks.logits import check_alone
-from ..checks.options import given_options
+from ..checks.options import check_splittable, given_options
 from ..checks.slots import check_topk, without_repeats
+from ..checks.split import split_logits
 from ..checks.values import TokenRows
 from ..divergences.base import Divergence
 from ..problem import Options, TopKInputs, working_dtype
@@ -24,8 +25,9 @@ from .dense import (
 )
 from .outputs import with_token_outputs
 from .rows import NEG_INF
+from .split import gathered
 
-WITHOUT = ("infinities", "gradient", "backend", "group", "vocab_offset")
+WITHOUT = ("infinities", "gradient", "backend")
 OWN = "tail", "mass_terms", "log_prob_floor"
 LEAST_REST = 2.0**-24  # of the teacher's tail: 1 - sum(p) of a confident one is rounding
 
@@ -143,6 +145,12 @@ def topk_distillation_loss(
     computed in float32, float64 in float64.
     """
     arguments = given_options("reference.topk_distillation_loss", options, *WITHOUT, own=OWN)
+    split, student_logits, _ = split_logits(
+        arguments.group, arguments.vocab_offset, arguments.vocab_size, student_logits, None
+    )
+    if split.group is not None:
+        check_splittable(arguments.infinities, arguments.token_outputs)
+        student_logits = gathered(student_logits, split)
     n_cols = check_alone("student_logits", student_logits, arguments.vocab_size)
     rows = TokenRows("student_logits", student_logits)
     asked = Tail(tail, mass_terms, log_prob_floor)

@@ -3,9 +3,11 @@
 import torch
 
 from ..checks.values import debug
-from ..groups import check_agreement, place_again, place_of
-from ..problem import BACKWARD, FORWARD, DenseInputs, Options
-from .rows import local, row_losses
+from ..groups import Place, check_agreement, place_again, place_of
+from ..problem import BACKWARD, FORWARD, DenseInputs, Options, TopKInputs
+from ..rows import TopKTeacher
+from . import rows, topk
+from .rows import local
 
 
 def facts_of(inputs, options) -> dict[str, object]:
@@ -15,6 +17,7 @@ def facts_of(inputs, options) -> dict[str, object]:
     return {
         "the number of tokens": inputs.n_rows, "the logits' dtype": str(inputs[0].dtype),
         "vocab_size": split.vocab_size, "vocab_offset given": split.offset >= 0,
+        **({"the number of slots K": inputs.ids.shape[-1]} if isinstance(inputs, TopKInputs) else {}),
         **shared,
     }  # fmt: skip
 
@@ -23,23 +26,23 @@ LOCAL = "split", "n_cols"
 
 
 def loss(
-    path, phases, inputs: DenseInputs, options: Options, made: str, gradient: torch.Tensor | None
-):
+    path, phases, inputs: DenseInputs | TopKInputs, options: Options, made: str,
+    gradient: torch.Tensor | None,
+):  # fmt: skip
     """Outputs as of a path's ``loss``, and what the backward needs: statistics of the rows and the offset,
     where it makes the gradient."""
     student, teacher, split = inputs.student, inputs.teacher, options.split
     if debug():
         check_agreement(split, facts_of(inputs, options), student.device)
     width = student.shape[-1]
-    place = place_of(split, width, student.device, None if teacher is None else teacher.shape[-1])
-    if teacher is not None:
-        teacher = place.of_teacher(teacher, width)
-    tokens = local(path.tokens(inputs, options), place)
-    found = row_losses(phases, options, tokens, student, teacher, place)
+    place = place_of(split, width, student.device, _width(teacher))
+    teacher = _of_teacher(place, teacher, width, options)
+    tokens, form = local(path.tokens(inputs, options), place), _form(teacher)
+    found = form.row_losses(phases, options, tokens, student, teacher, place)
     if made == FORWARD:
         one = found.kept.new_ones(())
-        phases.differentiate(
-            options, tokens, student, teacher, place.n_cols, found.kept, one, gradient
+        form.differentiate(
+            phases, options, tokens, student, teacher, place.n_cols, found.kept, one, gradient
         )
     components = (
         found.components if options.components else found.losses.new_empty((0, inputs.n_rows))
@@ -50,17 +53,37 @@ def loss(
     return (reduced[0], components, None, None), kept
 
 
-def gradient(path, phases, inputs: DenseInputs, options: Options, kept, upstream, out) -> None:
+def gradient(
+    path, phases, inputs: DenseInputs | TopKInputs, options: Options, kept, upstream, out
+) -> None:
     """Fill ``out`` with the gradient of this rank's columns; no collective."""
     student, teacher = inputs.student, inputs.teacher
     width = student.shape[-1]
     of_rows, offset = kept
-    place = place_again(
-        options.split, offset, width, None if teacher is None else teacher.shape[-1]
-    )
-    if teacher is not None:
-        teacher = place.of_teacher(teacher, width)
+    place = place_again(options.split, offset, width, _width(teacher))
+    teacher = _of_teacher(place, teacher, width, options)
     tokens = local(path.tokens(inputs, options), place)
-    phases.differentiate(
-        options, tokens, student, teacher, place.n_cols, of_rows, upstream.to(of_rows.dtype), out
-    )
+    _form(teacher).differentiate(
+        phases, options, tokens, student, teacher, place.n_cols, of_rows,
+        upstream.to(of_rows.dtype), out,
+    )  # fmt: skip
+
+
+Teacher = torch.Tensor | TopKTeacher | None
+
+
+def _width(teacher: Teacher) -> int | None:
+    """Of a teacher's logits on this rank; the slots of a top-k teacher are whole on every rank."""
+    return teacher.shape[-1] if isinstance(teacher, torch.Tensor) else None
+
+
+def _of_teacher(place: Place, teacher: Teacher, width: int, options: Options):
+    """What the phases take of a teacher."""
+    if isinstance(teacher, TopKTeacher):
+        return topk.SlotTeacher.of(teacher, place, options)
+    return None if teacher is None else place.of_teacher(teacher, width)
+
+
+def _form(teacher):
+    """The module that has the order of the phases against such a teacher."""
+    return topk if isinstance(teacher, topk.SlotTeacher) else rows

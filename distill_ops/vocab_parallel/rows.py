@@ -78,8 +78,7 @@ def losses_of(
     """The same from the statistics of whole rows, and what :meth:`Phases.normalise` gave."""
     kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
     loss, slope = None, torch.zeros_like(row.student_sum)
-    scale = torch.ones_like(slope) if weights is None else weights
-    scale = torch.where(scale == 0, 0.0, scale / tokens.denominator).to(slope.dtype)
+    scale = scale_of(tokens, slope)
     if kind is not None and kind.moment in CLOSED:
         loss, slope = row.loss_and_slope(kind)
     elif kind is not None:
@@ -89,7 +88,7 @@ def losses_of(
         row = row._replace(fast=torch.minimum(row.fast, sums[:, 2].amin(0)))
         alive = (row.student_sum > 0) & (row.teacher_sum > 0)
         loss, slope = (torch.where(alive, x, torch.nan) for x in (loss, slope))
-    hard = _hard_label_loss(row, weights) if options.hard else None
+    hard = hard_label_loss(row, weights) if options.hard else None
     losses, components = mixed(
         loss,
         hard,
@@ -101,7 +100,21 @@ def losses_of(
     return RowLosses(losses, components, phases.kept_rows(options, row, slope, scale, parts))
 
 
-def _hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.Tensor:
+def differentiate(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream,
+    out,
+) -> None:  # fmt: skip
+    """Fill ``out``, the gradient of this rank's columns."""
+    phases.differentiate(options, tokens, student, teacher, n_cols, kept, upstream, out)
+
+
+def scale_of(tokens: Tokens, like: torch.Tensor) -> torch.Tensor:
+    """``[n]``: the factor of a row's gradient by its weight and the reduction."""
+    scale = torch.ones_like(like) if tokens.weights is None else tokens.weights
+    return torch.where(scale == 0, 0.0, scale / tokens.denominator).to(like.dtype)
+
+
+def hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.Tensor:
     """NaN of a label that no rank has, which a CPU refuses, as it does without a split.
 
     Raises:

@@ -1,0 +1,184 @@
+"""The loss against a top-k teacher, of rows whose columns ranks split: the order of its phases, and what is
+exchanged between them. ``rows.py`` is that of whole teachers.
+
+    normalise     SlotStatistics of this rank's columns: of the K that lie in them and of the others
+      all-gather  of 6 numbers a row, 10 with a hard label; combined in rank order
+    reduce        L and D of the K that lie here, and of the rest of the vocabulary on the first rank
+      all-gather  of 2 numbers a row; added in rank order
+    differentiate the gradient of this rank's columns, from what is kept of the rows
+
+Every rank has all slots: the teacher's rest, and what it is divided by, need no exchange.
+"""
+
+from functools import reduce
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..checks.slots import without_repeats
+from ..groups import Place
+from ..problem import Options
+from ..row_statistics import NEG_INF, RowStatistics, distance
+from ..rows import Tokens, TopKTeacher, mixed
+from .rows import RowLosses, hard_label_loss, scale_of
+
+OF_DIVERGENCE = 6  # of the numbers, the first ones; those that follow are the hard label's
+NOWHERE = -(1 << 40)  # an offset: no id and no label lies in the columns that begin there
+
+
+class SlotStatistics(NamedTuple):
+    """Of some columns of n rows: ten numbers a row, each ``[n]``, float32 or float64.
+
+    Sums are of exponentials relative to the maximum beside them, which is -inf where there is nothing
+    to sum. The rest are the columns outside the K, where the divergence reads them; the K come as it
+    restricts them.
+    """
+
+    rest_max: torch.Tensor
+    rest_sum: torch.Tensor
+    slots_max: torch.Tensor
+    slots_sum: torch.Tensor
+    found: torch.Tensor  # how many of the used slots have their column here
+    outside: torch.Tensor  # 1 where a column outside the K is here, else 0
+    label_max: torch.Tensor  # of the whole student
+    label_sum: torch.Tensor  # at temperature 1
+    label_logit: torch.Tensor  # -inf where the label is in no column of the part
+    label_found: torch.Tensor  # 1 where it is in one, else 0
+
+    @classmethod
+    def unpack(cls, packed: torch.Tensor) -> "SlotStatistics":
+        """Of ``[6, n]``, without a hard label, or ``[10, n]``."""
+        numbers = packed.unbind(0)
+        if len(numbers) == OF_DIVERGENCE:
+            zero = torch.zeros_like(numbers[0])
+            numbers = *numbers, zero + NEG_INF, zero, zero + NEG_INF, zero
+        return cls(*numbers)
+
+    @classmethod
+    def combine(cls, packed: torch.Tensor, temperature: float) -> "SlotStatistics":
+        """Of the columns of all parts ``[parts, 6 or 10, n]``, summed in their order, in float64."""
+        parts = [cls.unpack(part) for part in packed.double().unbind(0)]
+        numbers = zip(cls._fields, *parts, strict=True)
+        whole = cls(*(reduce(_joined(name), of_parts) for name, *of_parts in numbers))
+        sums = {}
+        for name, at in (("rest", temperature), ("slots", temperature), ("label", 1.0)):
+            maximum, total = getattr(whole, f"{name}_max"), f"{name}_sum"
+            factors = (distance(getattr(x, f"{name}_max"), maximum, at).exp() for x in parts)
+            sums[total] = reduce(
+                torch.add, [getattr(x, total) * f for x, f in zip(parts, factors, strict=True)]
+            )
+        return whole._replace(**sums)
+
+    hard_label_loss = RowStatistics.hard_label_loss
+
+
+def _joined(name: str):
+    largest = name.endswith(("_max", "_logit")) or name == "outside"
+    return torch.maximum if largest else torch.add
+
+
+class SlotTeacher(NamedTuple):
+    """The K of each row, of whose columns this rank has those from ``offset`` on."""
+
+    log_probs: torch.Tensor  # [N, K]
+    ids: torch.Tensor  # [N, K], counted over all columns
+    offset: int | torch.Tensor  # [] where nothing on the host needs it
+
+    @classmethod
+    def of(cls, teacher: TopKTeacher, place: Place, options: Options) -> "SlotTeacher":
+        log_probs, ids = teacher
+        # the kernels see to it themselves
+        if options.backend == "torch" and (log_probs == NEG_INF).any():
+            ids = without_repeats(log_probs, ids.long())
+        return cls(log_probs, ids, place.offset)
+
+
+class Phases(Protocol):
+    """What a path computes of this rank's columns, one at least. Labels count from the first of them."""
+
+    KEPT: int  # numbers that are kept of a row: those that row_losses stacks
+
+    def normalise(
+        self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int
+    ):
+        """SlotStatistics, packed ``[6 or 10, n]``, with the number of used slots, of all ranks', in the
+        place of ``outside``; 0 or -inf where a weight is 0."""
+
+    def reduce(
+        self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int, kept,
+        with_rest: bool,
+    ):  # fmt: skip
+        """``[2, n]``: sums of value and slope, the rest's among them if it is to be; NaN of rows without a
+        softmax, in either model."""
+
+    def differentiate(
+        self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int, kept,
+        upstream, out,
+    ) -> None:  # fmt: skip
+        """Fill the gradient ``out``, that of the reduced loss times ``upstream``, ``[]`` or ``[n]``."""
+
+
+def row_losses(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher: SlotTeacher, place: Place
+) -> RowLosses:
+    """Losses of rows ``[..., width]`` of this rank's columns; the labels are counted from their first."""
+    weights, columns = tokens.weights, _with_a_column(tokens, student, teacher, place.n_cols)
+    parts = phases.normalise(options, *columns)
+    used, parts[5] = parts[5].clone(), parts[4] < place.n_cols
+    row = SlotStatistics.combine(place.group.all_gather(parts), options.temperature)
+    missing = _missing(row, used, weights)
+    scale = scale_of(tokens, row.rest_sum)
+    kept = torch.stack(
+        [
+            row.slots_max, row.slots_sum, row.rest_max, row.rest_sum, torch.zeros_like(scale),
+            row.label_max, row.label_sum, row.outside, scale,
+        ],
+        -1,
+    ).to(parts.dtype)  # fmt: skip
+    sums = phases.reduce(options, *columns, kept, place.group.rank == 0)
+    loss, slope = reduce(torch.add, place.group.all_gather(sums).unbind(0))
+    loss, kept[:, 4] = (torch.where(missing, torch.nan, x) for x in (loss, slope))
+    hard = hard_label_loss(row, weights).to(loss.dtype) if options.hard else None
+    shares = options.divergence_scale, options.soft_weight, options.hard_label_weight
+    losses, components = mixed(loss, hard, weights, *shares)
+    return RowLosses(losses, components, kept)
+
+
+def differentiate(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int,
+    kept, upstream, out,
+) -> None:  # fmt: skip
+    """Fill ``out``, the gradient of this rank's columns, of which there may be none."""
+    if n_cols == 0:
+        out.zero_()
+        return
+    phases.differentiate(options, tokens, student, teacher, n_cols, kept, upstream, out)
+
+
+def _with_a_column(tokens: Tokens, student, teacher: SlotTeacher, n_cols: int):
+    """What the phases take: of a rank without columns, one of -inf, which is no token's."""
+    if n_cols > 0:
+        return tokens, student, teacher, n_cols
+    if tokens.labels is not None:
+        tokens = tokens._replace(labels=torch.full_like(tokens.labels, -1))
+    column = student.new_full((*student.shape[:-1], 1), NEG_INF)
+    return tokens, column, teacher._replace(offset=NOWHERE), 1
+
+
+def _missing(row: SlotStatistics, used: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """``[n]``: rows with an id that no rank has; on a CPU, which refuses ids outside the vocabulary, an
+    error.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    missing = row.found != used
+    if missing.is_cpu:
+        kept = missing if weights is None else missing & (weights != 0)
+        if kept.any():
+            raise ValueError(
+                f"teacher_ids must lie in the vocabulary that the ranks split, or be -1 in unused slots, and no "
+                f"rank has one or more of {int(kept.sum())} tokens, the first of them at "
+                f"{int(kept.nonzero()[0])}"
+            )
+    return missing
