@@ -59,7 +59,7 @@ def check_tokenizers(corpus: Corpus, config: Sizes) -> None:
     tokenizers = corpus.tokenizer, corpus.tokenizer
     columns = {"student_columns": config.vocab_size, "teacher_columns": config.vocab_size}
     report = check_same_tokenizer(*tokenizers, **columns).raise_if_unusable()
-    console.print(f"tokenizers: {report.verdict}")
+    console.print("tokenizers:", "\n".join(report.lines()), markup=False)
 
 
 def train_teacher(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from .tokenizer_report import DIFFERS, EQUAL, LOOK, UNKNOWN, Row
-from .tokenizer_side import Side
+from .tokenizer_side import FLAGS, Side, random_cuts
 
 SHOWN = 3  # examples of what differs
 
@@ -26,7 +26,7 @@ def compare_ids(sides: tuple[Side, Side], skipped: set[int]) -> tuple[int, list[
     added = (f"{len(side.added):,}, {len(side.special):,} special" for side in sides)
     rows = [
         Row("tokens", *counts, DIFFERS if clash else LOOK if different else EQUAL),
-        Row("added tokens", *added, EQUAL if student.added == teacher.added else LOOK),
+        Row("added tokens", *added, EQUAL if _added(student) == _added(teacher) else LOOK),
         Row("shared tokens of equal id", of_shared, of_shared, DIFFERS if moved else EQUAL),
     ]
     if clash:
@@ -48,6 +48,41 @@ def compare_ids(sides: tuple[Side, Side], skipped: set[int]) -> tuple[int, list[
     return vocab_size, rows, [reason]
 
 
+def _added(side: Side) -> dict[int, tuple[str, set[str]]]:
+    return {i: (token, side.flags[i]) for i, token in side.added.items()}
+
+
+def other_rules(sides: tuple[Side, Side], skipped: set[int]) -> dict[str, str]:
+    """Common added tokens that are found in text by other rules, each with what differs."""
+    apart = {}
+    for token in common_added(sides, skipped):
+        flags = [side.flags.get(side.ids[token]) for side in sides]
+        if None in flags:
+            (only,) = (
+                side.name for side, found in zip(sides, flags, strict=True) if found is not None
+            )
+            apart[token] = f"{token!r} is an added token of the {only} alone"
+        elif flags[0] != flags[1]:
+            of_one = (
+                f"{flag} set by the {sides[flag in flags[1]].name} alone"
+                for flag in FLAGS
+                if flag in flags[0] ^ flags[1]
+            )
+            apart[token] = f"{token!r} has {' and '.join(of_one)}"
+    return apart
+
+
+def common_added(sides: tuple[Side, Side], skipped: set[int]) -> list[str]:
+    """Tokens of both that are added ones of at least one."""
+    student, teacher = sides
+    added = student.added | teacher.added  # plain vocabulary to the other: it cuts them
+    return sorted(
+        token
+        for i, token in added.items()
+        if i not in skipped and student.tokens.get(i) == teacher.tokens.get(i) == token
+    )
+
+
 def _one_sided(sides: tuple[Side, Side], ids: list[int]) -> str:
     own = {side.name: [side.tokens[i] for i in ids if i in side.tokens] for side in sides}
     return "; ".join(f"the {name} {_quoted(tokens)}" for name, tokens in own.items() if tokens)
@@ -59,13 +94,14 @@ def tokens_beyond(side: Side, vocab_size: int, skipped: set[int]) -> list[str]:
     return [side.tokens[i] for i in ids]
 
 
-def too_narrow(sides: tuple[Side, Side], vocab_size: int) -> list[str]:
-    """The heads with fewer columns than their tokenizers have ids."""
+def too_narrow(sides: tuple[Side, Side], vocab_size: int, skipped: set[int]) -> list[str]:
+    """The heads with fewer columns than their tokenizers have ids, and the tokens that have none."""
     return [
         f"the {side.name}'s logits have {side.columns} columns, too few for its tokenizer's ids up to "
-        f"{max(side.tokens)}: resize the model's embeddings, or name tokens that never occur in unused="
+        f"{max(side.tokens)}: without a column {'is' if len(beyond) == 1 else 'are'} {_quoted(beyond)}; resize "
+        "the model's embeddings, or name tokens that never occur in unused="
         for side in sides
-        if side.columns == vocab_size <= max(side.tokens)
+        if side.columns == vocab_size and (beyond := tokens_beyond(side, vocab_size, skipped))
     ]
 
 
@@ -86,35 +122,67 @@ def compare_columns(sides: tuple[Side, Side], vocab_size: int) -> tuple[Row, lis
 
 
 def compare_cuts(
-    sides: tuple[Side, Side], texts: dict[str, str], skipped: set[int]
+    sides: tuple[Side, Side], texts: dict[str, str], skipped: set[int], apart: dict[str, str]
 ) -> tuple[Row, list[str]]:
-    """Whether the texts become the same tokens, and where the first that does not parts."""
-    student, teacher = sides
+    """Whether the texts become the same tokens, and where the first that does not parts.
+
+    Added tokens of ``skipped`` are taken out of the texts; ``apart`` is of :func:`other_rules`.
+    """
     compared = f"{len(texts):,} texts, {sum(map(len, texts.values())):,} characters"
     pairs = list(texts.items())
-    added = student.added | teacher.added  # plain vocabulary to the other: it cuts them
-    both = sorted(
-        token
-        for i, token in added.items()
-        if i not in skipped and student.tokens.get(i) == teacher.tokens.get(i) == token
-    )
-    if both:  # with and without spaces around
-        pairs.append(("added tokens", "".join(f" x {t} y{t}z{t}\n" for t in both)))
+    common = common_added(sides, skipped)
+    if common:  # with and without spaces around
+        probe = "".join(f" x {t} y{t}z" for t in common)
+        in_other_case = "".join(f" {t.swapcase()}" for t in apart)  # alike after some normalizers
+        pairs.append(("added tokens", probe + in_other_case))
+    of_one, unused = (_added_to_one(sides, skipped, unused=unused) for unused in (False, True))
     different = []
     for name, text in pairs:
-        cuts = [side.cut(name, text) for side in sides]
-        if cuts[0] != cuts[1]:
-            different.append((name, cuts))
+        cuts = [side.cut(name, text, unused) for side in sides]
+        if cuts[0] == cuts[1]:
+            continue
+        for side, cut in zip(sides, cuts, strict=True):
+            if side.cut(name, text, unused) != cut:
+                got = f"two cuts of the text {name!r}"
+                raise ValueError(
+                    random_cuts(side.name, got, "dropout, or sampling of segmentations")
+                )
+        different.append((name, text, cuts))
     if not different:
         return Row(compared, "cut alike", "cut alike", EQUAL), []
-    name, cuts = different[0]
+    name, text, cuts = different[0]
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(*cuts, strict=False))
     at = sum(1 for _ in alike)
     parts = [" ".join(map(repr, cut[at : at + SHOWN])) or "no more" for cut in cuts]
-    return Row(compared, *parts, DIFFERS), [
+    reason = (
         f"different cuts of {count(different, 'text')} of {len(pairs):,} (first {name!r}, at token {at}: "
         f"the student has {parts[0]}, the teacher {parts[1]})"
-    ]
+    )
+    held = [token for token in of_one if any(token in text for _, text, _ in different)]
+    if rules := [apart[token] for token in apart if token in text]:
+        reason += f": {first_of(rules)}"
+    elif held and all(_alike(sides, text, {*unused, *held}) for _, text, _ in different):
+        named = first_of([f"{token!r} of the {of_one[token]}" for token in held])
+        reason += (
+            f", for an added token of one alone: {named}; if they never occur, name them in unused=, or "
+            "leave them out of texts="
+        )
+    return Row(compared, *parts, DIFFERS), [reason]
+
+
+def _alike(sides: tuple[Side, Side], text: str, without: set[str]) -> bool:
+    student, teacher = (side.cut(text, text, without) for side in sides)
+    return student == teacher
+
+
+def _added_to_one(sides: tuple[Side, Side], skipped: set[int], unused: bool) -> dict[str, str]:
+    """Added tokens that are nothing to the other, unused or not, and whose they are."""
+    return {
+        token: side.name
+        for side, other in (sides, sides[::-1])
+        for i, token in side.added.items()
+        if (i in skipped) == unused and (unused or other.tokens.get(i) != token)
+    }
 
 
 def only_with(reader: Side, more: list[str]) -> str:
@@ -130,16 +198,40 @@ def pad_with(side: Side, other: Side, vocab_size: int) -> list[str]:
     if pad is None or (pad < vocab_size and side.tokens[pad] == other.tokens.get(pad)):
         return []
     eos = (side.roles or {}).get("eos")
-    candidates = [*([side.ids[eos]] if eos in side.ids else []), *sorted(side.special)]
-    shared = [i for i in candidates if i < vocab_size and side.tokens[i] == other.tokens.get(i)]
-    such_as = f", such as {side.tokens[shared[0]]!r} (id {shared[0]})" if shared else ""
+    such_as = _such_as(side, other, vocab_size, [side.ids.get(eos), *sorted(side.special)])
     return [
         f"pad with another token than the {side.name}'s {side.tokens[pad]!r} (id {pad}), which not both "
         f"models have: any that they do{such_as}, masked"
     ]
 
 
-def compare_habits(sides: tuple[Side, Side], text: str) -> tuple[list[Row], list[str]]:
+def _such_as(side: Side, other: Side, vocab_size: int, ids: list[int | None]) -> str:
+    """The first that both have a column of."""
+    known = (i for i in ids if i is not None and i < vocab_size)
+    shared = [i for i in known if side.tokens[i] == other.tokens.get(i)]
+    return f", such as {side.tokens[shared[0]]!r} (id {shared[0]})" if shared else ""
+
+
+def _ends(sides: tuple[Side, Side], vocab_size: int) -> str:
+    """What to do where texts end differently."""
+    student, teacher = sides
+    ends = [side.roles["eos"] for side in sides]
+    if ends[0] == ends[1]:
+        return ""
+    advice = "end targets as the student is to stop"
+    end = student.ids.get(ends[0], -1)
+    if end >= vocab_size:
+        such_as = _such_as(student, teacher, vocab_size, [student.ids.get(ends[1])])
+        advice = (
+            f"the student's (id {end}) is past vocab_size, and no loss teaches it: end targets, and stop, "
+            f"with another{such_as}"
+        )
+    return f"ends differ ({ends[0]!r}, {ends[1]!r}): {advice}"
+
+
+def compare_habits(
+    sides: tuple[Side, Side], texts: dict[str, str], vocab_size: int
+) -> tuple[list[Row], list[str]]:
     """Special tokens by their roles, what a text is begun and ended with, chat templates."""
     student, teacher = sides
     rows, to_do = [], []
@@ -155,12 +247,13 @@ def compare_habits(sides: tuple[Side, Side], text: str) -> tuple[list[Row], list
         cells = ("not known" if side.roles is None else _roles(side) for side in sides)
         rows.append(Row("special tokens", *cells, UNKNOWN))
     else:
-        ends = [side.roles["eos"] for side in sides]
-        advice = f"ends differ ({ends[0]!r}, {ends[1]!r}): end targets as the student is to stop"
-        compare("special tokens", *map(_roles, sides), advice if ends[0] != ends[1] else "")
-    wrapped = [side.wrapped(text) for side in sides]
-    advice = "give both models the same ids: the tokenizers begin or end an input differently"
-    compare("an input", *wrapped, advice)
+        compare("special tokens", *map(_roles, sides), _ends(sides, vocab_size))
+    wrapped = [side.wrapped(texts) for side in sides]
+    if None in wrapped:
+        rows.append(Row("an input", *(around or "not known" for around in wrapped), UNKNOWN))
+    else:
+        advice = "give both models the same ids: the tokenizers begin or end an input differently"
+        compare("an input", *wrapped, advice)
     if student.chat_template or teacher.chat_template:
         advice = "render chats with one template for both models: the tokenizers' own differ"
         templates = ["yes" if side.chat_template else "none" for side in sides]
@@ -182,5 +275,9 @@ def listed(shown: Iterable[str], of: list) -> str:
     return ", ".join(shown) + (", ..." if len(of) > SHOWN else "")
 
 
+def first_of(texts: list[str]) -> str:
+    return listed(texts[:SHOWN], texts)
+
+
 def _quoted(tokens: list[str]) -> str:
-    return listed(map(repr, tokens[:SHOWN]), tokens)
+    return first_of([*map(repr, tokens)])

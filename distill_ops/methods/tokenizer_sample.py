@@ -31,7 +31,7 @@ TEXTS = {
     "ends": "\n\tdef f():\n\t\treturn 1  \n",
     "controls": "a\x00b\x07c\x7fd\u0085e\ufefff\u200eg\ufffdh\u00adi",
     "repetition": "a" * 80 + " " + "=" * 70 + "\n" + "#" * 66 + "!?" * 30 + " .." * 20,
-    "markup": '<p class="a">x &amp; y</p> [INST] {"k": [1, null]} C:\\n\\t \\u00e9 http://a.b/c?d=e#f',
+    "markup": '<p class="a">x &amp; y</p> [k] {"k": [1, null]} C:\\n\\t \\u00e9 http://a.b/c?d=e#f',
 }
 
 

@@ -11,7 +11,9 @@ from .tokenizer_parts import (
     compare_cuts,
     compare_habits,
     compare_ids,
+    first_of,
     only_with,
+    other_rules,
     pad_with,
     tokens_beyond,
     too_narrow,
@@ -58,30 +60,34 @@ def check_same_tokenizer(
     |---|---|
     | the token of each id, added and special ones included | ``vocab_size`` ends before the first that differs. It is usable where one of the tokenizers, its padding aside, has no token from there on: tokenize with that one |
     | the columns of the logits, padded to some multiple (Qwen2.5: 151936 and 152064, of 151665 tokens) | ``vocab_size`` is the number of tokens. A tokenizer with more ids than its model has columns is not usable |
-    | how ``texts`` are cut, and text with all common added tokens in it | not usable: the teacher never saw such ids in training |
+    | how ``texts`` are cut, and text with all common added tokens in it | not usable: the teacher never saw such ids in training. Where an added token of one alone is the cause, it is named, and ``unused=`` takes it out |
+    | how common added tokens are found in a text: ``AddedToken``'s ``single_word``, ``lstrip``, ``rstrip``, and ``normalized`` where there is a normalizer | usable where that text is cut alike: tokenize with one of the two for both models |
     | padding that the other does not have, past all that they share | usable with another padding token |
-    | beginning and end of a text, chat templates | usable: both models must be given the same ids |
+    | beginning and end of a text, chat templates | usable: both models must be given the same ids. Where the student's own end is past ``vocab_size`` it cannot learn to stop with it |
 
     Columns from ``vocab_size`` on get no gradient. A student that was not trained before may sample them:
     mask them there, or cut its head to ``vocab_size`` rows.
 
     Args:
-        student, teacher: ``tokenizers.Tokenizer``, or a tokenizer of transformers, slow or fast. They are not
-            changed, nor is anything loaded.
+        student, teacher: ``tokenizers.Tokenizer``, or a tokenizer of transformers, slow or fast. They are left
+            as they were, truncation and padding included (transformers' are set back after each text, so
+            that another thread should not use them meanwhile); nothing is loaded.
         student_columns, teacher_columns: the last dimension of the model's logits, ``model.config.vocab_size``
             (not ``len(tokenizer)``); None: not known, and not checked.
         texts: ``{name: text}`` or texts, to be cut by both in place of :func:`sample_texts`. Give some of your
             data where the tokenizers were made for a domain.
         unused: tokens that never occur in your data nor are sampled. An id may be another token to the
-            teacher where both are named here: a reserved one, and what a fine-tuning renamed it to.
+            teacher where both are named here: a reserved one, and what a fine-tuning renamed it to. Added
+            ones are taken out of the texts before these are cut.
 
     Returns:
         A :class:`TokenizerReport`: ``usable``, ``vocab_size``, ``tokenize_with``, ``reasons``, ``to_do``, ``rows``.
 
     Raises:
         TypeError: an argument of another kind, such as a model's name.
-        ValueError: columns below 1, no text, an unused token that neither has or that begins or ends texts, a tokenizer without tokens or
-            one that fails on a text. A pair that does not fit is no error: ``report.raise_if_unusable()``.
+        ValueError: columns below 1, no text, an unused token that neither has or that begins or ends texts, a
+            tokenizer without tokens, one that fails on a text, or one that cuts at random (BPE dropout).
+            A pair that does not fit is no error: ``report.raise_if_unusable()``.
     """
     sides = (
         Side("student", student, _columns("student_columns", student_columns)),
@@ -93,11 +99,12 @@ def check_same_tokenizer(
     vocab_size, rows, reasons = compare_ids(sides, skipped)
     if _readers(sides, vocab_size, skipped):
         vocab_size = min([vocab_size, *(side.columns for side in sides if side.columns)])
-        reasons = too_narrow(sides, vocab_size)
+        reasons = too_narrow(sides, vocab_size, skipped)
     readers = _readers(sides, vocab_size, skipped)
     columns_row, to_do = compare_columns(sides, vocab_size)
-    cuts_row, of_cuts = compare_cuts(sides, texts, skipped)
-    habits, of_habits = compare_habits(sides, min(filter(None, texts.values()), key=len))
+    apart = other_rules(sides, skipped)
+    cuts_row, of_cuts = compare_cuts(sides, texts, skipped, apart)
+    habits, of_habits = compare_habits(sides, texts, vocab_size)
     rows = (*rows, columns_row, cuts_row, *habits)
     reasons = (*(() if readers else reasons), *of_cuts)
     if reasons:
@@ -106,6 +113,12 @@ def check_same_tokenizer(
     if len(readers) == 1:
         (other,) = set(sides) - set(readers)
         to_do.append(only_with(readers[0], tokens_beyond(other, vocab_size, skipped)))
+    if apart:
+        rules = first_of([*apart.values()])
+        to_do.append(
+            f"tokenize with one of the two, for both models: added tokens are found in text by other rules "
+            f"({rules})"
+        )
     for side, other in (sides, sides[::-1]):
         if side in readers:
             to_do += pad_with(side, other, vocab_size)
@@ -146,8 +159,12 @@ def _texts(texts: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
 
 def _skipped(sides: tuple[Side, Side], unused: Iterable[str]) -> set[int]:
     """The ids that are unused tokens to both, or to one and nothing to the other: they may differ."""
-    if isinstance(unused, str) or not isinstance(unused, Iterable):
+    if isinstance(unused, str | bytes) or not isinstance(unused, Iterable):
         raise TypeError(f"unused: expected tokens, got {type(unused).__name__}")
+    unused = list(unused)
+    for token in unused:
+        if not isinstance(token, str):
+            raise TypeError(f"unused: expected strings, got {type(token).__name__} {token!r}")
     unused = set(unused)
     strange = unused - sides[0].ids.keys() - sides[1].ids.keys()
     if strange:

@@ -200,6 +200,7 @@ def test_added_tokens_that_are_read_differently():
     teacher.add_special_tokens([AddedToken("<x>", special=True)])
     (reason,) = check(student, teacher).reasons
     assert "first 'added tokens'" in reason
+    assert reason.endswith("'<x>' has lstrip set by the student alone")
 
 
 def test_where_the_first_cut_parts():

@@ -22,6 +22,7 @@ from tests.support.mutations_support import SUPPORT_MUTATIONS
 from tests.support.mutations_system2 import SYSTEM2
 from tests.support.mutations_tails import TAILS_MUTATIONS
 from tests.support.mutations_teacher import TEACHER_STORES
+from tests.support.mutations_tokenizers import TOKENIZERS
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
 
@@ -46,4 +47,5 @@ MUTATIONS = [
     *MINILLM,
     *SYSTEM2,
     *TEACHER_STORES,
+    *TOKENIZERS,
 ]

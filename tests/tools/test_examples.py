@@ -53,6 +53,15 @@ def run(script, folder, monkeypatch) -> dict:
     return json.loads((folder / f"{script.__name__}.json").read_text())
 
 
+def test_what_the_tokenizers_ask_for_is_printed(examples, capsys):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    corpus, config = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(vocab_size=8)
+    sys.modules["training"].check_tokenizers(corpus, config)
+    assert "- pass vocab_size=2 to the loss: the student's" in capsys.readouterr().out
+
+
 @pytest.mark.full
 def test_distil_text(examples, tmp_path, monkeypatch):
     record = run(examples.distill_text, tmp_path, monkeypatch)
