@@ -84,7 +84,7 @@ def test_texts_with_an_added_token_of_one_alone():
     (reason,) = check(BASE, teacher, texts=texts).reasons
     assert "[INST]" not in reason.split("the teacher", 1)[1]
     (reason,) = check(BASE, teacher, texts=texts, unused=["[INST]"]).reasons
-    assert "different cuts of 2 texts of 3 (first 'plain'" in reason
+    assert "different cuts of 2 texts of 4 (first 'plain'" in reason
     assert not check(teacher, BASE, texts=texts).usable
 
 
