@@ -74,9 +74,8 @@ class Side:
             starts = [i for i in range(len(whole) - n + 1) if whole[i : i + n] == bare]
             if n and not starts:
                 return f"changed: {' '.join(map(self.token, whole))}"
-            if (
-                n and len(starts) == 1
-            ):  # not where nothing is left of the text, or it is an end itself
+            # not where nothing is left of the text, or where it is an end itself
+            if n and len(starts) == 1:
                 around = whole[: starts[0]], whole[starts[0] + n :]
                 return " ".join([*map(self.token, around[0]), "...", *map(self.token, around[1])])
         return None

@@ -19,7 +19,7 @@ TOKENIZERS = [
         sources.METHODS_TOKENIZER_PARTS,
         "not counted or i < counted[0]",
         "True",
-        f"{TESTS}tokens_of_one_alone_at_the_end",
+        f"{TESTS}a_gap_in_the_ids_of_one",
     ),
     mutation(
         "heads that are padded alike are not cut",
