@@ -72,10 +72,9 @@ class Side:
             bare, whole = (self.encode(label, text, special) for special in (False, True))
             n = len(bare)
             starts = [i for i in range(len(whole) - n + 1) if whole[i : i + n] == bare]
-            if n and not starts:
+            if not starts:
                 return f"changed: {' '.join(map(self.token, whole))}"
-            # not where nothing is left of the text, or where it is an end itself
-            if n and len(starts) == 1:
+            if len(starts) == 1:  # more where nothing is left of the text, or it is an end itself
                 around = whole[: starts[0]], whole[starts[0] + n :]
                 return " ".join([*map(self.token, around[0]), "...", *map(self.token, around[1])])
         return None

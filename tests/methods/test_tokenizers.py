@@ -76,6 +76,8 @@ def test_tokens_of_one_alone_at_the_end():
             in text
             for text in report.to_do
         )
+        added = row(report, "added tokens")
+        assert sorted(added[1:3]) == ["2, 2 special", "4, 2 special"]
     both = check(with_added("<a>"), with_added("<b>"))
     assert not both.usable
     assert f"different tokens at 1 id ({N} is '<a>' and '<b>'" in (both.reasons[0])
@@ -114,10 +116,12 @@ def test_another_padding_token():
 
 def test_padding_where_no_advice_is_needed():
     # another padding token that both have
-    student, teacher = (fast(BASE, pad_token=token) for token in ("<s>", "</s>"))
-    report = check(student, teacher, student_columns=N, teacher_columns=N)
+    both = with_added("<pad>", "<fill>")
+    student, teacher = (fast(both, pad_token=token) for token in ("<pad>", "<fill>"))
+    report = check(student, teacher, student_columns=N + 2, teacher_columns=N + 2)
     assert (report.usable, report.to_do) == (True, ())
     assert row(report, "special tokens").found == "look"
+    assert all(row.compared != "chat template" for row in report.rows)  # neither has one
     # that of a tokenizer which is not to be used
     teacher = fast(with_added("<think>", "<pad>"), pad_token="<pad>")
     report = check(fast(BASE), teacher)
@@ -174,6 +178,13 @@ def test_a_gap_in_the_ids_of_one():
     assert check(whole, with_gap, texts=["a"], unused=["b"]).vocab_size == 4
 
 
+def test_a_token_of_another_id_where_the_other_has_none():
+    words = {"<unk>": 0, "a": 1}
+    pair = (Tokenizer(models.WordLevel({**words, "b": i}, unk_token="<unk>")) for i in (2, 4))
+    (reason,) = check(*pair, texts=["a"]).reasons
+    assert reason == "different ids of 1 token ('b' is 2 and 4)"
+
+
 @pytest.mark.parametrize("change", ["prefix space", "normalizer", "merges"])
 def test_equal_tokens_and_other_cuts(change):
     teacher = with_added()
@@ -228,6 +239,8 @@ def test_truncation_and_padding_hide_nothing():
     assert student.truncation["max_length"] == teacher.truncation["max_length"] == 2
     assert student.padding["length"] == 8
     assert check(student, BASE, texts=texts).usable  # of more tokens than 2, and fewer than 8
+    student.no_truncation()
+    assert check(student, BASE, texts=texts).usable
     fasts = [fast(tokenizer, model_max_length=2) for tokenizer in (student, teacher)]
     assert "different cuts of" in check(*fasts, texts=texts).reasons[0]
 

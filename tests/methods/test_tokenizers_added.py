@@ -36,7 +36,7 @@ def test_begin_and_end_where_spaces_are_dropped():
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     # nothing is left of the shortest, and the next is an end itself
-    report = check(tokenizer, tokenizer, texts=["  ", "</s>", "a a a"])
+    report = check(tokenizer, tokenizer, texts=["  ", "<s>", "a a a"])
     assert row(report, "an input")[1:] == ("<s> ... </s>", "<s> ... </s>", "equal")
     report = check(tokenizer, tokenizer, texts=["  "])
     assert row(report, "an input")[1:] == ("not known", "not known", "not known")

@@ -43,7 +43,7 @@ def test_what_is_printed(capsys):
 
 WRONG = {
     "a name": ({"student": "gpt2"}, TypeError, r"student: expected .* got str: nothing is loaded"),
-    "nothing": ({"teacher": None}, TypeError, "teacher: expected .* got NoneType"),
+    "nothing": ({"teacher": None}, TypeError, "teacher: expected .* got NoneType$"),
     "a class": ({"teacher": type(BASE)}, TypeError, "teacher: expected .* got type"),
     "a processor": (
         {"student": mock.Mock(spec=["tokenizer"])}, TypeError, r"pass .* student\.tokenizer",
@@ -69,6 +69,12 @@ def test_wrong_arguments(wrong, kind, message):
     arguments = {"student": BASE, "teacher": BASE, "texts": TEXTS, **wrong}
     with pytest.raises(kind, match=message):
         check_same_tokenizer(arguments.pop("student"), arguments.pop("teacher"), **arguments)
+
+
+def test_a_class_of_transformers_is_no_tokenizer():
+    kind = optional("transformers").PreTrainedTokenizerFast
+    with pytest.raises(TypeError, match="student: expected a .*, got "):
+        check(kind, BASE)
 
 
 def test_a_tokenizer_that_cannot_be_copied_is_not_changed():

@@ -108,7 +108,7 @@ TOKENIZERS = [
     mutation(
         "begin and end are read off a text of which nothing is left",
         sources.METHODS_TOKENIZER_SIDE,
-        "if n and len(starts) == 1:",
+        "if len(starts) == 1:",
         "if starts:",
         f"{ADDED}begin_and_end_where_spaces_are_dropped",
     ),
