@@ -161,7 +161,7 @@ def compare_cuts(
     held = [token for token in of_one if any(token in text for _, text, _ in different)]
     if rules := [apart[token] for token in apart if token in text]:
         reason += f": {first_of(rules)}"
-    elif held and all(_alike(sides, text, {*unused, *held}) for _, text, _ in different):
+    elif all(_alike(sides, text, {*unused, *held}) for _, text, _ in different):
         named = first_of([f"{token!r} of the {of_one[token]}" for token in held])
         reason += (
             f", for an added token of one alone: {named}; if they never occur, name them in unused=, or "

@@ -76,11 +76,16 @@ def test_tokens_of_one_alone_at_the_end():
             in text
             for text in report.to_do
         )
+        assert row(report, "tokens").found == "look"
         added = row(report, "added tokens")
         assert sorted(added[1:3]) == ["2, 2 special", "4, 2 special"]
     both = check(with_added("<a>"), with_added("<b>"))
     assert not both.usable
-    assert f"different tokens at 1 id ({N} is '<a>' and '<b>'" in (both.reasons[0])
+    assert f"different tokens at 1 id ({N} is '<a>' and '<b>'; if" in both.reasons[0]
+    both = check(with_added("<a>", special=False), with_added("<b>"))  # which is no reserved one
+    assert both.reasons[0].endswith("'<a>' and '<b>')")
+    (*_, advice) = check(BASE, with_added("<a>", "<b>", "<c>", "<d>")).to_do
+    assert advice.endswith("the other has 4 tokens more, '<a>', '<b>', '<c>', ...")
 
 
 def test_another_padding_token():
@@ -147,7 +152,8 @@ def test_equal_tokens_of_other_ids():
     first, second = sorted((ids["a"], ids["b"]))
     assert f"different tokens at 2 ids ({first} is 'a' and 'b', " in reason
     assert reason.endswith(f"{second} is 'b' and 'a')")  # words do occur: no unused=
-    assert row(report, "shared tokens").student == f"{N - 2} of {N}"
+    assert row(report, "shared tokens")[2:] == (f"{N - 2} of {N}", "differs")
+    assert row(report, "tokens").found == "differs"
     with pytest.raises(ValueError, match="different tokens at 2 ids"):
         report.raise_if_unusable()
 

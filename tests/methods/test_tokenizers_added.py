@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 
 from distill_ops.methods.tokenizer_side import Side
-from tests.methods.tokenizer_pairs import BASE, N, check, fast, row, with_added
+from tests.methods.tokenizer_pairs import BASE, N, check, fast, row, train, with_added
 from tests.support import optional
 
 tokenizers = optional("tokenizers")
@@ -72,11 +72,12 @@ def test_tokens_without_a_column_are_named():
 
 
 def test_texts_with_an_added_token_of_one_alone():
-    teacher = with_added("[INST]")
+    teacher = with_added("[INST]", "<other>")
     texts = {"plain": "a cat", "markup": "a cat [INST] b", "more": "[INST]"}
     (reason,) = check(BASE, teacher, texts=texts).reasons
     assert "different cuts of 2 texts of 4 (first 'markup'" in reason
     assert "added token of one alone: '[INST]' of the teacher; if they never occur" in reason
+    assert "<other>" not in reason
     report = check(BASE, teacher, texts=texts, unused=["[INST]"])  # the text around it is compared
     assert (report.usable, report.vocab_size) == (True, N)
     # not the cause, or not the only one
@@ -187,3 +188,34 @@ def test_transformers_tokenizers_are_left_as_they_were():
     assert check(*pair).usable
     assert [tokenizer.backend_tokenizer.to_str() for tokenizer in pair] == before
     assert len(pair[0].backend_tokenizer.encode("a").ids) == 9
+
+
+def test_padding_that_is_advised_is_a_token_to_both():
+    student, teacher = (
+        with_added(pad, of=train((name, "<s>")))
+        for name, pad in (("<renamed>", "<pad>"), ("<reserved>", "<fill>"))
+    )
+    student.enable_padding(pad_id=student.token_to_id("<pad>"), pad_token="<pad>")
+    (*_, advice) = check(student, teacher, unused=["<renamed>", "<reserved>", "<fill>"]).to_do
+    assert advice.endswith("any that they do, such as '<s>' (id 1), masked")
+
+
+@pytest.mark.parametrize(
+    ("templates", "cells"),
+    [
+        (("a", "a"), ("yes", "yes", "equal")),
+        (("a", "b"), ("yes", "another", "look")),
+        (("a", None), ("yes", "none", "look")),
+    ],
+)
+def test_chat_templates(templates, cells):
+    report = check(*(fast(BASE, chat_template=template) for template in templates))
+    assert row(report, "chat template")[1:] == cells
+    assert any("one template" in text for text in report.to_do) == (cells[-1] == "look")
+
+
+def test_a_cut_that_ends_before_the_other():
+    teacher = with_added()
+    teacher.normalizer = normalizers.Strip(left=False)
+    (reason,) = check(BASE, teacher, texts=["a "]).reasons
+    assert "at token 1: the student has 'Ġ', the teacher no more)" in reason

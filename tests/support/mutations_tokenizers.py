@@ -94,7 +94,7 @@ TOKENIZERS = [
     mutation(
         "an added token of one alone is blamed for every cut",
         sources.METHODS_TOKENIZER_PARTS,
-        "elif held and all(",
+        "elif all(",
         "elif held or all(",
         f"{ADDED}texts_with_an_added_token_of_one_alone",
     ),
