@@ -86,6 +86,7 @@ def test_tokens_of_one_alone_at_the_end():
     assert both.reasons[0].endswith("'<a>' and '<b>')")
     (*_, advice) = check(BASE, with_added("<a>", "<b>", "<c>", "<d>")).to_do
     assert advice.endswith("the other has 4 tokens more, '<a>', '<b>', '<c>', ...")
+    assert check(BASE, with_added("<a>", "<b>", "<c>")).to_do[-1].endswith("'<b>', '<c>'")
 
 
 def test_another_padding_token():

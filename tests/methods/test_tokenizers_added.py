@@ -49,6 +49,11 @@ def test_an_input_that_is_changed_is_shown():
     assert side.wrapped({"any": "text"}) == "changed: <s> </s>"
 
 
+def test_roles_that_one_side_does_not_tell():
+    found = row(check(fast(BASE), BASE), "special tokens")
+    assert found[1:] == ("bos <s>, eos </s>", "not known", "not known")
+
+
 def test_an_end_that_no_loss_teaches():
     student = fast(with_added("<e>"), eos_token="<e>")
     assert check(student, fast(BASE)).to_do[-1] == (
@@ -73,7 +78,7 @@ def test_tokens_without_a_column_are_named():
 
 def test_texts_with_an_added_token_of_one_alone():
     teacher = with_added("[INST]", "<other>")
-    texts = {"plain": "a cat", "markup": "a cat [INST] b", "more": "[INST]"}
+    texts = {"plain": "a cat", "markup": "a cat</s> [INST] b", "more": "[INST]"}
     (reason,) = check(BASE, teacher, texts=texts).reasons
     assert "different cuts of 2 texts of 4 (first 'markup'" in reason
     assert "added token of one alone: '[INST]' of the teacher; if they never occur" in reason
@@ -121,6 +126,14 @@ def test_a_rule_that_does_not_part_the_cuts():
     # without a normalizer it is none
     report = check(*(with_rules(normalized=on) for on in (True, False)))
     assert (row(report, "added tokens").found, len(report.to_do)) == ("equal", 1)
+
+
+def test_a_rule_is_not_blamed_for_other_cuts_nor_where_it_is_unused():
+    student, teacher = with_rules(single_word=True), with_rules(normalizers.Replace("c", "m"))
+    assert "<x>" not in check(student, teacher).reasons[0]
+    teacher.normalizer = None
+    report = check(student, teacher, texts=["a<x>b"], unused=["<x>"])
+    assert (report.usable, len(report.to_do)) == (True, 1)  # of columns, not known
 
 
 def test_an_added_token_right_after_a_word():
