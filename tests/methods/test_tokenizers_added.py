@@ -70,10 +70,10 @@ def test_tokens_without_a_column_are_named():
     report = check(student, student, student_columns=N)
     (reason,) = report.reasons
     assert "without a column are '<think>', '</think>'; resize" in reason  # and <pad> is masked
-    assert (
-        "without a column is '<think>'; resize"
-        in check(student, student, student_columns=N, unused=["</think>"]).reasons[0]
-    )
+    unused = ["<pad>", "</think>"]
+    report = check(student, student, student_columns=N, unused=unused)
+    assert "without a column is '<think>'; resize" in report.reasons[0]
+    assert "have 1 columns" in check(student, student, student_columns=1).reasons[0]
 
 
 def test_texts_with_an_added_token_of_one_alone():

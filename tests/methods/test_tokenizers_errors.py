@@ -57,6 +57,7 @@ WRONG = {
     "ids": ({"texts": ["a", 1]}, TypeError, "texts: expected strings, got int at 'text 1'"),
     "number": ({"texts": 1}, TypeError, "texts: expected a dict or texts, got int"),
     "one token": ({"unused": "<s>"}, TypeError, "unused: expected tokens, got str"),
+    "no list": ({"unused": None}, TypeError, "unused: expected tokens, got NoneType"),
     "bytes": ({"unused": b"<s>"}, TypeError, "unused: expected tokens, got bytes"),
     "ids of tokens": ({"unused": [1]}, TypeError, "unused: expected strings, got int 1"),
     "lists of tokens": ({"unused": [["<s>"]]}, TypeError, "unused: expected strings, got list"),
