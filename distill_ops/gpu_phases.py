@@ -6,7 +6,7 @@ import math
 import torch
 
 from .gpu import formula_of, on
-from .kernels import dense, pair, phases, statistics, token
+from .kernels import combine, dense, pair, phases, statistics, token
 from .kernels.launch import STATISTICS, TOKEN_STATISTICS
 from .problem import Options
 from .row_statistics import OF_DIVERGENCE, RowStatistics
@@ -30,6 +30,19 @@ KEPT = STATISTICS
 
 def kept_rows(options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
     return phases.kept_rows(options.temperature, row, slope, scale)
+
+
+def combined(options: Options, tokens: Tokens, parts: torch.Tensor, sums: torch.Tensor | None):
+    """Weighted losses ``[n]``, their components ``[2, n]`` (or ``[0, n]``) and the kept numbers."""
+    n_rows, new = parts.shape[-1], parts.new_empty
+    losses, kept = new(n_rows), new((n_rows, KEPT))
+    components = new((2 if options.hard else 0, n_rows))
+    with on(parts):
+        combine.run(
+            formula_of(options, tokens.parameters), parts, sums, tokens.weights, tokens.denominator,
+            kept=kept, losses=losses, components=components,
+        )  # fmt: skip
+    return losses, components, kept
 
 
 def reduce(options: Options, tokens: Tokens, student, teacher, n_cols: int, kept) -> torch.Tensor:

@@ -9,6 +9,7 @@
 A path (CPU, GPU) has the three, this module what lies between them, which is ``[n]`` tensors alone.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -34,6 +35,10 @@ class Phases(Protocol):
     def kept_rows(self, options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
         """``[n, KEPT]`` as :meth:`reduce` and :meth:`differentiate` take them, of rows' statistics, their D
         and factor of the gradient, and what :meth:`normalise` gave: whatever of these the path needs."""
+
+    combined: Callable | None
+    """``(options, tokens, parts, sums) -> (losses, components, kept)`` at once, of gathered ``[ranks, 8 or 12,
+    n]`` and ``[ranks, 3, n]`` (None: not known yet, or not needed). None: by PyTorch's operations, here."""
 
     def reduce(self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept):
         """``[3, n]``: sums of value and slope, and whether the columns have no infinity."""
@@ -63,11 +68,20 @@ def row_losses(
     phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place
 ) -> RowLosses:
     """Losses of rows ``[..., width]`` of this rank's columns; the tokens are :func:`local`."""
-    parts = phases.normalise(options, tokens, student, teacher, place.n_cols)
+    kind, columns = options.kind(), (student, teacher, place.n_cols)
+    parts = phases.normalise(options, tokens, *columns)
+    gathered = place.group.all_gather(parts)
+    if phases.combined is not None:
+        found = RowLosses(*phases.combined(options, tokens, gathered, None))
+        if kind is not None and kind.moment not in CLOSED:
+            sums = place.group.all_gather(phases.reduce(options, tokens, *columns, found.kept))
+            found = RowLosses(*phases.combined(options, tokens, gathered, sums))
+        if options.hard and gathered.is_cpu:
+            refuse_labels(gathered[:, -1].sum(0) == 0, tokens.weights)
+        return found
     row = RowStatistics.combine(
-        [RowStatistics.unpack(part) for part in place.group.all_gather(parts)],
-        options.kind() or Divergence, options.temperature,
-    )  # fmt: skip
+        [RowStatistics.unpack(part) for part in gathered], kind or Divergence, options.temperature
+    )
     return losses_of(phases, options, tokens, student, teacher, place, row, parts)
 
 
@@ -121,8 +135,13 @@ def hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.T
         ValueError: on every rank.
     """
     nowhere = row.label_found == 0
-    refuse_nowhere("labels", nowhere if weights is None else nowhere & (weights != 0))
+    refuse_labels(nowhere, weights)
     return torch.where(nowhere, torch.nan, row.hard_label_loss())
+
+
+def refuse_labels(nowhere: torch.Tensor, weights: torch.Tensor | None) -> None:
+    """:func:`refuse_nowhere` of tokens that count."""
+    refuse_nowhere("labels", nowhere if weights is None else nowhere & (weights != 0))
 
 
 def refuse_nowhere(name: str, nowhere: torch.Tensor) -> None:
