@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..kernels import (
+    combine,
     dense,
     gather,
     logits,
@@ -69,6 +70,7 @@ KERNELS = (
     (pair, "pair_sums_kernel"),
     (phases, "normalise_kernel"),
     (phases, "reduce_kernel"),
+    (combine, "combine_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),

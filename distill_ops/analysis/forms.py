@@ -12,7 +12,7 @@ from .. import problem
 from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
 from ..gpu import formula_of
-from ..kernels import dense, phases, topk
+from ..kernels import combine, dense, phases, topk
 from ..kernels.launch import STATISTICS
 from ..operators.dense import dense_loss
 from ..operators.gather import gather_log_probs
@@ -165,7 +165,8 @@ def phase_launch(
     phase: str, divergence: Divergence, n_cols: int, dtype: torch.dtype, target: aot.Target, *,
     hard_label_weight: float = 0.0, temperature: float = 1.0, n_rows: int = 4096,
 ) -> aot.Launch:  # fmt: skip
-    """The launch "normalise" or "reduce" over a part of each row, of ``n_cols`` columns."""
+    """The launch "normalise" or "reduce" over a part of each row, of ``n_cols`` columns, or "combine" or
+    "combine sums" of some parts' numbers."""
     arguments = LossArguments(
         divergence, temperature=temperature, hard_label_weight=hard_label_weight
     )
@@ -183,7 +184,21 @@ def phase_launch(
         kept, sums = _meta(n_rows, STATISTICS), _meta(phases.SUMS, n_rows)
         phases.reduce(formula, *pair, n_cols, kept=kept, sums=sums)
 
-    (launch,) = aot.record({"normalise": normalise, "reduce": reduce}[phase], target.facts)
+    def combined(n_parts: int = 8):
+        n_numbers = phases.ALL_NUMBERS if hard_label_weight else phases.DIVERGENCE_NUMBERS
+        sums = _meta(n_parts, phases.SUMS, n_rows) if phase == "combine sums" else None
+        combine.run(
+            formula, _meta(n_parts, n_numbers, n_rows), sums, _meta(n_rows), _meta(),
+            kept=_meta(n_rows, STATISTICS), losses=_meta(n_rows), components=_meta(2, n_rows),
+        )  # fmt: skip
+
+    calls = {
+        "normalise": normalise,
+        "reduce": reduce,
+        "combine": combined,
+        "combine sums": combined,
+    }
+    (launch,) = aot.record(calls[phase], target.facts)
     return launch
 
 

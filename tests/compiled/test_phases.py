@@ -9,7 +9,7 @@ from tests.support.machine_code import some, stack_and_loops
 
 pytest.importorskip("triton")
 
-from distill_ops.analysis import aot
+from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import Form, count, phase_launch
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import chi_squared
@@ -60,3 +60,24 @@ def test_phase(phase, divergence, n_cols, temperature, target):
     if phase in dense and (phase == "reduce" or divergence.name in BUILT_IN):
         most = dense[phase].instructions / columns(dense[phase])
         assert min(loop.instructions / columns(loop) for loop in whole) <= 1.05 * most
+
+
+COMBINED = [
+    ("combine", "soft_cross_entropy", 1.0), ("combine", "reverse_kl", 2.0), ("combine", "jensen_shannon", 1.0),
+    ("combine sums", "jensen_shannon", 2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_combining(target):
+    """No stack, and few registers: a row is a thread."""
+    for phase, divergence, temperature in COMBINED:
+        launch = phase_launch(
+            phase, BUILT_IN[divergence](), 64128, torch.bfloat16, aot.TARGETS[target],
+            temperature=temperature, hard_label_weight=0.5 if temperature != 1 else 0.0,
+        )  # fmt: skip
+        compiled = aot.compile_launch(launch, aot.TARGETS[target])
+        nvidia = aot.TARGETS[target].backend == "cuda"
+        usage = sass.disassemble(compiled)[1] if nvidia else sass.amd_usage(compiled)
+        assert usage.stack == 0
+        assert usage.registers <= 96
