@@ -35,8 +35,8 @@ CPU_PATH = [
         f"{DENSE}no_kept_token[torch-mask-mean]",
     ),
     Mutation(
-        "host: temperature squared lost", sources.CPU_FORMS,
-        "divergence_loss = divergence_loss * options.divergence_scale", "pass",
+        "host: temperature squared lost", sources.ROWS,
+        "divergence = divergence * divergence_scale", "pass",
         f"{OPTIONS}[torch-ForwardKL()-temperature_squared]",
     ),
     Mutation(
@@ -45,15 +45,13 @@ CPU_PATH = [
         f"{OPTIONS}[torch-ForwardKL()-temperature]",
     ),
     Mutation(
-        "host: components swapped", sources.CPU_FORMS,
-        "[weighted(divergence_loss), weighted(hard_loss)]",
-        "[weighted(hard_loss), weighted(divergence_loss)]",
+        "host: components swapped", sources.ROWS,
+        "[weighted(divergence), weighted(hard)]", "[weighted(hard), weighted(divergence)]",
         f"{DENSE}components[torch-(0.3, None)-mean]",
     ),
     Mutation(
-        "host: hard and soft weights swapped", sources.CPU_FORMS,
-        "mixed = soft * divergence_loss + hard * hard_loss",
-        "mixed = hard * divergence_loss + soft * hard_loss",
+        "host: hard and soft weights swapped", sources.ROWS,
+        "soft_weight * divergence + hard_weight * hard", "hard_weight * divergence + soft_weight * hard",
         f"{OPTIONS}[torch-ForwardKL()-hard]",
     ),
     Mutation(

@@ -62,7 +62,7 @@ STATISTICS = [
     Mutation(
         "linear statistics: every block takes the first one's coefficients",
         sources.OPERATORS_LINEAR_STATISTICS,
-        "upstream = coefficients[:, rows]", "upstream = coefficients[:, : len(logits)]",
+        "of_rows, coefficients[:, rows], gradient", "of_rows, coefficients[:, : len(logits)], gradient",
         f"{LINEAR}blocks[triton-tensors-None-5]",
     ),
     Mutation(

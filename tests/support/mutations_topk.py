@@ -72,8 +72,8 @@ TOPK_MUTATIONS = [
     ),
     Mutation(
         "top-k: the tail is lost on the way", sources.API_TOPK,
-        "Options.of(arguments, n_cols, backend, checked)",
-        'Options.of(arguments, n_cols, backend, checked._replace(name="bucket"))',
+        "Options.of(arguments, n_cols, backend, checked, split)",
+        'Options.of(arguments, n_cols, backend, checked._replace(name="bucket"), split)',
         f"{TOPK}value_and_gradient[torch-ForwardKL()-ignore]",
     ),
 ]  # fmt: skip
