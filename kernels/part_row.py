@@ -102,13 +102,15 @@ def guarded_sums(
     RESTRICT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """Of columns with infinities, given both maxima: the teacher's sum over those that are kept, and
-    the moments over them."""
+    the moments over them, finite so that a factor of 0 leaves 0 of them."""
     zero = tl.zeros([LANES], tl.float32)
     kept, moment_t, moment_s = sweep(
         (zero, zero, zero), guarded_tile, (student, teacher, row), (MOMENT, DROP, RESTRICT),
         lead, n_cols, LANES, WIDTH, ENDS, DOWN, 1,
     )  # fmt: skip
-    return tl.sum(kept, axis=0), tl.sum(moment_t, axis=0), tl.sum(moment_s, axis=0)
+    moment_t = tl.maximum(tl.sum(moment_t, axis=0), SMALLEST)
+    moment_s = tl.minimum(tl.maximum(tl.sum(moment_s, axis=0), SMALLEST), -SMALLEST)
+    return tl.sum(kept, axis=0), moment_t, moment_s
 
 
 @triton.jit
