@@ -232,19 +232,17 @@ def kept_rows(
     statistics,  # RowStatistics of whole rows, [N] each
     slope: torch.Tensor,  # [N]: D
     scale: torch.Tensor,  # [N]: weight / denominator; 0: the row is not read
-    fast: torch.Tensor | None = None,  # [N]: whether reduce's fast loops served all parts
 ) -> torch.Tensor:
     """``[N, STATISTICS]`` float32, as ``reduce`` and the dense kernel's backward launch read it.
 
     Where the fast loops serve, the sums become relative to the rounded products ``m * c`` that these
     subtract; the product's error is exact in float64."""
-    served = statistics.fast if fast is None else torch.minimum(statistics.fast, fast)
     base = np.float32(LOG2E.value)  # c as the kernels have it
 
     def of_loops(maximum, total, c):
         maximum = maximum.masked_fill(maximum.isneginf(), 0.0)
         excess = maximum.double() * c - (maximum * c).double()
-        return maximum, torch.where(served > 0, (total * excess.exp2()).float(), total)
+        return maximum, torch.where(statistics.fast > 0, (total * excess.exp2()).float(), total)
 
     c = float(np.float32(1.0 / temperature) * base)
     numbers = (
@@ -252,7 +250,7 @@ def kept_rows(
         *of_loops(statistics.teacher_max, statistics.teacher_sum, c),
         slope,
         *of_loops(statistics.label_max, statistics.label_sum, float(base)),
-        served,
+        statistics.fast,
         scale,
     )
     return torch.stack(numbers, dim=1)

@@ -155,26 +155,26 @@ def launched(case: Case) -> Found:
         parts.append(RowStatistics.unpack(packed))
     divergence = case.divergence or as_divergence("soft_cross_entropy")
     whole = RowStatistics.combine(parts, divergence, case.temperature)
-    fast = whole.fast
 
     sums = []
     loss = slope = torch.zeros_like(given.weights)
-    keep = functools.partial(phases.kept_rows, case.temperature, whole, scale=given.weights)
+    keep = lambda: phases.kept_rows(case.temperature, whole, slope, given.weights)
     if case.divergence is not None and case.divergence.moment in ("none", "symmetric"):
         sums = [new(phases.SUMS, N_ROWS) for _ in range(3)]
         for (student, teacher, n_cols, _), out in zip(ranks, sums, strict=True):
             phases.reduce(
-                formula, student, teacher, n_cols, kept=keep(slope), sums=out,
+                formula, student, teacher, n_cols, kept=keep(), sums=out,
                 teacher_rows=teacher_rows,
             )  # fmt: skip
         loss, slope = sum(sums)[:2]
-        fast = torch.stack(sums)[:, 2].amin(0)
+        served = torch.stack(sums)[:, 2].amin(0)
+        whole = whole._replace(fast=torch.minimum(whole.fast, served))
     elif case.divergence is not None:
         loss, slope = whole.loss_and_slope(divergence)
     of_label = whole.hard_label_loss() if hard else 0.0
     loss = formula.soft_weight * loss + formula.hard_label_weight * of_label
     loss = torch.where(given.weights == 0, 0.0, loss * given.weights)
-    kept = keep(slope, fast=fast)
+    kept = keep()
     gradients = []
     for (student, teacher, n_cols, _), own_labels in zip(ranks, labels, strict=True):
         gradient = torch.full(student.shape, 77.0, dtype=student.dtype, device=DEVICE)
