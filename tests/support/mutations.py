@@ -16,6 +16,7 @@ from tests.support.mutations_minillm import MINILLM
 from tests.support.mutations_on_policy import ON_POLICY
 from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
+from tests.support.mutations_phases import PHASES
 from tests.support.mutations_row_statistics import ROW_STATISTICS
 from tests.support.mutations_statistics import STATISTICS
 from tests.support.mutations_support import SUPPORT_MUTATIONS
@@ -41,6 +42,7 @@ MUTATIONS = [
     *CHOSEN_ROWS,
     *SUPPORT_MUTATIONS,
     *ROW_STATISTICS,
+    *PHASES,
     *TOKEN_OUTPUTS,
     *STATISTICS,
     *ON_POLICY,
