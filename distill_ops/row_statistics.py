@@ -159,10 +159,13 @@ class RowStatistics(NamedTuple):
             student_factor, teacher_factor = of_student.exp(), of_teacher.exp()
             shift = _measured(divergence, of_student, of_teacher)
             teacher_moment, student_moment = part.teacher_moment, part.student_moment
+            # by the factor first: a distance to logits near the lowest float times a sum overflows
             if divergence.moment in UNDER_TEACHER:
-                teacher_moment = (teacher_moment + part.kept_sum * shift) * teacher_factor
+                teacher_moment = teacher_moment * teacher_factor
+                teacher_moment = teacher_moment + part.kept_sum * teacher_factor * shift
             if divergence.moment in UNDER_STUDENT:
-                student_moment = (student_moment + part.student_sum * shift) * student_factor
+                student_moment = student_moment * student_factor
+                student_moment = student_moment + part.student_sum * student_factor * shift
             return RowStatistics(
                 student_max, part.student_sum * student_factor,
                 teacher_max, part.teacher_sum * teacher_factor, part.kept_sum * teacher_factor,

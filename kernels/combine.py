@@ -94,10 +94,10 @@ def combine_kernel(
                 shift = d_s if MOMENT == SOFT_MOMENT else d_s - d_t
                 if MOMENT != REVERSE_MOMENT:
                     moment = number_of(parts_ptr, part, 5, rows, n_rows, inside, N_NUMBERS)
-                    moment_t += (moment + part_kept * shift) * factor_t
+                    moment_t += moment * factor_t + part_kept * factor_t * shift
                 if MOMENT == REVERSE_MOMENT:
                     moment = number_of(parts_ptr, part, 6, rows, n_rows, inside, N_NUMBERS)
-                    moment_s += (moment + part_l_s * shift) * factor_s
+                    moment_s += moment * factor_s + part_l_s * factor_s * shift
             l_s += part_l_s * factor_s
             l_t += number_of(parts_ptr, part, 3, rows, n_rows, inside, N_NUMBERS) * factor_t
             kept_sum += part_kept * factor_t

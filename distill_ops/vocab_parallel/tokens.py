@@ -41,7 +41,8 @@ class TokenStatistics(NamedTuple):
             shift = distance(part.maximum, maximum, temperature)
             factor = shift.exp()
             total = total + part.total * factor
-            moment = moment + (part.moment + part.total * shift) * factor
+            # by the factor first: near the lowest float a distance times a sum overflows
+            moment = moment + part.moment * factor + part.total * factor * shift
         return TokenStatistics(
             maximum, total, moment, reduce(torch.minimum, [part.logit for part in parts])
         )

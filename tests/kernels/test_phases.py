@@ -34,7 +34,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 # rows by what is in them
 PLAIN, UP, FAR, STUDENT_SHARD, TEACHER_SHARD, BOTH_SHARD, STUDENT_SOME, TEACHER_SOME = range(8)
-UNREAD, NOT_A_NUMBER, PLUS_INFINITY, NEAR, DEAD, BETWEEN, MISSING, N_ROWS = range(8, 16)
+UNREAD, NOT_A_NUMBER, PLUS_INFINITY, NEAR, DEAD, BETWEEN, LOWEST, MISSING, N_ROWS = range(8, 17)
 GUARDED = {
     STUDENT_SHARD: 1, TEACHER_SHARD: 1, BOTH_SHARD: 0, NOT_A_NUMBER: 0, PLUS_INFINITY: 1, DEAD: 0,
 }  # fmt: skip
@@ -94,6 +94,8 @@ def numbers(case: Case) -> Numbers:
     teacher[BETWEEN, ends[0] : ends[1] : 2] = -INF
     student[BETWEEN] += 300.3
     teacher[BETWEEN] -= 29987.0
+    # what stands for -inf where there is none
+    student[LOWEST, ends[0] : ends[1]] = teacher[LOWEST, ends[0] : ends[1]] = -3e38
     student[UNREAD] = teacher[UNREAD] = NAN
     student[NOT_A_NUMBER, 3] = NAN
     teacher[PLUS_INFINITY, ends[0] + 7] = INF
@@ -101,7 +103,7 @@ def numbers(case: Case) -> Numbers:
     n_cols = sum(case.used)
     labels = torch.randint(n_cols, (N_ROWS,), generator=generator)
     labels[STUDENT_SOME], labels[BETWEEN] = ends[0] + 1, 2
-    labels[STUDENT_SHARD] = n_cols - 1
+    labels[STUDENT_SHARD], labels[LOWEST] = n_cols - 1, 0
     labels[UNREAD] = -100
     weights = 0.5 + uniform(N_ROWS)
     weights[UNREAD] = 0.0
@@ -274,7 +276,7 @@ def test_which_loops_serve(case):
     if case.divergence is None:
         return
     assert all(fast[rank, row] == 0 for row, rank in GUARDED.items())
-    clean = [row for row in range(MISSING) if GUARDED.get(row, 1) != 0]
+    clean = [row for row in range(LOWEST) if GUARDED.get(row, 1) != 0]
     assert (fast[0, clean] == 1).all()
     facts = case.divergence
     if facts.infinite_at_student_zero or facts.infinite_at_teacher_zero or facts.moment != "none":

@@ -11,12 +11,13 @@ ORACLE = f"{TESTS}loss_and_slope_are_the_oracles"
 ROW_STATISTICS = [
     Mutation(
         "parts: a moment is not moved with the maxima", FILE,
-        "(student_moment + part.student_sum * shift)", "student_moment",
+        "student_moment + part.student_sum * student_factor * shift", "student_moment",
         f"{SPLIT}[reverse_kl]",
     ),
     Mutation(
         "parts: dropped columns move the teacher's moment", FILE,
-        "part.kept_sum * shift", "part.teacher_sum * shift", f"{SPLIT}[forward_kl]",
+        "part.kept_sum * teacher_factor * shift", "part.teacher_sum * teacher_factor * shift",
+        f"{SPLIT}[forward_kl]",
     ),
     Mutation(
         "parts: the maximum of an empty part is subtracted", FILE,
