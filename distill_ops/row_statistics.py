@@ -51,6 +51,13 @@ def _joined(name: str):
     return torch.maximum if name.endswith(("_max", "_logit")) else torch.add
 
 
+def in_two(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers in float64 as the sum of two: where a gradient is the small difference of a row's slope and its
+    sum D, float32's rounding of D would be all that is left."""
+    rounded = x.to(dtype)
+    return rounded, (x - rounded.to(x.dtype)).to(dtype)
+
+
 class RowStatistics(NamedTuple):
     """Of some columns of n rows: twelve numbers a row, each ``[n]``, float32 or float64.
 

@@ -28,6 +28,8 @@ from ..kernels import (
     statistics,
     token,
     topk,
+    topk_gradient,
+    topk_phases,
 )
 from ..kernels.launch import DeviceFacts
 
@@ -71,6 +73,9 @@ KERNELS = (
     (phases, "normalise_kernel"),
     (phases, "reduce_kernel"),
     (combine, "combine_kernel"),
+    (topk_phases, "topk_normalise_kernel"),
+    (topk_phases, "topk_reduce_kernel"),
+    (topk_gradient, "topk_differentiate_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),
     (reduction, "scale_kernel"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import problem
+from .. import gpu_topk_phases, problem
 from ..arguments import LossArguments, Tail
 from ..divergences.base import Divergence
 from ..gpu import formula_of
@@ -21,6 +21,7 @@ from ..operators.statistics import distillation_statistics
 from ..operators.tokens import token_log_probs
 from ..operators.topk import topk_loss
 from ..problem import BACKWARD, NO_GRADIENT, Options
+from ..rows import Tokens
 from ..support import GatherInputs, GatherOptions
 from . import aot, sass
 
@@ -199,6 +200,34 @@ def phase_launch(
         "combine sums": combined,
     }
     (launch,) = aot.record(calls[phase], target.facts)
+    return launch
+
+
+def topk_phase_launch(
+    phase: str, divergence: Divergence, n_cols: int, k: int, dtype: torch.dtype, target: aot.Target, *,
+    tail: str = "bucket", log_prob_floor: float | None = None, mass_terms: bool = False,
+    hard_label_weight: float = 0.0, temperature: float = 1.0, n_rows: int = 4096,
+) -> aot.Launch:  # fmt: skip
+    """The launch "normalise", "reduce" or "differentiate" of the top-k loss over a part of each row."""
+    arguments = LossArguments(
+        divergence, temperature=temperature, hard_label_weight=hard_label_weight
+    )
+    asked = Tail(tail, mass_terms, log_prob_floor)
+    options = Options.of(arguments, n_cols, "triton", asked)
+    labels = _meta(n_rows, dtype=torch.int64) if hard_label_weight else None
+    tokens = Tokens(labels, _meta(n_rows), 1.0, divergence.parameters)
+    student, slots = _meta(n_rows, n_cols, dtype=dtype), _meta(n_rows, k)
+    teacher = slots, _meta(n_rows, k, dtype=torch.int32), _meta(dtype=torch.int64)
+    call = getattr(gpu_topk_phases, phase)
+    kept = _meta(n_rows, gpu_topk_phases.KEPT)
+    more = {
+        "normalise": (),
+        "reduce": (kept, True),
+        "differentiate": (kept, _meta(), torch.empty_like(student)),
+    }
+    (launch,) = aot.record(
+        lambda: call(options, tokens, student, teacher, n_cols, *more[phase]), target.facts
+    )
     return launch
 
 

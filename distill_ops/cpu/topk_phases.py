@@ -10,13 +10,14 @@ import torch
 
 from ..divergences.base import column_parameters
 from ..problem import Options, working_dtype
+from ..row_statistics import in_two
 from ..rows import Tokens
 from .chunk import NEG_INF, Terms
 from .phases import Rows
 from .rows import GENERAL_ELEMENTS, PerRow, row_sums
 from .topk import TOPK_ELEMENTS, TopKChunk, copy_outside, exponentials, finite_or_zero, teacher_of
 
-KEPT = 9  # numbers of a whole row
+KEPT = 10  # numbers of a whole row
 NUMBERS, OF_HARD_LABEL = 6, 4  # of a row's SlotStatistics
 
 
@@ -48,10 +49,11 @@ class PartChunk(TopKChunk):
         slots_max, used = slots.amax(-1, keepdim=True), self.all_ids >= 0
         slots = slots - finite_or_zero(slots_max)
         slots_sum = row_sums((slots / self.terms.temperature).exp_())
+        slots_more = torch.where(slots_max[:, 0] == NEG_INF, 0.0, slots_sum - 1)
         no_rest = self.rest_sum == 0
         found = [
             self.rest_max.masked_fill(no_rest, NEG_INF)[:, 0], self.rest_sum[:, 0], slots_max[:, 0],
-            slots_sum, (self.ids >= 0).sum(-1), used.sum(-1),
+            slots_more, (self.ids >= 0).sum(-1), used.sum(-1),
         ]  # fmt: skip
         if self.terms.hard:
             found += self._of_label()
@@ -73,12 +75,12 @@ class PartChunk(TopKChunk):
         return labels.masked_fill(elsewhere, 0), elsewhere
 
     def see_whole(self, row: torch.Tensor) -> None:
-        """Take what ``vocab_parallel/topk.py`` keeps of the whole rows, ``[n, 9]``."""
-        slots_max, slots_sum, rest_max, rest_sum = row.double()[:, :4].split(1, -1)
+        """Take what ``vocab_parallel/topk.py`` keeps of the whole rows, ``[n, KEPT]``."""
+        slots_max, slots_more, rest_max, rest_sum = row.double()[:, :4].split(1, -1)
         self.rest_max, self.rest_sum = row[:, 2:3], row[:, 3:4]
         self.largest = torch.maximum(slots_max, rest_max)
         shift, temperature = finite_or_zero(self.largest), self.terms.temperature
-        total = slots_sum * ((slots_max - shift) / temperature).exp()
+        total = (1 + slots_more) * ((slots_max - shift) / temperature).exp()
         total = total + rest_sum * ((rest_max - shift) / temperature).exp()
         self.log_total = total.log()
 
@@ -97,13 +99,13 @@ class PartChunk(TopKChunk):
         self.log_p[:, -1:].masked_fill_(row[:, 7:8] == 0, NEG_INF)
         self.counted = None if with_rest else -1
         loss = self._divergence()
-        return [loss, (self.total_slope + self.poison)[:, 0]]
+        return [loss, *in_two((self.total_slope + self.poison)[:, 0], row.dtype)]
 
     def differentiate(self, row: torch.Tensor, gradient: torch.Tensor) -> None:
         """Fill ``gradient [n, n_cols]``."""
         self.see_whole(row)
         self._divergence()
-        self.total_slope = row[:, 4:5].double()
+        self.total_slope = row[:, 4:5].double() + row[:, 9:10]
         self.poison = torch.where(row[:, 4:5].isnan(), math.nan, 0.0).to(row.dtype)
         if self.own_hard or (self.rest and not self.each):
             outside = self.buffers[1] if self.each else self.buffers[0]
@@ -169,7 +171,7 @@ def reduce(
     options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, with_rest: bool
 ) -> torch.Tensor:
     chunks = _Chunks(options, tokens, student, teacher, n_cols)
-    sums = kept.new_zeros((2, len(kept)))
+    sums = kept.new_zeros((3, len(kept)))
     for places, chunk, _ in chunks.each(kept[:, 8] != 0):
         found = chunk.sums(kept[places], with_rest)
         sums[:, places] = torch.stack([x.to(sums.dtype) for x in found])

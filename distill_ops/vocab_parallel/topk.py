@@ -4,7 +4,7 @@ exchanged between them. ``rows.py`` is that of whole teachers.
     normalise     SlotStatistics of this rank's columns: of the K that lie in them and of the others
       all-gather  of 6 numbers a row, 10 with a hard label; combined in rank order
     reduce        L and D of the K that lie here, and of the rest of the vocabulary on the first rank
-      all-gather  of 2 numbers a row; added in rank order
+      all-gather  of 3 numbers a row; added in rank order
     differentiate the gradient of this rank's columns, from what is kept of the rows
 
 Every rank has all slots: the teacher's rest, and what it is divided by, need no exchange.
@@ -18,7 +18,7 @@ import torch
 from ..checks.slots import without_repeats
 from ..groups import Place
 from ..problem import Options
-from ..row_statistics import NEG_INF, RowStatistics, distance
+from ..row_statistics import NEG_INF, RowStatistics, distance, in_two
 from ..rows import Tokens, TopKTeacher, mixed
 from .rows import RowLosses, hard_label_loss, scale_of
 
@@ -31,13 +31,14 @@ class SlotStatistics(NamedTuple):
 
     Sums are of exponentials relative to the maximum beside them, which is -inf where there is nothing
     to sum. The rest are the columns outside the K, where the divergence reads them; the K come as it
-    restricts them.
+    restricts them, their sum without the 1 of their maximum: of a confident student float32 would round
+    away the others.
     """
 
     rest_max: torch.Tensor
     rest_sum: torch.Tensor
     slots_max: torch.Tensor
-    slots_sum: torch.Tensor
+    slots_more: torch.Tensor
     found: torch.Tensor  # how many of the used slots have their column here
     outside: torch.Tensor  # 1 where a column outside the K is here, else 0
     label_max: torch.Tensor  # of the whole student
@@ -61,12 +62,16 @@ class SlotStatistics(NamedTuple):
         numbers = zip(cls._fields, *parts, strict=True)
         whole = cls(*(reduce(_joined(name), of_parts) for name, *of_parts in numbers))
         sums = {}
-        for name, at in (("rest", temperature), ("slots", temperature), ("label", 1.0)):
-            maximum, total = getattr(whole, f"{name}_max"), f"{name}_sum"
-            factors = (distance(getattr(x, f"{name}_max"), maximum, at).exp() for x in parts)
-            sums[total] = reduce(
-                torch.add, [getattr(x, total) * f for x, f in zip(parts, factors, strict=True)]
-            )
+        for name, first, at in (
+            ("rest_sum", 0, temperature), ("slots_more", 1, temperature), ("label_sum", 0, 1.0),
+        ):  # fmt: skip
+            of_maximum = name.split("_")[0] + "_max"
+            maximum = getattr(whole, of_maximum)
+            moved = [
+                (getattr(x, name) + first) * distance(getattr(x, of_maximum), maximum, at).exp()
+                for x in parts
+            ]
+            sums[name] = reduce(torch.add, moved) - first  # -1 of slots without a finite logit
         return whole._replace(**sums)
 
     hard_label_loss = RowStatistics.hard_label_loss
@@ -108,8 +113,8 @@ class Phases(Protocol):
         self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int, kept,
         with_rest: bool,
     ):  # fmt: skip
-        """``[2, n]``: sums of value and slope, the rest's among them if it is to be; NaN of rows without a
-        softmax, in either model."""
+        """``[3, n]``: sums of value and slope, the rest's among them if it is to be, and what the rounding of
+        the slopes' left; NaN of rows without a softmax, in either model."""
 
     def differentiate(
         self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int, kept,
@@ -130,14 +135,15 @@ def row_losses(
     scale = scale_of(tokens, row.rest_sum)
     kept = torch.stack(
         [
-            row.slots_max, row.slots_sum, row.rest_max, row.rest_sum, torch.zeros_like(scale),
-            row.label_max, row.label_sum, row.outside, scale,
+            row.slots_max, row.slots_more, row.rest_max, row.rest_sum, torch.zeros_like(scale),
+            row.label_max, row.label_sum, row.outside, scale, torch.zeros_like(scale),
         ],
         -1,
     ).to(parts.dtype)  # fmt: skip
     sums = phases.reduce(options, *columns, kept, place.group.rank == 0)
-    loss, slope = reduce(torch.add, place.group.all_gather(sums).unbind(0))
-    loss, kept[:, 4] = (torch.where(missing, torch.nan, x) for x in (loss, slope))
+    loss, slope, more = reduce(torch.add, place.group.all_gather(sums).double().unbind(0))
+    loss, slope = (torch.where(missing, torch.nan, x) for x in (loss, slope + more))
+    loss, kept[:, 4], kept[:, 9] = loss.to(kept.dtype), *in_two(slope, kept.dtype)
     hard = hard_label_loss(row, weights).to(loss.dtype) if options.hard else None
     shares = options.divergence_scale, options.soft_weight, options.hard_label_weight
     losses, components = mixed(loss, hard, weights, *shares)

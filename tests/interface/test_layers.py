@@ -9,7 +9,7 @@ from tests.support import ROOT
 # from the lowest; those of a line do not see each other
 LAYERS = (
     ("kernels", "scalars", "results", "rows", "groups"), ("language", "divergences"), ("arguments",), ("problem",),
-    ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("gpu_phases", "vocab_parallel"), ("heads", "selection"),
+    ("row_statistics", "support"), ("checks",), ("reference", "cpu", "gpu"), ("gpu_phases", "gpu_topk_phases", "vocab_parallel"), ("heads", "selection"),
     ("operators",), ("api",),
     ("teacher", "analysis"), ("methods",), ("integrations",),
 )  # fmt: skip

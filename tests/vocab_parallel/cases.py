@@ -1,7 +1,7 @@
 """Calls with a split vocabulary: the whole tensors, what rows hold, and each rank's part of them."""
 
 import math
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 from zlib import crc32
 
@@ -63,7 +63,7 @@ class Case(NamedTuple):
             "hidden": pair.student_hidden, "weight": pair.student_weight, "bias": pair.student_bias,
             "teacher_log_probs": log_probs, "teacher_ids": ids, "token_ids": make_ids(TOKENS, n_cols),
         }  # fmt: skip
-        EDITS[self.edit](made, self.widths)
+        (EDITS | SLOT_EDITS)[self.edit](made, self.widths)
         names = (*self.of_form.positional, *self.of_form.named)
         wide = lambda x: x.to(self.dtype) if x.is_floating_point() else x
         return {name: wide(made[name]) for name in names if name not in COUNTED}
@@ -166,4 +166,63 @@ EDITS = {
     "far": far,
     "equal": equal,
     "beyond": beyond,
+}
+
+
+# --- ... and the slots of a top-k teacher -----------------------------------------------------------
+
+
+def unused_slots(tensors, widths):
+    """One in each row, all but one, and the first."""
+    ids = tensors["teacher_ids"]
+    ids[..., 1] = -1
+    ids[0, 0, 1:] = -1
+    ids[1, 1, 0] = -1
+
+
+def on_one_rank(tensors, widths):
+    """All slots of a row are columns of one rank, of another one row by row."""
+    parts = [
+        (begin, begin + width)
+        for begin, width in zip(edges(widths), widths, strict=False)
+        if width >= K
+    ]
+    log_probs, ids = (tensors[name] for name in SLOTS)
+    for row, place in enumerate(product(*map(range, TOKENS))):
+        begin, end = parts[row % len(parts)]
+        log_probs[place], found = topk_of(tensors["teacher_logits"][place][begin:end], K)
+        ids[place] = found + begin
+
+
+def every_column(tensors, widths):
+    """The K cover the vocabulary."""
+    tensors |= zip(SLOTS, topk_of(tensors["teacher_logits"], sum(widths)), strict=True)
+
+
+def excluded(tensors, widths):
+    """The teacher excludes a token, the student another, and a server repeats an id to fill the slots."""
+    log_probs, ids = (tensors[name] for name in SLOTS)
+    log_probs[0, :, -1] = -INF
+    log_probs[1, 0, 1:] = -INF
+    ids[1, 0, 2] = ids[1, 0, 0]
+    tensors["student_logits"][0, 1] = tensors["student_logits"][0, 1].scatter(
+        0, ids[0, 1, :1], -INF
+    )
+
+
+def confident(tensors, widths):
+    """Both models are nearly sure of the same token, and nearly agree."""
+    log_probs, ids = (tensors[name] for name in SLOTS)
+    log_probs.copy_(torch.tensor([-1e-6, -15.0, -18.0]).expand_as(log_probs))
+    student = tensors["student_logits"].fill_(-25.0)
+    student.scatter_(-1, ids, log_probs + 0.05 * torch.tensor([0.0, 1.0, -1.0]))
+
+
+SLOTS = "teacher_log_probs", "teacher_ids"
+SLOT_EDITS = {
+    "unused slots": unused_slots,
+    "on one rank": on_one_rank,
+    "every column": every_column,
+    "excluded": excluded,
+    "confident": confident,
 }

@@ -5,7 +5,7 @@ import torch
 
 from distill_ops import groups
 from tests.support.cases import FLOAT_MASK, LABELS
-from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case
+from tests.vocab_parallel.cases import DIVERGENCES, SLOT_EDITS, WIDTHS, Case, widths_of
 from tests.vocab_parallel.results import compare, merged, results
 from tests.vocab_parallel.threads import Threads
 
@@ -42,6 +42,40 @@ def hold(monkeypatch, kernel_device):
         return ours
 
     return hold_on_threads
+
+
+TOPK_OPTIONS = {
+    "bucket": {},
+    "backward": {"gradient": "backward", "temperature": 2.0, "loss_mask": FLOAT_MASK},
+    "hard": {**HARD, "return_components": True},
+    "hot": {**HARD, "gradient": "backward", "temperature": 2.0},
+    "renormalize": {"tail": "renormalize", **HARD},
+    "ignore": {"tail": "ignore", "teacher_rows": torch.tensor([[3, 3, 0], [1, 5, 3]])},
+    "restrict": {"tail": "restrict", **HARD},
+    "drop": {"tail": "drop", "vocab_size": 31, "reduction": "none"},
+    "floor": {"log_prob_floor": -3.0},
+}
+
+
+@pytest.mark.covering("divergence", "edit", "option divergence.additive_at_teacher_zero")
+@pytest.mark.parametrize(
+    "edit", ["nothing", *SLOT_EDITS, "dead part", "dead rows", "bad rows", "far"]
+)
+@pytest.mark.parametrize("option", TOPK_OPTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_topk(divergence, option, edit, hold):
+    options = {**TOPK_OPTIONS[option], "divergence": divergence}
+    if edit in ("on one rank", "every column") and option == "drop":
+        del options["vocab_size"]
+    hold(
+        Case(widths_of(divergence, option, edit), options, form="topk_distillation_loss", edit=edit)
+    )
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric_kl"])
+def test_topk_masses(divergence, hold):
+    options = {"divergence": divergence, "tail": "drop", "mass_terms": True}
+    hold(Case((17, 0, 16), options, form="topk_distillation_loss"))
 
 
 @pytest.mark.covering("divergence option")
