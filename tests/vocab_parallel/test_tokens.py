@@ -131,7 +131,7 @@ def test_collectives_and_numbers_a_token(form, ranks):
 @linear
 def test_heads(form, sequence_parallel, told, ranks):
     """Of two ranks, which may split the tokens too."""
-    options = {"memory_budget": 1500, "sequence_parallel": sequence_parallel}
+    options = {"memory_budget": 900, "sequence_parallel": sequence_parallel}
     for dtype in DTYPES:
         hold(ranks, case_of(form, (17, 16), options, dtype=dtype, told=told))
 
@@ -152,10 +152,10 @@ def test_collectives_of_heads(form, ranks):
     for forward, backward in ranks.call(3, traffic, case):
         assert forward.collectives == wanted + made
         assert backward.collectives == 1 - made
-    for forward, _ in ranks.call(3, traffic, case_of(form, WIDTHS[3], {"memory_budget": 1500})):
+    for forward, _ in ranks.call(3, traffic, case_of(form, WIDTHS[3], {"memory_budget": 700})):
         blocks = (forward.collectives - 1 - made) / (wanted - 1)
         # log-probabilities of all blocks are exchanged together
-        assert blocks == 1 if form == "linear_token_log_probs" else blocks in (2, 3, 6)
+        assert blocks == 1 if form == "linear_token_log_probs" else blocks == 3
 
 
 @pytest.mark.parametrize("form", ["token_log_probs", "distillation_statistics", "linear_token_log_probs"])  # fmt: skip
