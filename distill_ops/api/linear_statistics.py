@@ -1,5 +1,7 @@
 """What on-policy methods need of a token, from hidden states and two language-model heads."""
 
+from typing import Any
+
 import torch
 
 from ..checks.options import block_options
@@ -35,7 +37,7 @@ def linear_distillation_statistics(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     backend: str = "auto",
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
     sequence_parallel: bool = False,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:

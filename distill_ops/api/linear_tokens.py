@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens from hidden states and a language-model head."""
 
+from typing import Any
+
 import torch
 
 from ..checks.heads import check_head
@@ -27,7 +29,7 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     backend: str = "auto",
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
     sequence_parallel: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,7 @@
 """How far a student is from its teacher, token by token, for evaluation and logging."""
 
+from typing import Any
+
 import torch
 
 from ..checks.logits import check_pair, check_parts
@@ -19,7 +21,7 @@ def distillation_metrics(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     backend: str = "auto",
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
 ) -> DistillationMetrics:
     """Divergences, entropies and agreement of student and teacher, per token, without a gradient.

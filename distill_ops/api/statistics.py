@@ -1,5 +1,7 @@
 """What on-policy methods need of a token, in one call."""
 
+from typing import Any
+
 import torch
 
 from ..checks.split import split_logits
@@ -22,7 +24,7 @@ def distillation_statistics(
     ignore_index: int = -100,
     coefficients: StatisticsCoefficients | None = None,
     backend: str = "auto",
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """Divergence, log-probabilities, entropies and agreement of both models, token by token.

@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens."""
 
+from typing import Any
+
 import torch
 
 from ..checks.split import split_logits
@@ -18,7 +20,7 @@ def token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     backend: str = "auto",
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of given tokens, in nats, and the entropy of their rows.

@@ -39,7 +39,9 @@ class StatisticsPass:
         ranks: Ranks | None = None,
     ):
         self.options, self.path = options.loss, path_of(options.loss.backend)
-        self.place = None if ranks is None else ranks.place
+        self.place = self.phases = None
+        if ranks is not None:
+            self.place, self.phases = ranks.place, phases_of(self.options.backend)
         backend, blocks = self.options.backend, options.blocks
         dtype, ids = inputs.dtype(), inputs.ids.reshape(-1)
         counted = (ids != self.options.ignore_index).to(dtype)
@@ -65,22 +67,14 @@ class StatisticsPass:
         parameters = [x for x in tokens.parameters if isinstance(x, torch.Tensor)]
         return StatisticsInputs(student, teacher, tokens.labels, parameters, [])
 
-    def statistics_of(self, inputs: StatisticsInputs, keep: bool):
-        """Outputs, agreement and what the gradient needs of some rows."""
-        if self.place is None:
-            return self.path.statistics_of_tokens(inputs, self.options, keep)
-        phases = phases_of(self.options.backend)
-        return split_statistics.statistics_of_rows(phases, inputs, self.options, self.place)
-
     def write_gradient(self, inputs: StatisticsInputs, kept, upstream, gradient) -> None:
         """Of some rows, for their upstream gradients ``[OUTPUTS, n]``."""
         asked = asking(inputs, self.options, upstream)
         if self.place is None:
             self.path.statistics_gradient(asked, self.options, kept, upstream, gradient)
             return
-        phases = phases_of(self.options.backend)
         split_statistics.gradient_of_rows(
-            phases, asked, self.options, self.place, kept, upstream, gradient
+            self.phases, asked, self.options, self.place, kept, upstream, gradient
         )
 
     def chosen(self, of_tokens: torch.Tensor | None, dim: int = 0) -> torch.Tensor | None:
@@ -105,9 +99,14 @@ class StatisticsPass:
 
         def store(logits, rows, gradient):
             inputs = self.of_rows(logits, rows)
-            found = self.statistics_of(inputs, keep or gradient is not None)
-            outputs[:, rows], found_agreement, of_rows = found
-            agreement[rows] = found_agreement
+            if self.place is None:
+                keeps = keep or gradient is not None
+                found = self.path.statistics_of_tokens(inputs, self.options, keeps)
+            else:
+                found = split_statistics.statistics_of_rows(
+                    self.phases, inputs, self.options, self.place
+                )
+            outputs[:, rows], agreement[rows], of_rows = found
             if gradient is not None:
                 self.write_gradient(inputs, of_rows, coefficients[:, rows], gradient)
             for target, values in zip(kept, of_rows, strict=True):

@@ -1,5 +1,7 @@
 """The linear form: hidden states and heads, their logits formed in full (semantics.md, 10)."""
 
+from typing import Any
+
 import torch
 from typing_extensions import Unpack
 
@@ -142,7 +144,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
     sequence_parallel: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +200,7 @@ def linear_distillation_statistics(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     coefficients: StatisticsCoefficients | None = None,
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
     sequence_parallel: bool = False,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:

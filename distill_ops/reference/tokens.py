@@ -1,5 +1,7 @@
 """A token's log-probability, and what on-policy methods need beside it (semantics.md, 12)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -45,7 +47,7 @@ def token_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`distill_ops.token_log_probs` in eager PyTorch, differentiable by autograd.
@@ -88,7 +90,7 @@ def distillation_statistics(
     temperature: float = 1.0,
     ignore_index: int = -100,
     coefficients: StatisticsCoefficients | None = None,
-    group=None,
+    group: Any = None,
     vocab_offset: int | None = None,
 ) -> DistillationStatistics | tuple[torch.Tensor, DistillationStatistics]:
     """:func:`distill_ops.distillation_statistics` in eager PyTorch, differentiable by autograd.

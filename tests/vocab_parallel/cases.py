@@ -153,7 +153,25 @@ def beyond(tensors, widths):
         tensors[name][..., BEYOND:] = math.nan
 
 
-EDITS = {
+def unread(tensors, widths):
+    """What the token that is ignored has is NaN."""
+    for name in ("student_logits", "teacher_logits", *HIDDEN):
+        tensors[name][tensors["token_ids"] == -100] = math.nan
+
+
+def no_token(tensors, widths):
+    """All tokens are ignored, and what they have is NaN."""
+    tensors["token_ids"].fill_(-100)
+    unread(tensors, widths)
+
+
+def counted_ids(tensors, widths):
+    """Ids of every rank, and some that may be an ignored one."""
+    tensors["token_ids"].copy_(torch.tensor([[0, 5, 31], [6, 2, 32]]))
+
+
+OF_TOKENS = {"unread": unread, "no token": no_token, "counted ids": counted_ids}
+EDITS = OF_TOKENS | {
     "nothing": lambda tensors, widths: None,
     "dead student": dead_part("student_logits"),
     "dead teacher": dead_part("teacher_logits"),

@@ -10,7 +10,7 @@ from tests.support.forms import Form
 from tests.support.helpers import assert_close, condition, to_float64, topk_condition
 from tests.support.linear_cases import loss_condition
 from tests.support.ranks import Member
-from tests.vocab_parallel.cases import Case, make_heads
+from tests.vocab_parallel.cases import SPLIT, Case, make_heads
 
 OWN = (
     "gradient",
@@ -22,6 +22,12 @@ OWN = (
 )  # not the reference's
 
 
+def flat(outputs) -> tuple[torch.Tensor, ...]:
+    """What a function gives, as tensors: those of a tuple beside a loss too."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return (*outputs[:-1], *outputs[-1]) if isinstance(outputs[-1], tuple) else outputs
+
+
 def results(function, form: Form, tensors, options) -> dict[str, torch.Tensor]:
     """What a function gives, by place, and the gradients of the weighted sum of it, by name."""
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in form.students}
@@ -29,10 +35,7 @@ def results(function, form: Form, tensors, options) -> dict[str, torch.Tensor]:
     if options.get("inplace"):  # overwrites logits that a model made
         given |= {name: leaf * 1.0 for name, leaf in leaves.items()}
     positional = [given.pop(name) for name in form.positional]
-    outputs = function(*positional, **given, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if isinstance(outputs[-1], tuple):  # beside a loss
-        outputs = *outputs[:-1], *outputs[-1]
+    outputs = flat(function(*positional, **given, **options))
     generator, total = torch.Generator().manual_seed(9), 0.0
     for x in outputs:
         if x.requires_grad:
@@ -78,13 +81,15 @@ def run_case(member: Member, case: Case, compiled: bool = False) -> dict[str, to
     if compiled:
         torch.compiler.reset()
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    if case.told != "placement":
+    heads = case.form.startswith("linear")  # whose DTensors are FSDP's without a group
+    if case.told != "placement" or heads:
         options["group"] = member.group
+    if case.told != "placement":
         return results(function, case.of_form, tensors, options)
     mesh = DeviceMesh.from_group(member.group, "cpu")
     whole = case.tensors()
     for name, tensor in tensors.items():
-        if shared := case.sizes(name):
+        if name in SPLIT and (shared := case.sizes(name)):
             shape, stride = whole[name].shape, whole[name].stride()
             placed = mesh, [Shard(shared[0] % tensor.dim())]
             tensors[name] = DTensor.from_local(tensor, *placed, shape=shape, stride=stride)
@@ -92,6 +97,8 @@ def run_case(member: Member, case: Case, compiled: bool = False) -> dict[str, to
     for name, value in found.items():
         if name.startswith("gradient"):
             given = tensors[name.removeprefix("gradient of ")]
+            if not isinstance(given, DTensor):
+                continue
             assert value.placements == given.placements
             assert value.shape == given.shape
             found[name] = value.to_local()
@@ -101,7 +108,8 @@ def run_case(member: Member, case: Case, compiled: bool = False) -> dict[str, to
 
 def alone(case: Case) -> dict[str, torch.Tensor]:
     """The results of one process that has the whole vocabulary."""
-    return results(case.of_form.function, case.of_form, case.tensors(), case.options)
+    options = {name: x for name, x in case.options.items() if name != "sequence_parallel"}
+    return results(case.of_form.function, case.of_form, case.tensors(), options)
 
 
 def oracle(case: Case, double: bool) -> dict[str, torch.Tensor]:

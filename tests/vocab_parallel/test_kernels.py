@@ -125,6 +125,19 @@ def test_tokens(form, edit, hold):
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_statistics(divergence, option, hold):
+    edit = "dead part" if option else "nothing"
     options = {**option, "divergence": divergence}
-    for edit in ("nothing", "dead part"):
-        hold(Case(WIDTHS[3], options, form="distillation_statistics", edit=edit))
+    hold(Case(WIDTHS[3], options, form="distillation_statistics", edit=edit))
+
+
+@pytest.mark.parametrize("edit", ["nothing", "unread"])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("linear_token_log_probs", {}),
+        ("linear_distillation_statistics", {"divergence": "jensen_shannon"}),
+        ("linear_distillation_statistics", {"coefficients": (0.7, -1.3, 0.25)}),
+    ],
+)
+def test_heads_of_tokens(form, options, edit, hold):
+    hold(Case(WIDTHS[3], options, form=form, edit=edit))

@@ -12,9 +12,10 @@ import torch.distributed as dist
 import distill_ops
 from distill_ops import groups
 from tests.support.allocations import measured_peak
+from tests.support.forms import CALLED
 from tests.support.ranks import Member
 from tests.vocab_parallel.cases import Case
-from tests.vocab_parallel.results import run_case
+from tests.vocab_parallel.results import flat, run_case
 
 
 def runs(member: Member, case: Case, n: int) -> list[dict[str, torch.Tensor]]:
@@ -49,8 +50,7 @@ def traffic(member: Member, case: Case, more: int = 0) -> tuple[Traffic, Traffic
         for _ in range(more):
             groups.resolve(member.group.group_name).all_gather(torch.zeros(1))
     counts.append(Traffic(counted.collectives, counted.bytes))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    total = sum(x.sum() for x in outputs if x.requires_grad)
+    total = sum(x.sum() for x in flat(outputs) if x.requires_grad)
     with groups.counted() as counted:
         if form.students:
             total.backward()
@@ -121,3 +121,17 @@ def raise_on_one(member: Member, wrong: bool = True) -> float:
     total = torch.tensor(member.rank + 1)
     dist.all_reduce(total, group=member.group)
     return total.item()
+
+
+def called(member: Member, form: str, tensors: dict, options: dict) -> tuple[Outcome, object]:
+    """How a call with these tensors of the whole vocabulary ends on this rank, each having its columns of
+    the logits, and what it gives."""
+    tensors = {
+        name: x.tensor_split(member.size, -1)[member.rank] if name.endswith("logits") else x
+        for name, x in tensors.items()
+    }
+    found = []
+    ended = outcome(
+        lambda: found.append(CALLED[form].function(**tensors, **options, group=member.group))
+    )
+    return ended, found
