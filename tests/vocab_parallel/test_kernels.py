@@ -44,11 +44,11 @@ def hold(monkeypatch, kernel_device):
     return hold_on_threads
 
 
-@pytest.mark.covering("divergence option")
+@pytest.mark.covering("option divergence.moment", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, hold):
-    hold(Case(WIDTHS[3], {**OPTIONS[option], "divergence": divergence}))
+    hold(Case(WIDTHS[2 + (option == "plain")], {**OPTIONS[option], "divergence": divergence}))
 
 
 LINEAR = {
