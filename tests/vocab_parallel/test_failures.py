@@ -30,7 +30,6 @@ WRONG = {  # of every rank alike, words of the error
     "label of padding": ({"labels": LABELS, "hard_label_weight": 0.5, "vocab_size": 5}, "labels must lie in"),
     "propagate": ({"infinities": "propagate"}, "infinities='drop'"),
     "outputs": ({"token_outputs": ["student_entropy"]}, "token_outputs"),
-    "beyond": ({"vocab_size": N_COLS + 1}, "vocab_size"),
 }  # fmt: skip
 
 
@@ -42,6 +41,21 @@ def test_a_wrong_call_is_an_error_on_every_rank(what, told, ranks):
     for found in ranks.call(2, call, case):
         assert found.error == "ValueError", found
         assert words in found.message
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("distillation_loss", "nothing"), ("distillation_loss", "placement"),
+        ("linear_distillation_loss", "offset"),
+    ],
+)  # fmt: skip
+def test_more_columns_than_all_ranks_have(form, told, ranks):
+    """Of logits an offset alone does not tell how many they are."""
+    case = Case((17, 16), {"vocab_size": N_COLS + 1}, form=form, told=told)
+    for found in ranks.call(2, call, case):
+        assert found.error == "ValueError", found
+        assert f"vocab_size must be at most the columns of all ranks, {N_COLS}" in found.message
 
 
 def test_a_whole_teacher_needs_the_widths(ranks):
