@@ -13,6 +13,15 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.interpreter
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
+ROWS = [
+    "some infinite",
+    "dead student",
+    "dead teacher",
+    "dead part",
+    "bad rows",
+    "dead rows",
+    "far",
+]
 OPTIONS = {
     "plain": {},
     "backward": {"gradient": "backward", "temperature": 2.0},
@@ -49,6 +58,34 @@ def hold(monkeypatch, kernel_device):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, hold):
     hold(Case(WIDTHS[2 + (option == "plain")], {**OPTIONS[option], "divergence": divergence}))
+
+
+@pytest.mark.covering("edit divergence.moment", "divergence")
+@pytest.mark.parametrize("edit", ROWS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_what_rows_hold(divergence, edit, hold):
+    options = {"divergence": divergence, "reduction": "none"}
+    hold(Case(WIDTHS[2], options, edit=edit))
+
+
+@pytest.mark.parametrize("edit", ["some infinite", "dead student"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+def test_hard_labels_of_infinite_logits(divergence, edit, hold):
+    options = {"divergence": divergence, **HARD, "gradient": "backward"}
+    hold(Case(WIDTHS[3], options, edit=edit))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "total_variation"])
+def test_half_precision(divergence, dtype, hold):
+    hold(Case(WIDTHS[2], {"divergence": divergence, **HARD}, dtype, told="nothing"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_token_log_probs(temperature, hold):
+    options = {"temperature": temperature}
+    for told in ("offset", "nothing"):
+        hold(Case(WIDTHS[3], options, form="token_log_probs", told=told))
 
 
 LINEAR = {
