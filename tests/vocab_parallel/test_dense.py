@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from distill_ops import AlphaBeta, JensenShannon, SymmetricKL
 from tests.support.cases import FLOAT_MASK, LABELS, OPTIONS, TOKENS
-from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, EDITS, INF, WIDTHS, Case, widths_of
+from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, INF, WIDTHS, Case, widths_of
 from tests.vocab_parallel.results import compare, hold, merged, results, run_case, same_bits
 from tests.vocab_parallel.work import runs
 
@@ -15,13 +16,17 @@ OPTIONS |= {
     "inplace_backward": {
         "inplace": True, "gradient": "backward", "labels": LABELS, "hard_label_weight": 0.4,
     },
+    "teacher_rows": {"teacher_rows": torch.tensor([[3, 1, 1], [0, 5, 5]]), "labels": LABELS},
 }  # fmt: skip
 KINDS = [
     "reverse_kl",
     "symmetric_kl",
     "jensen_shannon",
 ]  # one collective, two, two without a moment
-ROWS = [edit for edit in EDITS if edit not in ("beyond", "equal")]
+ROWS = [
+    "dead student", "dead teacher", "dead part", "dead first part", "some infinite", "padding",
+    "bad rows", "dead rows", "far",
+]  # fmt: skip
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])
 divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -140,6 +145,27 @@ def test_components(divergence, weights, ranks):
     }  # fmt: skip
     ours = hold(ranks, Case(WIDTHS[3], options))
     assert len(ours) == 4
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        SymmetricKL(torch.rand(TOKENS, generator=torch.Generator().manual_seed(0))),
+        JensenShannon(torch.linspace(0.1, 0.9, 6).view(TOKENS)), AlphaBeta(torch.tensor(0.3), 0.5),
+    ],
+    ids=lambda x: x.name,
+)  # fmt: skip
+def test_parameters_that_are_tensors(divergence, ranks):
+    for dtype, gradient in zip(DTYPES, ("forward", "backward"), strict=True):
+        options = {"divergence": divergence, "gradient": gradient, "loss_mask": FLOAT_MASK}
+        hold(ranks, Case(WIDTHS[3], options, dtype))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_no_teacher(gradient, ranks):
+    options = {"labels": LABELS, "hard_label_weight": 1.0, "gradient": gradient}
+    for dtype, told in zip(DTYPES, ("offset", "nothing"), strict=True):
+        hold(ranks, Case(WIDTHS[3], options, dtype, edit="no teacher", told=told))
 
 
 @pytest.mark.covering("divergence", "gradient divergence.moment")

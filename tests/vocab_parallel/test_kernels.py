@@ -81,13 +81,6 @@ def test_half_precision(divergence, dtype, hold):
     hold(Case(WIDTHS[2], {"divergence": divergence, **HARD}, dtype, told="nothing"))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_token_log_probs(temperature, hold):
-    options = {"temperature": temperature}
-    for told in ("offset", "nothing"):
-        hold(Case(WIDTHS[3], options, form="token_log_probs", told=told))
-
-
 LINEAR = {
     "plain": {},
     "backward": {"gradient": "backward", "temperature": 2.0, "loss_mask": FLOAT_MASK},
@@ -122,7 +115,7 @@ def test_tokens(form, edit, hold):
         hold(Case(WIDTHS[3], options, form=form, edit=edit))
 
 
-@pytest.mark.covering("divergence option")
+@pytest.mark.covering("divergence.moment option")
 @pytest.mark.parametrize(
     "option", [{}, {"coefficients": (0.7, -1.3, 0.25), "temperature": 2.0}], ids=["plain", "loss"]
 )
