@@ -30,6 +30,13 @@ class Split(NamedTuple):
             return width
         return min(max(self.vocab_size - offset, 0), width)
 
+    def check_total(self, total: int) -> None:
+        """A ValueError, on every rank, where more columns are to count than all ranks have."""
+        if UNKNOWN != total < self.vocab_size:
+            raise ValueError(
+                f"vocab_size must be at most the columns of all ranks, {total}, got {self.vocab_size}"
+            )
+
     @property
     def bound(self) -> int | None:
         """Labels and ids lie below it; None where this rank alone cannot tell."""
@@ -153,7 +160,8 @@ def place_of(
     whole.
 
     Raises:
-        ValueError: a teacher that is neither split alike nor whole.
+        ValueError: a teacher that is neither split alike nor whole, or a ``vocab_size`` beyond all columns,
+            where these are known.
     """
     group, offset, total = resolve(split.group), split.offset, split.width
     other = teacher_width is not None and teacher_width != width
@@ -164,6 +172,7 @@ def place_of(
             offset, total = int(before), int(widths.sum())
         else:
             return Place(group, before, width, None)
+    split.check_total(total)
     if other and teacher_width != total:
         raise ValueError(
             f"the teacher has {teacher_width} columns and the student, on this rank, {width}: split both "

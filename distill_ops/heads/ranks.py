@@ -101,6 +101,7 @@ def joined(
             f"the ranks must have the hidden states of {advice}, got {tokens} tokens: pad them, with a "
             f"loss_mask of 0"
         )
+    split.check_total(sum(widths))
     counted = [split.n_cols(*x) for x in zip(widths, before, strict=True)]
     start = _teacher_start(group.rank, widths, teacher_width, of_teacher, before)
     place = Place(group, before[group.rank], counted[group.rank], start)

@@ -73,7 +73,7 @@ class Ranks:
                     end = min(end, time.monotonic() + GRACE)
         if failed or pending:
             if pending or any("process ended" in text for text in failed.values()):
-                self.close()
+                self.close(patience=0)
             lost = dict.fromkeys(pending.values(), f"no answer within {patience} s\n")
             texts = failed or lost
             raise RankError("\n".join(f"rank {rank}: {texts[rank]}" for rank in sorted(texts)))
@@ -91,21 +91,23 @@ class Ranks:
             self.processes.append(process)
             self.connections.append(ours)
 
-    def close(self) -> None:
-        """End the processes; the next call starts others."""
+    def close(self, patience: float = 5.0) -> None:
+        """End the processes, by force those that have not ended in time; the next call starts others."""
+        for connection in self.connections:
+            connection.close()  # which they wait for
+        end = time.monotonic() + patience
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0))
         for process in self.processes:
             process.kill()
-        for process in self.processes:
             process.join()
-        for connection in self.connections:
-            connection.close()
         if self.processes:
             self.folder.cleanup()
         self.processes, self.connections = [], []
 
 
 def serve(rank: int, folder: str, connection: Connection) -> None:
-    """What each process does: join the groups, then answer calls until it is killed."""
+    """What each process does: join the groups, then answer calls until there is nobody to make one."""
     torch.set_num_threads(1)
     if sys.platform == "linux":  # not the address that the machine's name happens to resolve to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -122,6 +124,7 @@ def serve(rank: int, folder: str, connection: Connection) -> None:
         try:
             request = connection.recv_bytes()
         except EOFError:
+            dist.destroy_process_group()
             return
         connection.send_bytes(pickle.dumps(answer(members, request)))
 

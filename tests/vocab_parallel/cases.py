@@ -65,7 +65,7 @@ class Case(NamedTuple):
         }  # fmt: skip
         (EDITS | SLOT_EDITS)[self.edit](made, self.widths)
         names = (*self.of_form.positional, *self.of_form.named)
-        wide = lambda x: x.to(self.dtype) if x.is_floating_point() else x
+        wide = lambda x: x if x is None or not x.is_floating_point() else x.to(self.dtype)
         return {name: wide(made[name]) for name in names if name not in COUNTED}
 
     def sizes(self, name: str) -> tuple[int, list[int]] | None:
@@ -81,7 +81,7 @@ class Case(NamedTuple):
         """A rank's tensors, of memory of their own, and its options but for the group."""
         tensors = self.tensors()
         for name, whole in tensors.items():
-            if shared := self.sizes(name):
+            if whole is not None and (shared := self.sizes(name)):
                 tensors[name] = whole.split(shared[1], shared[0])[rank].clone()
         offset = {"vocab_offset": sum(self.widths[:rank])} if self.told == "offset" else {}
         return tensors, {**self.options, **offset}
@@ -147,6 +147,26 @@ def equal(tensors, widths):
     tensors["teacher_logits"][..., ::5] += 0.05
 
 
+def no_teacher(tensors, widths):
+    tensors["teacher_logits"] = None
+
+
+def unused_slots(tensors, widths):
+    """A top-k teacher has fewer than K tokens in some rows."""
+    ids, log_probs = tensors["teacher_ids"], tensors["teacher_log_probs"]
+    ids[..., 1] = -1
+    ids[1, :, 0] = -1
+    log_probs[..., 1] = 7.0  # whatever they hold
+    log_probs[0, 0, 2] = -INF
+
+
+def slots_of_one_rank(tensors, widths):
+    """All of a top-k teacher's tokens are the last rank's."""
+    begin, end = edges(widths)[-2:]
+    tensors["teacher_ids"].copy_(begin + torch.arange(K) % (end - begin))
+    tensors["teacher_log_probs"].copy_(tensors["teacher_log_probs"].sort(-1).values - 0.1)
+
+
 def beyond(tensors, widths):
     """Nobody reads these columns."""
     for name in ("student_logits", "teacher_logits"):
@@ -183,6 +203,9 @@ EDITS = OF_TOKENS | {
     "dead rows": dead_rows,
     "far": far,
     "equal": equal,
+    "no teacher": no_teacher,
+    "unused slots": unused_slots,
+    "slots of one rank": slots_of_one_rank,
     "beyond": beyond,
 }
 

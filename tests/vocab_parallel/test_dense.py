@@ -3,17 +3,9 @@
 import pytest
 import torch
 
+from distill_ops import AlphaBeta, JensenShannon, SymmetricKL
 from tests.support.cases import FLOAT_MASK, LABELS, OPTIONS, TOKENS
-from tests.vocab_parallel.cases import (
-    BEYOND,
-    DIVERGENCES,
-    EDITS,
-    INF,
-    OF_TOKENS,
-    WIDTHS,
-    Case,
-    widths_of,
-)
+from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, INF, WIDTHS, Case, widths_of
 from tests.vocab_parallel.results import compare, hold, merged, results, run_case, same_bits
 from tests.vocab_parallel.work import runs
 
@@ -24,26 +16,31 @@ OPTIONS |= {
     "inplace_backward": {
         "inplace": True, "gradient": "backward", "labels": LABELS, "hard_label_weight": 0.4,
     },
+    "teacher_rows": {"teacher_rows": torch.tensor([[3, 1, 1], [0, 5, 5]]), "labels": LABELS},
 }  # fmt: skip
 KINDS = [
     "reverse_kl",
     "symmetric_kl",
     "jensen_shannon",
 ]  # one collective, two, two without a moment
-ROWS = [edit for edit in EDITS if edit not in ("beyond", "equal", *OF_TOKENS)]
+ROWS = [
+    "dead student", "dead teacher", "dead part", "dead first part", "some infinite", "padding",
+    "bad rows", "dead rows", "far",
+]  # fmt: skip
 
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])
 divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 
 
-@pytest.mark.covering("option divergence.operands", "divergence")
+@pytest.mark.covering("option divergence.moment", "divergence dtype", "option dtype")
+@dtypes
 @pytest.mark.parametrize("option", OPTIONS)
 @divergences
-def test_options(divergence, option, ranks):
+def test_options(divergence, option, dtype, ranks):
     options = {**OPTIONS[option], "divergence": divergence}
     if "ignore_index" in options:
         options["labels"] = options["labels"].clamp(min=0)
-    for dtype in DTYPES:
-        hold(ranks, Case(widths_of(divergence, option), options, dtype))
+    hold(ranks, Case(widths_of(divergence, option), options, dtype))
 
 
 @pytest.mark.covering("widths told", "divergence told")
@@ -57,12 +54,12 @@ def test_options(divergence, option, ranks):
 def test_splits(divergence, widths, told, ranks):
     options = {"divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4}
     told, *whole = told.split(", ")
-    for dtype in DTYPES:
-        for gradient in ("forward", "backward"):
-            case = Case(widths, {**options, "gradient": gradient}, dtype, told=told)
-            hold(ranks, case._replace(whole_teacher=bool(whole)))
+    for dtype, gradient in zip(DTYPES, ("forward", "backward"), strict=True):
+        case = Case(widths, {**options, "gradient": gradient}, dtype, told=told)
+        hold(ranks, case._replace(whole_teacher=bool(whole)))
 
 
+@pytest.mark.covering("widths gradient", "divergence gradient")
 @pytest.mark.parametrize("widths", [(17, 16), (11, 11, 11), (9, 9, 9, 6), (3, 3, 3, 0)], ids=str)
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("divergence", KINDS)
@@ -71,20 +68,18 @@ def test_placements(divergence, gradient, widths, ranks):
     options = {
         "divergence": divergence, "labels": LABELS, "hard_label_weight": 0.4, "gradient": gradient,
     }  # fmt: skip
-    for dtype in DTYPES:
-        case = Case(widths, options, dtype, told="placement")
-        hold(ranks, case)
-        hold(ranks, case._replace(whole_teacher=True))
+    for dtype, whole in zip(DTYPES, (False, True), strict=True):
+        hold(ranks, Case(widths, options, dtype, told="placement", whole_teacher=whole))
 
 
-@pytest.mark.covering("divergence.operands edit", "divergence")
+@pytest.mark.covering("edit divergence.moment", "divergence dtype", "edit dtype")
+@dtypes
 @pytest.mark.parametrize("edit", ROWS)
 @divergences
-def test_what_rows_hold(divergence, edit, ranks):
+def test_what_rows_hold(divergence, edit, dtype, ranks):
     """Infinities, parts and rows without a finite logit, and offsets, on some ranks or on all."""
     options = {"divergence": divergence, "reduction": "none"}
-    for dtype in DTYPES:
-        hold(ranks, Case(widths_of(divergence, edit), options, dtype, edit=edit))
+    hold(ranks, Case(widths_of(divergence, edit), options, dtype, edit=edit))
 
 
 @divergences
@@ -104,6 +99,7 @@ def test_hard_labels_of_infinite_logits(divergence, edit, ranks):
         assert (ours["output 0"] == INF).any() == (edit != "some infinite")
 
 
+@pytest.mark.covering("divergence told", "widths told")
 @pytest.mark.parametrize("told", ["offset", "nothing"])
 @pytest.mark.parametrize("widths", [(15, 14, 4), (29, 4), (20, 2, 5, 6)], ids=str)
 @pytest.mark.parametrize("divergence", KINDS)
@@ -118,7 +114,8 @@ def test_ranks_beyond_the_vocabulary(divergence, widths, told, ranks):
         assert (ours["gradient of student_logits"][..., BEYOND:] == 0).all()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.covering("options reduction", "divergence")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,7 +134,7 @@ def test_no_kept_token(divergence, options, reduction, ranks):
     assert (ours["gradient of student_logits"] == 0).all()
 
 
-@pytest.mark.covering("divergence", "weights divergence.operands")
+@pytest.mark.covering("divergence", "weights divergence.moment")
 @pytest.mark.parametrize("weights", [(0.0, None), (0.3, None), (1.0, None), (1.5, -2.0)], ids=str)
 @divergences
 def test_components(divergence, weights, ranks):
@@ -146,12 +143,32 @@ def test_components(divergence, weights, ranks):
         "soft_weight": weights[1], "scale_by_temperature_squared": True, "divergence": divergence,
         "return_components": True,
     }  # fmt: skip
-    for dtype in DTYPES:
-        ours = hold(ranks, Case(WIDTHS[3], options, dtype))
-        assert len(ours) == 4
+    ours = hold(ranks, Case(WIDTHS[3], options))
+    assert len(ours) == 4
 
 
-@pytest.mark.covering("divergence", "gradient divergence.operands")
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        SymmetricKL(torch.rand(TOKENS, generator=torch.Generator().manual_seed(0))),
+        JensenShannon(torch.linspace(0.1, 0.9, 6).view(TOKENS)), AlphaBeta(torch.tensor(0.3), 0.5),
+    ],
+    ids=lambda x: x.name,
+)  # fmt: skip
+def test_parameters_that_are_tensors(divergence, ranks):
+    for dtype, gradient in zip(DTYPES, ("forward", "backward"), strict=True):
+        options = {"divergence": divergence, "gradient": gradient, "loss_mask": FLOAT_MASK}
+        hold(ranks, Case(WIDTHS[3], options, dtype))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_no_teacher(gradient, ranks):
+    options = {"labels": LABELS, "hard_label_weight": 1.0, "gradient": gradient}
+    for dtype, told in zip(DTYPES, ("offset", "nothing"), strict=True):
+        hold(ranks, Case(WIDTHS[3], options, dtype, edit="no teacher", told=told))
+
+
+@pytest.mark.covering("divergence", "gradient divergence.moment")
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @divergences
 def test_run_to_run(divergence, gradient, ranks):
@@ -165,7 +182,7 @@ def test_run_to_run(divergence, gradient, ranks):
         assert all(same_bits(found[name], first[name]) for name in first)
 
 
-@pytest.mark.parametrize("told", ["offset", "nothing", "placement"])
+@pytest.mark.parametrize("told", ["nothing", "placement"])
 def test_compiled(told, ranks):
     """One graph, whose operator holds the collectives."""
     options = {"divergence": "jensen_shannon", "labels": LABELS, "hard_label_weight": 0.4}

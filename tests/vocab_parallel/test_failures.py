@@ -6,7 +6,7 @@ import torch
 from tests.support.cases import LABELS
 from tests.support.ranks import RankError
 from tests.vocab_parallel.cases import N_COLS, WIDTHS, Case
-from tests.vocab_parallel.work import in_debug_mode, one_raises, raise_on_one
+from tests.vocab_parallel.work import call, in_debug_mode, one_raises, raise_on_one
 
 TIMEOUT = 3.0
 
@@ -23,6 +23,47 @@ def test_a_rank_that_raises_makes_the_others_fail(divergence, ranks):
         assert waited.error == "RuntimeError"
         assert waited.seconds < 3 * TIMEOUT
         assert "rank" in waited.message
+
+
+WRONG = {  # of every rank alike, words of the error
+    "label": ({"labels": LABELS + N_COLS, "hard_label_weight": 0.5}, "labels must lie in"),
+    "label of padding": ({"labels": LABELS, "hard_label_weight": 0.5, "vocab_size": 5}, "labels must lie in"),
+    "propagate": ({"infinities": "propagate"}, "infinities='drop'"),
+    "outputs": ({"token_outputs": ["student_entropy"]}, "token_outputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ["offset", "nothing"])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_call_is_an_error_on_every_rank(what, told, ranks):
+    options, words = WRONG[what]
+    case = Case(WIDTHS[2], options, told=told)
+    for found in ranks.call(2, call, case):
+        assert found.error == "ValueError", found
+        assert words in found.message
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("distillation_loss", "nothing"), ("distillation_loss", "placement"),
+        ("linear_distillation_loss", "offset"),
+    ],
+)  # fmt: skip
+def test_more_columns_than_all_ranks_have(form, told, ranks):
+    """Of logits an offset alone does not tell how many they are."""
+    case = Case((17, 16), {"vocab_size": N_COLS + 1}, form=form, told=told)
+    for found in ranks.call(2, call, case):
+        assert found.error == "ValueError", found
+        assert f"vocab_size must be at most the columns of all ranks, {N_COLS}" in found.message
+
+
+def test_a_whole_teacher_needs_the_widths(ranks):
+    """Which an offset alone does not tell."""
+    case = Case(WIDTHS[2], whole_teacher=True)
+    for found in ranks.call(2, call, case):
+        assert found.error == "ValueError"
+        assert "without vocab_offset=" in found.message
 
 
 DIFFERENT = {  # what rank 1 has of its own

@@ -13,6 +13,15 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.interpreter
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
+ROWS = [
+    "some infinite",
+    "dead student",
+    "dead teacher",
+    "dead part",
+    "bad rows",
+    "dead rows",
+    "far",
+]
 OPTIONS = {
     "plain": {},
     "backward": {"gradient": "backward", "temperature": 2.0},
@@ -78,11 +87,32 @@ def test_topk_masses(divergence, hold):
     hold(Case((17, 0, 16), options, form="topk_distillation_loss"))
 
 
-@pytest.mark.covering("divergence option")
+@pytest.mark.covering("option divergence.moment", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, hold):
-    hold(Case(WIDTHS[3], {**OPTIONS[option], "divergence": divergence}))
+    hold(Case(WIDTHS[2 + (option == "plain")], {**OPTIONS[option], "divergence": divergence}))
+
+
+@pytest.mark.covering("edit divergence.moment", "divergence")
+@pytest.mark.parametrize("edit", ROWS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_what_rows_hold(divergence, edit, hold):
+    options = {"divergence": divergence, "reduction": "none"}
+    hold(Case(WIDTHS[2], options, edit=edit))
+
+
+@pytest.mark.parametrize("edit", ["some infinite", "dead student"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+def test_hard_labels_of_infinite_logits(divergence, edit, hold):
+    options = {"divergence": divergence, **HARD, "gradient": "backward"}
+    hold(Case(WIDTHS[3], options, edit=edit))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "total_variation"])
+def test_half_precision(divergence, dtype, hold):
+    hold(Case(WIDTHS[2], {"divergence": divergence, **HARD}, dtype, told="nothing"))
 
 
 LINEAR = {
@@ -119,7 +149,7 @@ def test_tokens(form, edit, hold):
         hold(Case(WIDTHS[3], options, form=form, edit=edit))
 
 
-@pytest.mark.covering("divergence option")
+@pytest.mark.covering("divergence.moment option")
 @pytest.mark.parametrize(
     "option", [{}, {"coefficients": (0.7, -1.3, 0.25), "temperature": 2.0}], ids=["plain", "loss"]
 )

@@ -191,6 +191,7 @@ def test_sequence_parallel_needs_a_group():
         linear_distillation_loss(*pair[:4], sequence_parallel=2)
 
 
+@pytest.mark.covering("split", "gradient")
 @pytest.mark.parametrize("split", [False, True])
 @when
 def test_compiled(gradient, split, ranks):

@@ -76,13 +76,17 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def outcome(call) -> Outcome:
+def outcome(function) -> Outcome:
     begin = time.monotonic()
     try:
-        call()
+        function()
     except Exception as e:
         return Outcome(type(e).__name__, str(e), time.monotonic() - begin)
     return Outcome(None, "", time.monotonic() - begin)
+
+
+def call(member: Member, case: Case) -> Outcome:
+    return outcome(lambda: run_case(member, case))
 
 
 def one_raises(member: Member, case: Case, wrong: dict, seconds: float) -> Outcome:
