@@ -45,7 +45,7 @@ STATISTICS += [
         HEAD_PAIR, "other widths", ValueError, f"{V} rows and teacher_weight {V + 1}: pass vocab_size=",
         teacher_weight=torch.zeros(V + 1, 5), teacher_bias=None,
     ),
-    of_form(HEAD_PAIR, "vocab_size=0", ValueError, r"vocab_size must be in \[1", vocab_size=0),
+    of_form(HEAD_PAIR, "vocab_size=0", ValueError, r"vocab_size must be at least 1", vocab_size=0),
     of_form(HEAD_PAIR, "vocab_size='all'", TypeError, "vocab_size must be an int", vocab_size="all"),
     of_form(
         HEAD_PAIR, "ids beyond vocab_size", ValueError, r"token_ids must lie in \[0, 3\)", vocab_size=3
