@@ -24,7 +24,7 @@ from tests.vocab_parallel.linear_work import (
 from tests.vocab_parallel.results import compare, hold, merged, run_case, same_bits
 from tests.vocab_parallel.work import runs, traffic
 
-FORM = "linear_distillation_loss"
+FORM, TOPK = "linear_distillation_loss", "linear_topk_distillation_loss"
 KINDS = ["soft_cross_entropy", "jensen_shannon"]  # of one collective a block, and of two
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
 GRADIENTS = ["forward", "backward"]
@@ -193,8 +193,28 @@ def test_sequence_parallel_needs_a_group():
 
 @pytest.mark.covering("split", "gradient")
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @when
-def test_compiled(gradient, split, ranks):
+def test_topk_teachers(gradient, tail, split, ranks):
+    """Two collectives a block; slots are whole on every rank, and of all tokens."""
+    options = {"divergence": "reverse_kl", "gradient": gradient, "tail": tail, "labels": LABELS}
+    widths = WIDTHS[2] if split else (14, 0, 19)
+    budget = 8 * (2 * 6 + 19) + 1  # of one token of the widest rank
+    if gradient == "backward":
+        options |= {"reduction": "none", "vocab_size": 29}
+    given = {**options, "memory_budget": budget, "sequence_parallel": split}
+    case = Case(widths, given, torch.float64, TOPK)
+    compare(case._replace(options=options), merged(case, ranks.call(len(widths), run_case, case)))
+    n, of_hidden = int((LABELS != -100).sum()), int(gradient == "forward")
+    for forward, backward in ranks.call(len(widths), traffic, case):
+        assert forward.collectives == 1 + int(split) + 2 * n + of_hidden
+        assert backward.collectives == (0 if of_hidden else int(split) + 1)
+
+
+@pytest.mark.parametrize("form", [FORM, TOPK])
+@pytest.mark.parametrize("split", [False, True])
+@when
+def test_compiled(gradient, split, form, ranks):
     """One graph, whose operator holds the collectives."""
     options = {
         **HARD,
@@ -202,7 +222,7 @@ def test_compiled(gradient, split, ranks):
         "gradient": gradient,
         "sequence_parallel": split,
     }
-    case = Case(WIDTHS[2], options, form=FORM)
+    case = Case(WIDTHS[2], options, form=form)
     eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
     assert all(same_bits(graph[name], eager[name]) for name in eager)
 
