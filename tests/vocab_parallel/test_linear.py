@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from distill_ops import linear_distillation_loss
+from distill_ops.heads.blocks import split
 from tests.support.cases import FLOAT_MASK, LABELS
 from tests.vocab_parallel.cases import WIDTHS, Case
 from tests.vocab_parallel.linear_work import (
     WAYS,
     Model,
+    called,
     differ,
     given_logits,
     gradients,
@@ -47,6 +49,18 @@ def budget_of(tokens: int, widest: int, itemsize: int) -> int:
 
 
 # --- blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_blocks_hold_both_logits_of_all_their_tokens(gpu):
+    """The rows under work are the block's: its collectives need them all."""
+    for budget in (100, 1000, 1 << 15, 1 << 20):
+        blocks = split(5000, 60, 40, budget, 0, gpu=gpu, pieces=True, whole=True)
+        assert blocks.rows == blocks.tokens
+        assert blocks.tokens * 100 <= budget
+        n_blocks = -(-5000 // (budget // 100))
+        assert n_blocks <= -(-5000 // blocks.tokens) <= n_blocks * (1.3 if gpu else 1)
+    assert split(5000, 60, 40, 400_000, 100_000, gpu=gpu, whole=True) == (5000, 5000)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS[3], (9, 0, 24), (1, 30, 1, 1)], ids=str)
@@ -164,6 +178,13 @@ def test_sequence_parallel(divergence, gradient, whole, ranks):
             assert backward.collectives == 0 if n else 2 + 1
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "module"])
+def test_other_ways_to_call(way, ranks):
+    for found, expected in ranks.call(2, called, WIDTHS[2], way):
+        for ours, plain in zip(found, expected, strict=True):
+            assert same_bits(ours, plain)
+
+
 def test_sequence_parallel_needs_as_many_tokens_on_each_rank(ranks):
     options = {"sequence_parallel": True}
     for found in ranks.call(3, split_tokens, WIDTHS[3], (2, 2, 3), options):
@@ -211,10 +232,11 @@ def test_topk_teachers(gradient, tail, split, ranks):
         assert backward.collectives == (0 if of_hidden else int(split) + 1)
 
 
-@pytest.mark.parametrize("form", [FORM, TOPK])
-@pytest.mark.parametrize("split", [False, True])
-@when
-def test_compiled(gradient, split, form, ranks):
+@pytest.mark.parametrize(
+    ("form", "gradient", "split"),
+    [(FORM, "forward", False), (FORM, "backward", True), (TOPK, "backward", False)],
+)
+def test_compiled(form, gradient, split, ranks):
     """One graph, whose operator holds the collectives."""
     options = {
         **HARD,
