@@ -8,6 +8,7 @@ from ..checks.heads import check_head
 from ..checks.logits import check_vocabulary
 from ..checks.options import block_options, given_options, head_options
 from ..checks.slots import check_topk
+from ..checks.split_heads import check_sequence_parallel, split_heads
 from ..checks.values import TokenRows
 from ..operators.linear import linear_loss
 from ..problem import HeadOptions
@@ -15,10 +16,10 @@ from ..results import LossResult
 from .choices import loss_result
 from .heads import NO_HEAD, linear_problem
 
-WITHOUT = ("infinities", "group", "vocab_offset")
+WITHOUT = ("infinities",)
 OWN = (
     "tail", "mass_terms", "log_prob_floor", "student_bias", "student_logit_scale", "student_softcap",
-    "logits_dtype", "memory_budget", "kept_tokens",
+    "logits_dtype", "memory_budget", "kept_tokens", "sequence_parallel",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def linear_topk_distillation_loss(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     kept_tokens: int | None = None,
+    sequence_parallel: bool = False,
     **options: Unpack[LossOptions],
 ) -> LossResult:
     """:func:`topk_distillation_loss` of a language-model head, without its logits in memory.
@@ -69,23 +71,34 @@ def linear_topk_distillation_loss(
         teacher_rows: ``[...]``, int64 or int32: the row of the slots for each token, as there.
         student_bias, student_logit_scale, student_softcap, logits_dtype, memory_budget,
             kept_tokens, vocab_size: as in :func:`linear_distillation_loss`.
+        group, vocab_offset, sequence_parallel: of a column-parallel head, as there; every rank has all of
+            the teacher's slots, of all tokens, and two collectives run once a block.
 
     The others, the result and the errors are those of :func:`distill_ops.distillation_loss`.
     """
     arguments = given_options("linear_topk_distillation_loss", options, *WITHOUT, own=OWN)
     blocks = block_options(logits_dtype, memory_budget, kept_tokens)
     student_options = head_options("student_", student_logit_scale, student_softcap)
+    split, student_weight, student_bias = split_heads(
+        arguments.group, arguments.vocab_offset, arguments.vocab_size,
+        student_weight=student_weight, student_bias=student_bias,
+    )  # fmt: skip
+    ranks = check_sequence_parallel(
+        sequence_parallel, arguments.group, student_hidden=student_hidden
+    )
     student = student_hidden, student_weight, student_bias
-    check_head("student_", *student)
-    rows = TokenRows("student_hidden", student_hidden)
-    n_cols = check_vocabulary(arguments.vocab_size, student_weight.shape[0])
+    check_head("student_", *student, least=int(split.group is None))
+    rows = TokenRows("student_hidden", student_hidden, ranks)
+    n_cols = student_weight.shape[0]
+    if split.group is None:
+        n_cols = check_vocabulary(arguments.vocab_size, n_cols)
     asked = Tail(tail, mass_terms, log_prob_floor)
     arguments, checked = check_topk(rows, teacher_log_probs, teacher_ids, asked, arguments)
     if not arguments.soft:
         teacher_log_probs = teacher_ids = None
     inputs, options, made = linear_problem(
         student, student_options, NO_HEAD, HeadOptions(1.0, None), (teacher_log_probs, teacher_ids),
-        checked, n_cols, arguments, blocks,
+        checked, n_cols, arguments, blocks._replace(token_ranks=ranks), split=split,
     )  # fmt: skip
     outputs = linear_loss("linear_topk_distillation_loss", inputs, options, made)
     return loss_result(outputs, options.loss, arguments.return_components)

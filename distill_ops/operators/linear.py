@@ -160,7 +160,7 @@ def fake(inputs: problem.LinearInputs, options: problem.LinearOptions, plan: Pla
     )
     inputs = shaped_as_all(inputs, options.blocks.token_ranks)
     if plan.made == BACKWARD and options.loss.split.group is not None:
-        gradients = linear_split.kept_fakes(inputs, options.loss.backend)
+        gradients = linear_split.kept_fakes(inputs, options.loss)
     return loss_fakes(inputs, options.loss), gradients
 
 

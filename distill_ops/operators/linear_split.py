@@ -8,9 +8,11 @@ from ..groups import check_agreement
 from ..heads.engine import Gradients
 from ..heads.ranks import N_KEPT, Ranks, joined, joined_again
 from ..heads.select import placed
-from ..problem import LinearInputs, LinearOptions
+from ..problem import LinearInputs, LinearOptions, Options
+from ..rows import TopKTeacher
+from ..vocab_parallel import rows, topk
 from ..vocab_parallel.losses import facts_of
-from ..vocab_parallel.rows import local, row_losses
+from ..vocab_parallel.rows import local
 from .path import phases_of
 from .register import Plan
 
@@ -48,6 +50,7 @@ def facts_of_call(inputs: LinearInputs, options: LinearOptions, plan: Plan) -> d
     dtypes = [None if x is None else str(x.dtype) for x in (*inputs.student, *inputs.teacher)]
     return {
         **facts_of(inputs, options.loss), **options._asdict(), "loss": None, "the tensors' dtypes": dtypes,
+        "the number of slots K": None if inputs.teacher_ids is None else inputs.teacher_ids.shape[-1],
         "when gradients are made": plan.made, "which gradients are wanted": plan.wanted,
     }  # fmt: skip
 
@@ -62,26 +65,37 @@ class SplitRows:
 
     def __init__(self, made, ranks: Ranks, keep: bool = False):
         self.made, self.options, self.place = made, made.options, ranks.place
-        self.phases, self.kept = phases_of(made.options.backend), None
+        top_k = made.options.tail is not None
+        self.phases, self.order = phases_of(made.options.backend, top_k), topk if top_k else rows
+        self.kept = None
         made.tokens = local(made.tokens, ranks.place)
         if keep:
             self.kept = made.losses.new_empty(made.selection.n_rows, self.phases.KEPT)
 
-    def row_loss(self, student, rows: slice, gradient) -> None:
-        made, (teacher, tokens) = self.made, self.made.compared(rows)
-        found = row_losses(self.phases, self.options, tokens, student, teacher, self.place)
-        made.losses[rows] = found.losses
+    def compared(self, part: slice):
+        """Tokens of the rows under work, and the teacher as the phases take it."""
+        teacher, tokens = self.made.compared(part)
+        if isinstance(teacher, TopKTeacher):
+            teacher = topk.SlotTeacher.of(teacher, self.place, self.options)
+        return tokens, teacher
+
+    def row_loss(self, student, part: slice, gradient) -> None:
+        made, (tokens, teacher) = self.made, self.compared(part)
+        found = self.order.row_losses(
+            self.phases, self.options, tokens, student, teacher, self.place
+        )
+        made.losses[part] = found.losses
         if len(made.components):
-            made.components[:, rows] = found.components
+            made.components[:, part] = found.components
         if self.kept is not None:
-            self.kept[rows] = found.kept
+            self.kept[part] = found.kept
         if gradient is not None:
             one = found.kept.new_ones(())
             self._differentiate(tokens, student, teacher, found.kept, one, gradient)
 
     def _differentiate(self, tokens, student, teacher, kept, upstream, out) -> None:
         columns = student, teacher, self.place.n_cols
-        self.phases.differentiate(self.options, tokens, *columns, kept, upstream, out)
+        self.order.differentiate(self.phases, self.options, tokens, *columns, kept, upstream, out)
 
     def statistics(self, n_tokens: int) -> torch.Tensor:
         """What the backward needs of all tokens, ``[n, KEPT]``."""
@@ -95,16 +109,17 @@ class SplitRows:
         if index is not None:
             kept, upstream = (x.index_select(0, index) for x in (kept, upstream))
 
-        def write(student, rows, gradient):
-            teacher, tokens = self.made.compared(rows)
-            of_rows = kept[rows], upstream[rows].contiguous()
+        def write(student, part, gradient):
+            tokens, teacher = self.compared(part)
+            of_rows = kept[part], upstream[part].contiguous()
             self._differentiate(tokens, student, teacher, *of_rows, gradient)
 
         return self.made.engine.run(write)
 
 
-def kept_fakes(inputs: LinearInputs, backend: str):
+def kept_fakes(inputs: LinearInputs, options: Options):
     """Of a forward that makes no gradient; the inputs are those of all tokens."""
-    new, numbers = inputs.student_hidden.new_empty, phases_of(backend).KEPT
+    new = inputs.student_hidden.new_empty
+    numbers = phases_of(options.backend, options.tail is not None).KEPT
     of_rows = new((inputs.n_rows, numbers), dtype=inputs.dtype())
     return of_rows, new(N_KEPT, dtype=torch.int64, device="cpu"), None

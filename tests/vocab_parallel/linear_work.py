@@ -5,8 +5,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
-from distill_ops import linear_distillation_loss, reference
+from distill_ops import LinearDistillationLoss, linear_distillation_loss, reference
 from tests.support.allocations import measured_peak
 from tests.support.linear_cases import Pair, make_pair
 from tests.support.ranks import Member
@@ -58,6 +59,28 @@ def split_tokens(member: Member, widths, counts: tuple[int, ...], options: dict)
             hidden[0], heads_of_rank[0], hidden[1], heads_of_rank[1], group=member.group, **options
         )
     )
+
+
+def called(member: Member, widths, way: str) -> tuple[list, list]:
+    """Loss and gradients through a checkpoint, which calls the forward again, or of a module; and plainly."""
+    pair = heads()
+    teacher = pair.teacher_hidden, cut(pair.teacher_weight, widths, member)
+    options = {
+        "divergence": "jensen_shannon", "group": member.group, "memory_budget": 600,
+        "gradient": "backward",
+    }  # fmt: skip
+
+    def loss(hidden, weight):
+        return linear_distillation_loss(hidden, weight, *teacher, **options)
+
+    def through(hidden, weight):
+        if way == "module":
+            return LinearDistillationLoss(**options)(hidden, weight, *teacher)
+        return checkpoint(loss, hidden, weight, use_reentrant=False)
+
+    leaves = [pair.student_hidden, cut(pair.student_weight, widths, member)]
+    leaves = [x.requires_grad_() for x in leaves]
+    return tuple(gradients(call(*leaves), leaves) for call in (through, loss))
 
 
 def differ(member: Member, widths, of_rank: list[dict], debug: bool = False) -> Outcome:

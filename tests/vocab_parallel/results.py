@@ -5,6 +5,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from distill_ops import reference
+from distill_ops.problem import working_dtype
+from distill_ops.reference.linear import head_logits
 from tests.losses.test_metrics import formulas
 from tests.support.forms import Form
 from tests.support.helpers import assert_close, condition, to_float64, topk_condition
@@ -123,6 +125,8 @@ def oracle(case: Case, double: bool) -> dict[str, torch.Tensor]:
             options["divergence"] = options["divergence"].map_tensors(to_float64)
     if case.form == "distillation_metrics":
         return results(_metrics, form, tensors, options)
+    if case.form == "linear_topk_distillation_loss":
+        return results(_linear_topk, form, tensors, options)
     bound = getattr(form.function, "keywords", {})
     name = getattr(form.function, "func", form.function).__name__
     return results(getattr(reference, name), form, tensors, {**bound, **options})
@@ -134,13 +138,25 @@ def _metrics(student, teacher, temperature=1.0, vocab_size=None):
     return *formulas(student, teacher, temperature).values(), agreement
 
 
+def _linear_topk(hidden, weight, log_probs, ids, student_bias, **options):
+    """The oracle of hidden states' logits."""
+    dtype = working_dtype(hidden, weight, student_bias, log_probs)
+    unread = torch.zeros_like(hidden[..., 0], dtype=torch.bool)
+    head = options.pop("student_logit_scale", 1.0), options.pop("student_softcap", None)
+    logits = head_logits(hidden, weight, student_bias, *head, unread, len(weight), dtype)
+    return reference.topk_distillation_loss(logits, log_probs, ids, **options)
+
+
 def condition_of(case: Case, tensors: dict) -> float:
     """How much more than a rounding one rounding costs the losses."""
     if case.form == "distillation_loss":
         return condition(tensors["student_logits"], tensors["teacher_logits"], case.options)
+    slots = [tensors[x] for x in ("teacher_log_probs", "teacher_ids") if x in tensors]
     if case.form == "topk_distillation_loss":
-        given = (tensors[x] for x in ("student_logits", "teacher_log_probs", "teacher_ids"))
-        return topk_condition(*given, case.options)
+        return topk_condition(tensors["student_logits"], *slots, case.options)
+    if case.form == "linear_topk_distillation_loss":
+        hidden, weight, bias = (tensors[f"student_{x}"] for x in ("hidden", "weight", "bias"))
+        return topk_condition(hidden @ weight.t() + bias, *slots, case.options)
     if case.form == "linear_distillation_loss":
         return loss_condition(make_heads(sum(case.widths)), case.options)
     return 8.0
@@ -166,7 +182,10 @@ def compare(case: Case, ours: dict[str, torch.Tensor]) -> None:
         if expected.dtype == torch.bool:
             assert torch.equal(ours[name], expected), name
             continue
-        units = condition_of(case, case.tensors()) if name.startswith("output") else 1.0
+        # in the product that a hidden state's gradient is, terms cancel
+        units = 2.0 if name == "gradient of student_hidden" else 1.0
+        if name.startswith("output"):
+            units = condition_of(case, case.tensors())
         assert_close(name, ours[name], eager[name], expected, units)
 
 

@@ -136,6 +136,14 @@ def test_linear(divergence, option, hold):
     hold(Case((9, 0, 24), options, form="linear_distillation_loss", whole_teacher=True))
 
 
+@pytest.mark.parametrize("option", ["plain", "backward", "hard_none", "vocab_size", "teacher_rows"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+def test_linear_topk(divergence, option, hold):
+    options = {**LINEAR[option], "divergence": divergence}
+    for widths in (WIDTHS[3], (9, 0, 24)):
+        hold(Case(widths, options, form="linear_topk_distillation_loss"))
+
+
 OF_TOKENS = {
     "token_log_probs": ({}, {"temperature": 2.0}),
     "distillation_metrics": ({}, {"vocab_size": 29}),

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from distill_ops import linear_distillation_loss
+from distill_ops.heads.blocks import split
 from tests.support.cases import FLOAT_MASK, LABELS
 from tests.vocab_parallel.cases import WIDTHS, Case
 from tests.vocab_parallel.linear_work import (
     WAYS,
     Model,
+    called,
     differ,
     given_logits,
     gradients,
@@ -24,7 +26,7 @@ from tests.vocab_parallel.linear_work import (
 from tests.vocab_parallel.results import compare, hold, merged, run_case, same_bits
 from tests.vocab_parallel.work import runs, traffic
 
-FORM = "linear_distillation_loss"
+FORM, TOPK = "linear_distillation_loss", "linear_topk_distillation_loss"
 KINDS = ["soft_cross_entropy", "jensen_shannon"]  # of one collective a block, and of two
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
 GRADIENTS = ["forward", "backward"]
@@ -47,6 +49,18 @@ def budget_of(tokens: int, widest: int, itemsize: int) -> int:
 
 
 # --- blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_blocks_hold_both_logits_of_all_their_tokens(gpu):
+    """The rows under work are the block's: its collectives need them all."""
+    for budget in (100, 1000, 1 << 15, 1 << 20):
+        blocks = split(5000, 60, 40, budget, 0, gpu=gpu, pieces=True, whole=True)
+        assert blocks.rows == blocks.tokens
+        assert blocks.tokens * 100 <= budget
+        n_blocks = -(-5000 // (budget // 100))
+        assert n_blocks <= -(-5000 // blocks.tokens) <= n_blocks * (1.3 if gpu else 1)
+    assert split(5000, 60, 40, 400_000, 100_000, gpu=gpu, whole=True) == (5000, 5000)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS[3], (9, 0, 24), (1, 30, 1, 1)], ids=str)
@@ -164,6 +178,13 @@ def test_sequence_parallel(divergence, gradient, whole, ranks):
             assert backward.collectives == 0 if n else 2 + 1
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "module"])
+def test_other_ways_to_call(way, ranks):
+    for found, expected in ranks.call(2, called, WIDTHS[2], way):
+        for ours, plain in zip(found, expected, strict=True):
+            assert same_bits(ours, plain)
+
+
 def test_sequence_parallel_needs_as_many_tokens_on_each_rank(ranks):
     options = {"sequence_parallel": True}
     for found in ranks.call(3, split_tokens, WIDTHS[3], (2, 2, 3), options):
@@ -193,8 +214,29 @@ def test_sequence_parallel_needs_a_group():
 
 @pytest.mark.covering("split", "gradient")
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @when
-def test_compiled(gradient, split, ranks):
+def test_topk_teachers(gradient, tail, split, ranks):
+    """Two collectives a block; slots are whole on every rank, and of all tokens."""
+    options = {"divergence": "reverse_kl", "gradient": gradient, "tail": tail, "labels": LABELS}
+    widths = WIDTHS[2] if split else (14, 0, 19)
+    budget = 8 * (2 * 6 + 19) + 1  # of one token of the widest rank
+    if gradient == "backward":
+        options |= {"reduction": "none", "vocab_size": 29}
+    given = {**options, "memory_budget": budget, "sequence_parallel": split}
+    case = Case(widths, given, torch.float64, TOPK)
+    compare(case._replace(options=options), merged(case, ranks.call(len(widths), run_case, case)))
+    n, of_hidden = int((LABELS != -100).sum()), int(gradient == "forward")
+    for forward, backward in ranks.call(len(widths), traffic, case):
+        assert forward.collectives == 1 + int(split) + 2 * n + of_hidden
+        assert backward.collectives == (0 if of_hidden else int(split) + 1)
+
+
+@pytest.mark.parametrize(
+    ("form", "gradient", "split"),
+    [(FORM, "forward", False), (FORM, "backward", True), (TOPK, "backward", False)],
+)
+def test_compiled(form, gradient, split, ranks):
     """One graph, whose operator holds the collectives."""
     options = {
         **HARD,
@@ -202,7 +244,7 @@ def test_compiled(gradient, split, ranks):
         "gradient": gradient,
         "sequence_parallel": split,
     }
-    case = Case(WIDTHS[2], options, form=FORM)
+    case = Case(WIDTHS[2], options, form=form)
     eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
     assert all(same_bits(graph[name], eager[name]) for name in eager)
 
