@@ -12,7 +12,7 @@ HOLD = f"{TESTS}what_rows_hold"
 SPLIT_TOKENS = [
     Mutation(
         "split tokens: an entropy's moment is not moved with the maxima", TOKENS,
-        "(part.moment + part.total * shift)", "part.moment", f"{HOLD}[token_log_probs-far]",
+        " + part.total * factor * shift", "", f"{HOLD}[token_log_probs-far]",
     ),
     Mutation(
         "split tokens: an ignored id that is a place of no rank's is read", TOKENS,

@@ -197,8 +197,16 @@ def low(tensors, widths):
     dead_part("student_logits", "teacher_logits")(tensors, widths)
 
 
+def lowest(tensors, widths):
+    """A rank's logits are the lowest float32 in some rows, and those of another near the highest."""
+    begin, end = edges(widths)[1:3]
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name][0, :, begin:end] = torch.finfo(torch.float32).min
+        tensors[name][0, 2, 0] = 1e38
+
+
 OF_TOKENS = {
-    "unread": unread, "no token": no_token, "counted ids": counted_ids, "low": low,
+    "lowest": lowest, "unread": unread, "no token": no_token, "counted ids": counted_ids, "low": low,
 }  # fmt: skip
 EDITS = OF_TOKENS | {
     "nothing": lambda tensors, widths: None,

@@ -142,7 +142,7 @@ OF_TOKENS = {
 }
 
 
-@pytest.mark.parametrize("edit", ["nothing", "low"])
+@pytest.mark.parametrize("edit", ["nothing", "low", "lowest"])
 @pytest.mark.parametrize("form", OF_TOKENS)
 def test_tokens(form, edit, hold):
     for options in OF_TOKENS[form]:

@@ -37,7 +37,7 @@ def case_of(form: str, widths, options=(), **more) -> Case:
 
 
 @pytest.mark.parametrize(
-    "edit", ["low", "dead student", "dead teacher", "dead first part", "some infinite", "bad rows", "dead rows", "far"]
+    "edit", ["low", "lowest", "dead student", "dead teacher", "dead first part", "some infinite", "bad rows", "dead rows", "far"]
 )  # fmt: skip
 @forms
 def test_what_rows_hold(form, edit, ranks):
