@@ -12,7 +12,7 @@ HOLD = f"{TESTS}what_rows_hold"
 SPLIT_TOKENS = [
     Mutation(
         "split tokens: an entropy's moment is not moved with the maxima", TOKENS,
-        " + part.total * factor * shift", "", f"{HOLD}[token_log_probs-far]",
+        "self.moment * factor + total * shift", "self.moment * factor", f"{HOLD}[token_log_probs-far]",
     ),
     Mutation(
         "split tokens: an ignored id that is a place of no rank's is read", TOKENS,
@@ -31,7 +31,7 @@ SPLIT_TOKENS = [
     ),
     Mutation(
         "split statistics: the restricted student's softmax for its own", STATISTICS,
-        "if kind.infinite_at_teacher_zero", "if False",
+        "0 if kind.infinite_at_teacher_zero else 2", "2",
         f"{HOLD}[distillation_statistics-some infinite]",
     ),
     Mutation(
