@@ -95,6 +95,7 @@ def token_gradient_of_chunk(
     if dead.any():
         q[dead] = 0.0
     shift = ((own - finite_maximum(maximum)) / temperature).masked_fill_(dead, 0.0)
+    shift.clamp_(min=LOWEST)  # times a factor of 0 it is 0
     over = (
         shift.exp() * _total(own, q) / (total * -temperature)
     )  # of q, in what is asked of the row

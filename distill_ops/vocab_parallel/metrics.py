@@ -8,8 +8,7 @@ from ..checks.values import debug
 from ..groups import check_agreement, place_of
 from ..problem import MetricsInputs, MetricsOptions
 from .losses import facts_of
-from .statistics import agreement
-from .tokens import TokenStatistics
+from .statistics import agreement, of_pairs
 
 
 def metrics(phases, inputs: MetricsInputs, options: MetricsOptions):
@@ -23,17 +22,9 @@ def metrics(phases, inputs: MetricsInputs, options: MetricsOptions):
     pairs = place.group.all_gather(
         phases.pair_part(*columns, None, place.n_cols, temperature, inputs.dtype())
     )
-    none = torch.zeros_like(pairs[0, 0])
-    both = [
-        TokenStatistics.combine(
-            [TokenStatistics(*part[first : first + 3], none) for part in pairs], temperature
-        )
-        for first in (0, 3)
-    ]
-    kept = torch.stack([x for row in both for x in (row.maximum, row.total)])
+    both = of_pairs(pairs, torch.zeros_like(pairs[:, :2]), temperature)
+    kept = torch.stack([both.maximum, both.total], 1).flatten(0, 1)
     parts = place.group.all_gather(phases.pair_sums(*columns, place.n_cols, temperature, kept))
-    alive = (both[0].total > 0) & (both[1].total > 0)
-    sums = torch.cat(
-        [reduce(torch.add, parts.unbind(0)), torch.stack([row.entropy() for row in both])]
-    )
+    alive = (both.total > 0).all(0)
+    sums = torch.cat([reduce(torch.add, parts.unbind(0)), both.entropy()])
     return sums.masked_fill_(~alive, torch.nan), agreement(pairs) & alive

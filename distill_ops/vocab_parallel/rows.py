@@ -68,9 +68,17 @@ def row_losses(
     phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place
 ) -> RowLosses:
     """Losses of rows ``[..., width]`` of this rank's columns; the tokens are :func:`local`."""
-    kind, columns = options.kind(), (student, teacher, place.n_cols)
-    parts = phases.normalise(options, tokens, *columns)
+    parts = phases.normalise(options, tokens, student, teacher, place.n_cols)
     gathered = place.group.all_gather(parts)
+    return losses_of(phases, options, tokens, student, teacher, place, gathered, parts)
+
+
+def losses_of(
+    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place,
+    gathered: torch.Tensor, parts: torch.Tensor,
+) -> RowLosses:  # fmt: skip
+    """The same from what :meth:`Phases.normalise` gave, on every rank and on this one."""
+    kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
     if phases.combined is not None:
         found = RowLosses(*phases.combined(options, tokens, gathered, None))
         if kind is not None and kind.moment not in CLOSED:
@@ -82,15 +90,6 @@ def row_losses(
     row = RowStatistics.combine(
         [RowStatistics.unpack(part) for part in gathered], kind or Divergence, options.temperature
     )
-    return losses_of(phases, options, tokens, student, teacher, place, row, parts)
-
-
-def losses_of(
-    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place,
-    row: RowStatistics, parts: torch.Tensor,
-) -> RowLosses:  # fmt: skip
-    """The same from the statistics of whole rows, and what :meth:`Phases.normalise` gave."""
-    kind, weights, columns = options.kind(), tokens.weights, (student, teacher, place.n_cols)
     loss, slope = None, torch.zeros_like(row.student_sum)
     scale = scale_of(tokens, slope)
     if kind is not None and kind.moment in CLOSED:

@@ -10,50 +10,61 @@ statistics_gradient   the gradient of this rank's columns, from what is kept of 
 import torch
 
 from ..checks.values import debug
-from ..divergences.base import Divergence
 from ..groups import Place, check_agreement, place_again, place_of
 from ..problem import Options, StatisticsInputs
-from ..row_statistics import OF_DIVERGENCE, RowStatistics
+from ..row_statistics import OF_DIVERGENCE
 from ..rows import IGNORED, Tokens, parameters_of
 from .losses import facts_of
 from .rows import CLOSED, losses_of, refuse_nowhere
 from .tokens import TokenStatistics, local_ids, logits_at
 
-PAIR = (
-    7  # numbers of phases.pair_part: maximum, sum and moment of each model, and whether they agree
-)
-WITHOUT_MOMENTS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-)  # of RowStatistics, those that a divergence without closed sums needs
+# Of phases.pair_part: maximum, sum and moment of each model, and whether they agree.
+PAIR = 7
 
 
-def _which(options: Options) -> tuple[list[int], list[int]]:
-    """The numbers of RowStatistics and of the pair that are sent. A softmax that both have is sent once:
-    the teacher's, and the student's where the divergence does not restrict it."""
+def _which(options: Options) -> tuple[list[slice], list[slice]]:
+    """The numbers of RowStatistics and of the pair that are sent: without the moments where sums follow,
+    and a softmax that both have once, which is the teacher's, and the student's where the divergence does
+    not restrict it."""
     kind = options.kind()
     closed = kind.moment in CLOSED
-    of_rows = list(range(OF_DIVERGENCE)) if closed else list(WITHOUT_MOMENTS)
-    return of_rows, [0, 1, 2, 5, 6] if kind.infinite_at_teacher_zero else [2, 5, 6]
+    of_rows = [slice(0, OF_DIVERGENCE)] if closed else [slice(0, 4), slice(7, 8)]
+    return of_rows, [slice(0 if kind.infinite_at_teacher_zero else 2, 3), slice(5, PAIR)]
 
 
 def _packed(options: Options, of_rows: torch.Tensor, pair: torch.Tensor, *logits: torch.Tensor):
     first, second = _which(options)
-    return torch.cat([of_rows[first], pair[second], torch.stack(logits)])
+    return torch.cat(
+        [*(of_rows[x] for x in first), *(pair[x] for x in second), torch.stack(logits)]
+    )
 
 
-def _unpacked(options: Options, packed: torch.Tensor):
-    """RowStatistics ``[8, n]``, the pair's numbers ``[7, n]`` and the token's logits of a part."""
+def _unpacked(options: Options, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """RowStatistics ``[ranks, 8, n]``, the pairs' numbers ``[ranks, 7, n]`` and the token's logits
+    ``[ranks, 2, n]``, of gathered numbers."""
     first, second = _which(options)
-    of_rows = packed.new_zeros((OF_DIVERGENCE, packed.shape[1]))
-    of_rows[first] = packed[: len(first)]
-    pair = packed.new_zeros((PAIR, packed.shape[1]))
-    pair[:2], pair[3:5] = of_rows[:2], of_rows[2:4]
-    pair[second] = packed[len(first) : -2]
-    return of_rows, pair, packed[-2:]
+    n_ranks, _, n_rows = packed.shape
+    of_rows = packed.new_zeros((n_ranks, OF_DIVERGENCE, n_rows))
+    pairs = packed.new_zeros((n_ranks, PAIR, n_rows))
+    at = 0
+
+    def take(target: torch.Tensor, places: list[slice]) -> None:
+        nonlocal at
+        for place in places:
+            n = place.stop - place.start
+            target[:, place] = packed[:, at : at + n]
+            at += n
+
+    take(of_rows, first)
+    pairs[:, :2], pairs[:, 3:5] = of_rows[:, :2], of_rows[:, 2:4]
+    take(pairs, second)
+    return of_rows, pairs, packed[:, at:]
+
+
+def of_pairs(pairs: torch.Tensor, logits: torch.Tensor, temperature: float) -> TokenStatistics:
+    """Of whole rows of student and teacher, each ``[2, n]``, from the numbers of all ranks."""
+    maximum, total, moment = (pairs[:, i:6:3] for i in range(3))
+    return TokenStatistics(maximum, total, moment, logits).combined(temperature)
 
 
 def agreement(pairs: torch.Tensor) -> torch.Tensor:
@@ -96,27 +107,15 @@ def statistics_of_rows(phases, inputs: StatisticsInputs, options: Options, place
     pair = phases.pair_part(*models, ids, place.n_cols, temperature, dtype)
     logits = (logits_at(x, ids, dtype) for x in models)
     gathered = place.group.all_gather(_packed(options, own, pair, *logits))
-    of_rows, pairs, logits = (
-        torch.stack(x) for x in zip(*(_unpacked(options, part) for part in gathered), strict=True)
-    )
-    row = RowStatistics.combine(
-        [RowStatistics.unpack(part) for part in of_rows], options.kind() or Divergence, temperature
-    )
-    of_student, of_teacher = (
-        TokenStatistics.combine(
-            [TokenStatistics(*pairs[rank, first : first + 3], logits[rank, i]) for rank in range(len(pairs))],
-            temperature,
-        )
-        for i, first in enumerate((0, 3))
-    )  # fmt: skip
-    nowhere = of_student.nowhere() | of_teacher.nowhere()
-    refuse_nowhere("token_ids", nowhere & ~ignored)
-    found = losses_of(phases, options, tokens, *models, place, row, own)
-    both = of_student, of_teacher
-    entropies = [x.entropy() for x in both]
-    outputs = torch.stack([found.losses, *(x.log_prob(temperature) for x in both), *entropies])
-    alive = (of_student.total > 0) & (of_teacher.total > 0)
-    kept = found.kept, of_student.kept(entropies[0])
+    of_rows, pairs, logits = _unpacked(options, gathered)
+    both = of_pairs(pairs, logits, temperature)
+    refuse_nowhere("token_ids", both.nowhere().any(0) & ~ignored)
+    found = losses_of(phases, options, tokens, *models, place, of_rows, own)
+    entropies = both.entropy()
+    outputs = torch.cat([found.losses[None], both.log_prob(temperature), entropies])
+    alive = (both.total > 0).all(0)
+    student = TokenStatistics(*(x[0] for x in both))
+    kept = found.kept, student.kept(entropies[0])
     return outputs.masked_fill_(ignored, 0.0), agreement(pairs) & alive, kept
 
 

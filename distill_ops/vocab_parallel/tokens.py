@@ -5,7 +5,6 @@ them: one all-gather of 4 numbers a row (3 without the entropy), combined in ran
 local.
 """
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ INF = float("inf")
 
 
 class TokenStatistics(NamedTuple):
-    """Of some columns of n rows, each ``[n]``; y is ``(x - maximum) / temperature`` of a logit x.
+    """Of some columns of n rows, each ``[..., n]``; y is ``(x - maximum) / temperature`` of a logit x.
 
     Columns without a finite logit are an empty part: maximum -inf, sums 0."""
 
@@ -32,20 +31,16 @@ class TokenStatistics(NamedTuple):
     moment: torch.Tensor  # sum(exp(y) y)
     logit: torch.Tensor  # the token's; +inf where it is in no column of the part
 
-    @staticmethod
-    def combine(parts: Sequence["TokenStatistics"], temperature: float) -> "TokenStatistics":
-        """Of the columns of all parts, summed in their order."""
-        maximum = reduce(torch.maximum, [part.maximum for part in parts])
-        total = moment = torch.zeros_like(maximum)
-        for part in parts:
-            shift = distance(part.maximum, maximum, temperature)
-            factor = shift.exp()
-            total = total + part.total * factor
-            # by the factor first: near the lowest float a distance times a sum overflows
-            moment = moment + part.moment * factor + part.total * factor * shift
-        return TokenStatistics(
-            maximum, total, moment, reduce(torch.minimum, [part.logit for part in parts])
-        )
+    def combined(self, temperature: float) -> "TokenStatistics":
+        """Of all columns, where these are parts', ``[ranks, ..., n]``; they are added in their order."""
+        maximum = self.maximum.amax(0)
+        shift = distance(self.maximum, maximum, temperature)
+        factor = shift.exp()
+        total = self.total * factor
+        # by the factor first: near the lowest float a distance times a sum overflows
+        moment = self.moment * factor + total * shift
+        total, moment = (reduce(torch.add, x.unbind(0)) for x in (total, moment))
+        return TokenStatistics(maximum, total, moment, self.logit.amin(0))
 
     def _where_alive(self, found: torch.Tensor) -> torch.Tensor:
         """NaN in a row without a softmax."""
@@ -101,11 +96,9 @@ def numbers_of(
 
 def combined(parts: torch.Tensor, options: TokenOptions) -> TokenStatistics:
     """Of gathered numbers ``[ranks, 3 or 4, n]``."""
-    found = []
-    for maximum, total, logit, *moment in (part.unbind(0) for part in parts):
-        moment = moment[0] if moment else torch.zeros_like(total)
-        found.append(TokenStatistics(maximum, total, moment, logit))
-    return TokenStatistics.combine(found, options.temperature)
+    maximum, total, logit, *moment = parts.unbind(1)
+    moment = moment[0] if moment else torch.zeros_like(total)
+    return TokenStatistics(maximum, total, moment, logit).combined(options.temperature)
 
 
 def results(row: TokenStatistics, options: TokenOptions, ignored: torch.Tensor):

@@ -18,6 +18,7 @@ from tests.support.mutations_operators import OPERATOR_MUTATIONS
 from tests.support.mutations_outputs import TOKEN_OUTPUTS
 from tests.support.mutations_phases import PHASES
 from tests.support.mutations_row_statistics import ROW_STATISTICS
+from tests.support.mutations_split_tokens import SPLIT_TOKENS
 from tests.support.mutations_statistics import STATISTICS
 from tests.support.mutations_support import SUPPORT_MUTATIONS
 from tests.support.mutations_system2 import SYSTEM2
@@ -50,4 +51,5 @@ MUTATIONS = [
     *SYSTEM2,
     *TEACHER_STORES,
     *TOKENIZERS,
+    *SPLIT_TOKENS,
 ]

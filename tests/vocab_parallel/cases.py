@@ -186,11 +186,28 @@ def no_token(tensors, widths):
 
 
 def counted_ids(tensors, widths):
-    """Ids of every rank, and some that may be an ignored one."""
-    tensors["token_ids"].copy_(torch.tensor([[0, 5, 31], [6, 2, 32]]))
+    """Ids of every rank, some that may be an ignored one, and one just before a rank's columns."""
+    tensors["token_ids"].copy_(torch.tensor([[0, 5, 31], [6, 4, 32]]))
 
 
-OF_TOKENS = {"unread": unread, "no token": no_token, "counted ids": counted_ids}
+def low(tensors, widths):
+    """All logits are far below 0, but for those of a rank that are -inf."""
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name] -= 300.0
+    dead_part("student_logits", "teacher_logits")(tensors, widths)
+
+
+def lowest(tensors, widths):
+    """A rank's logits are the lowest float32 in some rows, and those of another near the highest."""
+    begin, end = edges(widths)[1:3]
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name][0, :, begin:end] = torch.finfo(torch.float32).min
+        tensors[name][0, 2, 0] = 1e38
+
+
+OF_TOKENS = {
+    "lowest": lowest, "unread": unread, "no token": no_token, "counted ids": counted_ids, "low": low,
+}  # fmt: skip
 EDITS = OF_TOKENS | {
     "nothing": lambda tensors, widths: None,
     "dead student": dead_part("student_logits"),

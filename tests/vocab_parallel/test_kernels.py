@@ -150,7 +150,7 @@ OF_TOKENS = {
 }
 
 
-@pytest.mark.parametrize("edit", ["nothing", "dead part"])
+@pytest.mark.parametrize("edit", ["nothing", "low", "lowest"])
 @pytest.mark.parametrize("form", OF_TOKENS)
 def test_tokens(form, edit, hold):
     for options in OF_TOKENS[form]:
@@ -163,7 +163,7 @@ def test_tokens(form, edit, hold):
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_statistics(divergence, option, hold):
-    edit = "dead part" if option else "nothing"
+    edit = "low" if option else "nothing"
     options = {**option, "divergence": divergence}
     hold(Case(WIDTHS[3], options, form="distillation_statistics", edit=edit))
 

@@ -37,7 +37,7 @@ def case_of(form: str, widths, options=(), **more) -> Case:
 
 
 @pytest.mark.parametrize(
-    "edit", ["dead student", "dead teacher", "dead first part", "some infinite", "bad rows", "dead rows", "far"]
+    "edit", ["low", "lowest", "dead student", "dead teacher", "dead first part", "some infinite", "bad rows", "dead rows", "far"]
 )  # fmt: skip
 @forms
 def test_what_rows_hold(form, edit, ranks):
@@ -101,18 +101,20 @@ def test_an_id_that_no_rank_has_is_refused_by_all(form, ranks):
 
 def test_ties_agree_on_the_first_of_equals(ranks):
     """On whichever ranks they are."""
-    student, teacher = torch.zeros(4, 12), torch.zeros(4, 12)
+    student, teacher = torch.zeros(6, 12), torch.zeros(6, 12)
     student[0, [3, 9]] = teacher[0, [3, 5]] = 2.0  # 3 and 3
     student[1, [3, 9]] = teacher[1, [5, 9]] = 2.0  # 3 and 5
     student[2, [5, 9]] = teacher[2, [1, 9]] = 2.0  # the other rank's, though both have 9
     student[3, 11] = teacher[3, 11] = INF
+    student[4, 3], teacher[4, 3], teacher[4, 9] = 2.0, 1.0, 2.0  # a rank's own are one column
+    student[5, 9] = teacher[5, 10] = 2.0
     for form, more in (
         ("distillation_metrics", {}),
-        ("distillation_statistics", {"token_ids": torch.zeros(4, dtype=torch.int64)}),
+        ("distillation_statistics", {"token_ids": torch.zeros(6, dtype=torch.int64)}),
     ):
         tensors = {"student_logits": student, "teacher_logits": teacher, **more}
         for _, (found,) in ranks.call(3, called, form, tensors, {}):
-            assert found.top1_agreement.tolist() == [True, False, False, False]
+            assert found.top1_agreement.tolist() == [True] + [False] * 5
 
 
 @forms
