@@ -128,6 +128,18 @@ def bad_rows(tensors, widths):
     tensors["teacher_logits"][1, 0, -1] = math.nan
 
 
+def each_row_another(tensors, widths):
+    """Rows with finite logits, some infinite ones, one rank's part infinite in the student, in the teacher
+    and in both, and NaN."""
+    student, teacher = (tensors[f"{side}_logits"].flatten(0, 1) for side in ("student", "teacher"))
+    begin, end = edges(widths)[1:3]
+    student[1, begin], teacher[1, begin + 1 : begin + 3] = -INF, -INF
+    student[2, begin:end] = -INF
+    teacher[3, begin:end] = -INF
+    student[4, :begin], teacher[4, :begin] = -INF, -INF
+    student[5, begin] = math.nan
+
+
 def dead_rows(tensors, widths):
     """Rows without a softmax, on every rank."""
     tensors["student_logits"][0, 0] = -INF
@@ -217,6 +229,7 @@ EDITS = OF_TOKENS | {
     "some infinite": some_infinite,
     "padding": padding,
     "bad rows": bad_rows,
+    "each row another": each_row_another,
     "dead rows": dead_rows,
     "far": far,
     "equal": equal,

@@ -25,7 +25,7 @@ KINDS = [
 ]  # one collective, two, two without a moment
 ROWS = [
     "dead student", "dead teacher", "dead part", "dead first part", "some infinite", "padding",
-    "bad rows", "dead rows", "far",
+    "bad rows", "dead rows", "each row another", "far",
 ]  # fmt: skip
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split(".")[1])

@@ -13,15 +13,7 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.interpreter
 HARD = {"labels": LABELS, "hard_label_weight": 0.4}
-ROWS = [
-    "some infinite",
-    "dead student",
-    "dead teacher",
-    "dead part",
-    "bad rows",
-    "dead rows",
-    "far",
-]
+ROWS = ["each row another", "dead rows", "far"]
 OPTIONS = {
     "plain": {},
     "backward": {"gradient": "backward", "temperature": 2.0},
@@ -94,7 +86,7 @@ def test_options(divergence, option, hold):
     hold(Case(WIDTHS[2 + (option == "plain")], {**OPTIONS[option], "divergence": divergence}))
 
 
-@pytest.mark.covering("edit divergence.moment", "divergence")
+@pytest.mark.covering("edit", "divergence")
 @pytest.mark.parametrize("edit", ROWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_what_rows_hold(divergence, edit, hold):
@@ -128,6 +120,7 @@ LINEAR = {
 }
 
 
+@pytest.mark.covering("option", "divergence")
 @pytest.mark.parametrize("option", LINEAR)
 @pytest.mark.parametrize("divergence", ["soft_cross_entropy", "jensen_shannon"])
 def test_linear(divergence, option, hold):

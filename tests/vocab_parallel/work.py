@@ -7,6 +7,8 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch._dynamo  # of DTensors and compiled calls: here once, instead of in each process
+import torch._functorch.aot_autograd
 import torch.distributed as dist
 
 import distill_ops
