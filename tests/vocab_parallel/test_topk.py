@@ -93,6 +93,13 @@ def test_placements(gradient, widths, ranks):
         hold(ranks, Case(widths, options, dtype, FORM, told="placement"))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, tail, ranks):
+    for divergence in ("reverse_kl", "alpha_beta"):
+        hold(ranks, Case(WIDTHS[3], {**HARD, "divergence": divergence, "tail": tail}, dtype, FORM))
+
+
 def test_teacher_rows(ranks):
     options = {"teacher_rows": torch.tensor([[3, 3, 0], [1, 5, 3]]), "divergence": "jensen_shannon"}
     for dtype, gradient in zip(DTYPES, ("forward", "backward"), strict=True):
