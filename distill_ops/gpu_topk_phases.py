@@ -6,7 +6,7 @@ import math
 import torch
 
 from .gpu import formula_of, on
-from .kernels import topk_gradient, topk_part, topk_phases
+from .kernels import topk_combine, topk_gradient, topk_part, topk_phases
 from .problem import Options
 from .rows import Tokens
 
@@ -31,6 +31,27 @@ def normalise(options: Options, tokens: Tokens, student, teacher, n_cols: int) -
             tokens.labels, n_cols, parts=parts, weights=tokens.weights,
         )  # fmt: skip
     return parts
+
+
+def combined(
+    options: Options,
+    tokens: Tokens,
+    parts: torch.Tensor,
+    used: torch.Tensor,
+    sums: torch.Tensor | None,
+):
+    """Weighted losses ``[n]``, their components ``[2, n]`` (or ``[0, n]``), both None without the sums, and
+    the kept numbers."""
+    n_rows, new = parts.shape[-1], parts.new_empty
+    kept, losses, components = new((n_rows, KEPT)), None, None
+    if sums is not None:
+        losses, components = new(n_rows), new((2 if options.hard else 0, n_rows))
+    with on(parts):
+        topk_combine.run(
+            formula_of(options, tokens.parameters), parts, used, sums, tokens.weights,
+            tokens.denominator, kept=kept, losses=losses, components=components,
+        )  # fmt: skip
+    return losses, components, kept
 
 
 def reduce(

@@ -28,6 +28,7 @@ from ..kernels import (
     statistics,
     token,
     topk,
+    topk_combine,
     topk_gradient,
     topk_phases,
 )
@@ -75,6 +76,7 @@ KERNELS = (
     (combine, "combine_kernel"),
     (topk_phases, "topk_normalise_kernel"),
     (topk_phases, "topk_reduce_kernel"),
+    (topk_combine, "topk_combine_kernel"),
     (topk_gradient, "topk_differentiate_kernel"),
     (reduction, "weights_kernel"),
     (reduction, "total_kernel"),

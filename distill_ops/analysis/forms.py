@@ -208,7 +208,8 @@ def topk_phase_launch(
     tail: str = "bucket", log_prob_floor: float | None = None, mass_terms: bool = False,
     hard_label_weight: float = 0.0, temperature: float = 1.0, n_rows: int = 4096,
 ) -> aot.Launch:  # fmt: skip
-    """The launch "normalise", "reduce" or "differentiate" of the top-k loss over a part of each row."""
+    """The launch "normalise", "reduce" or "differentiate" of the top-k loss over a part of each row, or
+    "combined" of some parts' numbers."""
     arguments = LossArguments(
         divergence, temperature=temperature, hard_label_weight=hard_label_weight
     )
@@ -220,14 +221,16 @@ def topk_phase_launch(
     teacher = slots, _meta(n_rows, k, dtype=torch.int32), _meta(dtype=torch.int64)
     call = getattr(gpu_topk_phases, phase)
     kept = _meta(n_rows, gpu_topk_phases.KEPT)
-    more = {
-        "normalise": (),
-        "reduce": (kept, True),
-        "differentiate": (kept, _meta(), torch.empty_like(student)),
-    }
-    (launch,) = aot.record(
-        lambda: call(options, tokens, student, teacher, n_cols, *more[phase]), target.facts
-    )
+    columns = student, teacher, n_cols
+    given = {
+        "normalise": columns,
+        "combined": (
+            _meta(8, 10 if hard_label_weight else 6, n_rows), _meta(n_rows), _meta(8, 3, n_rows),
+        ),
+        "reduce": (*columns, kept, True),
+        "differentiate": (*columns, kept, _meta(), torch.empty_like(student)),
+    }  # fmt: skip
+    (launch,) = aot.record(lambda: call(options, tokens, *given[phase]), target.facts)
     return launch
 
 

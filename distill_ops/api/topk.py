@@ -88,7 +88,7 @@ def topk_distillation_loss(
         group: the ranks that split the vocabulary, as in :func:`distill_ops.distillation_loss`: each has its
             columns of the student's logits and all of the teacher's slots, the same on every rank. Ids,
             labels and ``vocab_size`` count over all columns; an id that no rank has is an error, on a GPU
-            NaN. Two collectives, of at most 12 numbers a token in all; none in the backward.
+            NaN. Two collectives, of at most 13 numbers a token in all; none in the backward.
         vocab_offset: the columns before this rank's. Without it the ranks exchange their widths, one more
             collective; on a GPU ``vocab_size`` then waits for it.
 

@@ -18,6 +18,7 @@ from .rows import GENERAL_ELEMENTS, PerRow, row_sums
 from .topk import TOPK_ELEMENTS, TopKChunk, copy_outside, exponentials, finite_or_zero, teacher_of
 
 KEPT = 10  # numbers of a whole row
+combined = None
 NUMBERS, OF_HARD_LABEL = 6, 4  # of a row's SlotStatistics
 
 

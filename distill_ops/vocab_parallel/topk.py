@@ -10,6 +10,7 @@ exchanged between them. ``rows.py`` is that of whole teachers.
 Every rank has all slots: the teacher's rest, and what it is divided by, need no exchange.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from ..groups import Place
 from ..problem import Options
 from ..row_statistics import NEG_INF, RowStatistics, distance, in_two
 from ..rows import Tokens, TopKTeacher, mixed
-from .rows import RowLosses, hard_label_loss, scale_of
+from .rows import RowLosses, hard_label_loss, refuse_labels, scale_of
 
 OF_DIVERGENCE = 6  # of the numbers, the first ones; those that follow are the hard label's
 NOWHERE = -(1 << 40)  # an offset: no id and no label lies in the columns that begin there
@@ -103,6 +104,11 @@ class Phases(Protocol):
 
     KEPT: int  # numbers that are kept of a row: those that row_losses stacks
 
+    combined: Callable | None
+    """``(options, tokens, parts, used, sums) -> (losses, components, kept)`` at once, of gathered ``[ranks, 6
+    or 10, n]`` and ``[ranks, 3, n]`` (None: not known yet, nor the losses). None: by PyTorch's operations,
+    here."""
+
     def normalise(
         self, options: Options, tokens: Tokens, student, teacher: SlotTeacher, n_cols: int
     ):
@@ -130,8 +136,23 @@ def row_losses(
     weights, columns = tokens.weights, _with_a_column(tokens, student, teacher, place.n_cols)
     parts = phases.normalise(options, *columns)
     used, parts[5] = parts[5].clone(), parts[4] < place.n_cols
-    row = SlotStatistics.combine(place.group.all_gather(parts), options.temperature)
-    missing = _missing(row, used, weights)
+    gathered = place.group.all_gather(parts)
+    missing = (
+        _missing(gathered, used, weights) if gathered.is_cpu or phases.combined is None else None
+    )
+
+    def summed(kept: torch.Tensor) -> torch.Tensor:
+        return place.group.all_gather(
+            phases.reduce(options, *columns, kept, with_rest=place.group.rank == 0)
+        )
+
+    if phases.combined is not None:
+        _, _, kept = phases.combined(options, tokens, gathered, used, None)
+        found = phases.combined(options, tokens, gathered, used, summed(kept))
+        if options.hard and gathered.is_cpu:
+            refuse_labels(gathered[:, -1].sum(0) == 0, weights)
+        return RowLosses(*found)
+    row = SlotStatistics.combine(gathered, options.temperature)
     scale = scale_of(tokens, row.rest_sum)
     kept = torch.stack(
         [
@@ -140,8 +161,7 @@ def row_losses(
         ],
         -1,
     ).to(parts.dtype)  # fmt: skip
-    sums = phases.reduce(options, *columns, kept, place.group.rank == 0)
-    loss, slope, more = reduce(torch.add, place.group.all_gather(sums).double().unbind(0))
+    loss, slope, more = reduce(torch.add, summed(kept).double().unbind(0))
     loss, slope = (torch.where(missing, torch.nan, x) for x in (loss, slope + more))
     loss, kept[:, 4], kept[:, 9] = loss.to(kept.dtype), *in_two(slope, kept.dtype)
     hard = hard_label_loss(row, weights).to(loss.dtype) if options.hard else None
@@ -171,14 +191,14 @@ def _with_a_column(tokens: Tokens, student, teacher: SlotTeacher, n_cols: int):
     return tokens, column, teacher._replace(offset=NOWHERE), 1
 
 
-def _missing(row: SlotStatistics, used: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """``[n]``: rows with an id that no rank has; on a CPU, which refuses ids outside the vocabulary, an
-    error.
+def _missing(parts: torch.Tensor, used: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """``[n]``: rows with an id that no rank has; an error on a CPU, which refuses ids outside the
+    vocabulary.
 
     Raises:
         ValueError: on every rank.
     """
-    missing = row.found != used
+    missing = parts[:, 4].sum(0) != used
     if missing.is_cpu:
         kept = missing if weights is None else missing & (weights != 0)
         if kept.any():

@@ -8,7 +8,7 @@ from tests.support.machine_code import some, stack_and_loops
 
 pytest.importorskip("triton")
 
-from distill_ops.analysis import aot
+from distill_ops.analysis import aot, sass
 from distill_ops.analysis.forms import topk_phase_launch
 from distill_ops.divergences.built_in import BUILT_IN
 from tests.support.declared import chi_squared
@@ -45,7 +45,8 @@ def test_topk_phase(phase, tail, divergence, temperature, target):
         phase, DIVERGENCES[divergence](), 64128, 64, torch.bfloat16, target, tail=tail,
         temperature=temperature, hard_label_weight=0.5 if temperature != 1 else 0.0,
     )  # fmt: skip
-    stack, loops = stack_and_loops(launch, target, wide=phase != "reduce")
+    swept = phase == "differentiate" or any(launch.arguments.get(x) for x in ("REST", "HARD"))
+    stack, loops = stack_and_loops(launch, target, wide=swept)
     assert stack == 0
     if target.backend == "hip":
         return
@@ -56,3 +57,18 @@ def test_topk_phase(phase, tail, divergence, temperature, target):
         columns = lambda loop: loop.bytes_loaded / (17 / 8 if phase != "differentiate" else 2)
         cost = min(loop.instructions / columns(loop) for loop in whole)
         assert cost <= MOST[each + phase], cost
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_combining(target):
+    """No stack, and few registers: a row is a thread."""
+    target = aot.TARGETS[target]
+    launch = topk_phase_launch(
+        "combined", BUILT_IN["reverse_kl"](), 64128, 64, torch.bfloat16, target, temperature=2.0,
+        hard_label_weight=0.5,
+    )  # fmt: skip
+    compiled = aot.compile_launch(launch, target)
+    nvidia = target.backend == "cuda"
+    usage = sass.disassemble(compiled)[1] if nvidia else sass.amd_usage(compiled)
+    assert usage.stack == 0
+    assert usage.registers <= 96

@@ -125,7 +125,7 @@ def test_the_gradient_may_be_the_student_s_memory(divergence, tail, option, back
     options["gradient"] = "forward"
     student.requires_grad_()
     call = call_of(topk_distillation_loss, student, *others, backend=backend, **options).detached()
-    (loss, *_), (gradient, _) = call.results()
+    (loss, *_), (gradient, *_) = call.results()
     inputs = call.inputs._replace(student=call.inputs.student.clone())
     (again, *_), _ = call.operator.forward(inputs, *call[2:], into=inputs.student)
     assert torch.equal(again, loss)

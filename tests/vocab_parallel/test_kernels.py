@@ -73,6 +73,13 @@ def test_topk(divergence, option, edit, hold):
     )
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_beta"])
+def test_topk_half_precision(divergence, hold):
+    for tail, dtype in (("bucket", torch.bfloat16), ("renormalize", torch.float16)):
+        options = {"divergence": divergence, "tail": tail, **HARD}
+        hold(Case((8, 24), options, dtype, "topk_distillation_loss"))
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric_kl"])
 def test_topk_masses(divergence, hold):
     options = {"divergence": divergence, "tail": "drop", "mass_terms": True}

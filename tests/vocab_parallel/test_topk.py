@@ -7,8 +7,8 @@ import torch
 from distill_ops import topk_distillation_loss
 from tests.support.cases import FLOAT_MASK, LABELS
 from tests.vocab_parallel.cases import DIVERGENCES, SLOT_EDITS, WIDTHS, Case, widths_of
-from tests.vocab_parallel.results import hold
-from tests.vocab_parallel.work import Traffic, outcome, traffic
+from tests.vocab_parallel.results import hold, merged, run_case, same_bits
+from tests.vocab_parallel.work import Traffic, debug_mode, outcome, traffic
 
 FORM = "topk_distillation_loss"
 DTYPES = torch.float32, torch.float64
@@ -93,6 +93,13 @@ def test_placements(gradient, widths, ranks):
         hold(ranks, Case(widths, options, dtype, FORM, told="placement"))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, tail, ranks):
+    for divergence in ("reverse_kl", "alpha_beta"):
+        hold(ranks, Case(WIDTHS[3], {**HARD, "divergence": divergence, "tail": tail}, dtype, FORM))
+
+
 def test_teacher_rows(ranks):
     options = {"teacher_rows": torch.tensor([[3, 3, 0], [1, 5, 3]]), "divergence": "jensen_shannon"}
     for dtype, gradient in zip(DTYPES, ("forward", "backward"), strict=True):
@@ -145,3 +152,36 @@ def test_an_id_that_no_rank_has(options, message, ranks):
         assert found.message.startswith(message)
     for found in ranks.call(3, with_id, Case(WIDTHS[3], masked, form=FORM), 33):
         assert found.error is None, found  # nobody looks at that token
+
+
+def test_compiled(ranks):
+    """One graph, whose operator holds the collectives."""
+    options = {**HARD, "divergence": "reverse_kl", "gradient": "backward"}
+    case = Case((17, 16), options, form=FORM, told="nothing")
+    eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
+    assert all(same_bits(graph[name], eager[name]) for name in eager)
+
+
+def with_slots(member, case: Case, n_slots: list[int], tails: list[str]):
+    """How the call ends in debug mode, each rank having its own number of slots and tail."""
+    tensors, _ = case.part(member.rank)
+    for name in ("teacher_log_probs", "teacher_ids"):
+        tensors[name] = tensors[name][..., : n_slots[member.rank]].contiguous()
+    options = {"tail": tails[member.rank], "group": member.group}
+    with debug_mode():
+        return outcome(lambda: topk_distillation_loss(**tensors, **options))
+
+
+@pytest.mark.parametrize(
+    ("n_slots", "tails", "named"),
+    [
+        ([3, 3], ["drop", "drop"], None),
+        ([3, 2], ["drop", "drop"], "the number of slots K"),
+        ([3, 3], ["bucket", "drop"], "tail"),
+    ],
+    ids=["agree", "slots", "tail"],
+)
+def test_ranks_that_differ(n_slots, tails, named, ranks):
+    for found in ranks.call(2, with_slots, Case(form=FORM), n_slots, tails):
+        assert found.error == (None if named is None else "ValueError"), found
+        assert named is None or f"differ in {named}" in found.message
