@@ -154,7 +154,8 @@ OF_TOKENS = {
 @pytest.mark.parametrize("form", OF_TOKENS)
 def test_tokens(form, edit, hold):
     for options in OF_TOKENS[form]:
-        hold(Case(WIDTHS[3], options, form=form, edit=edit))
+        widths = (9, 0, 24) if edit == "nothing" else WIDTHS[3]
+        hold(Case(widths, options, form=form, edit=edit))
 
 
 @pytest.mark.covering("divergence.moment option")
@@ -164,8 +165,9 @@ def test_tokens(form, edit, hold):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_statistics(divergence, option, hold):
     edit = "low" if option else "nothing"
+    widths = WIDTHS[3] if option else (9, 0, 24)
     options = {**option, "divergence": divergence}
-    hold(Case(WIDTHS[3], options, form="distillation_statistics", edit=edit))
+    hold(Case(widths, options, form="distillation_statistics", edit=edit))
 
 
 @pytest.mark.parametrize("edit", ["nothing", "unread"])
@@ -178,4 +180,5 @@ def test_statistics(divergence, option, hold):
     ],
 )
 def test_heads_of_tokens(form, options, edit, hold):
-    hold(Case(WIDTHS[3], options, form=form, edit=edit))
+    widths = WIDTHS[3] if edit == "unread" else (9, 0, 24)
+    hold(Case(widths, options, form=form, edit=edit))
