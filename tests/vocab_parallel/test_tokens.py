@@ -7,7 +7,7 @@ import torch
 from tests.support.cases import TOKENS
 from tests.vocab_parallel.cases import INF, WIDTHS, Case
 from tests.vocab_parallel.results import hold, merged, run_case, same_bits
-from tests.vocab_parallel.work import called, traffic
+from tests.vocab_parallel.work import called, in_debug_mode, traffic
 
 DTYPES = [torch.float32, torch.float64]
 COEFFICIENTS = (0.7, torch.linspace(-1, 1, 6).view(TOKENS), 0.25)
@@ -85,6 +85,16 @@ def test_an_ignored_id_is_not_a_place_among_a_ranks_columns(form, ignore_index, 
 @forms
 def test_half_precision(form, ranks):
     hold(ranks, case_of(form, WIDTHS[2], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", [*FORMS, *LINEAR])
+def test_ranks_that_differ_are_told_in_debug_mode(form, ranks):
+    cases = [case_of(form, (17, 16), {"temperature": t}) for t in (1.0, 2.0)]
+    for ended in ranks.call(2, in_debug_mode, cases):
+        assert ended.error == "ValueError"
+        assert "differ in temperature, got on rank" in ended.message
+    for ended in ranks.call(2, in_debug_mode, cases[:1] * 2):
+        assert ended.error is None, ended.message
 
 
 @pytest.mark.parametrize("form", ["token_log_probs", "distillation_statistics"])

@@ -112,12 +112,8 @@ def debug_mode():
 
 def in_debug_mode(member: Member, cases: list[Case]) -> Outcome:
     """Each rank calls as its own case says."""
-    tensors, options = cases[member.rank].part(member.rank)
-    student, teacher = tensors["student_logits"], tensors["teacher_logits"]
     with debug_mode():
-        return outcome(
-            lambda: distill_ops.distillation_loss(student, teacher, **options, group=member.group)
-        )
+        return outcome(lambda: run_case(member, cases[member.rank]))
 
 
 def raise_on_one(member: Member, wrong: bool = True) -> float:
