@@ -46,6 +46,7 @@ def test_what_rows_hold(form, edit, ranks):
         hold(ranks, case_of(form, WIDTHS[3], {"temperature": 2.0}, dtype=dtype, edit=edit))
 
 
+@pytest.mark.covering("form told", "form widths")
 @pytest.mark.parametrize("told", ["offset", "nothing", "whole teacher"])
 @pytest.mark.parametrize("widths", [(0, 33), (30, 1, 2), (9, 0, 0, 2)], ids=str)
 @forms
@@ -170,7 +171,13 @@ def test_collectives_of_heads(form, ranks):
         assert blocks == 1 if form == "linear_token_log_probs" else blocks == 3
 
 
-@pytest.mark.parametrize("form", ["token_log_probs", "distillation_statistics", "linear_token_log_probs"])  # fmt: skip
+full = lambda form: pytest.param(form, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["distillation_statistics", full("token_log_probs"), full("linear_token_log_probs")],
+)
 def test_compiled(form, ranks):
     case = case_of(form, (17, 16))
     eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
