@@ -25,6 +25,7 @@ from ..problem import (
     shaped_as_all,
 )
 from ..results import StatisticsCoefficients
+from ..scalars import INT64
 from ..support import (
     GatherInputs,
     GatherOptions,
@@ -155,9 +156,14 @@ def _ids(name: str, ids: torch.Tensor, n_cols: int, counted: Counted) -> None:
     outside = ((ids < 0) | (ids >= n_cols)) & counted.kept(ids)
     if outside.any():
         raise ValueError(
-            f"{name} must lie in [0, {n_cols}) or equal ignore_index={counted.ignore_index}, "
+            f"{name} must {_range(n_cols)} or equal ignore_index={counted.ignore_index}, "
             f"got {ids[outside].flatten()[0].item()}"
         )
+
+
+def _range(n_cols: int) -> str:
+    """Of ids; where only the ranks together know how many columns there are, their sign is looked at."""
+    return "not be negative" if n_cols == INT64[1] else f"lie in [0, {n_cols})"
 
 
 def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:
@@ -248,7 +254,7 @@ def _slot_ids(name: str, ids: torch.Tensor, n_cols: int, kept: torch.Tensor) -> 
         outside = (ids.lt(-1) | ids.ge(n_cols)) & kept[..., None]
         if outside.any():
             raise ValueError(
-                f"{name} must lie in [0, {n_cols}), or be -1 in unused slots, "
+                f"{name} must {_range(n_cols)}, or be -1 in unused slots, "
                 f"got {ids[outside][0].item()}"
             )
     return low

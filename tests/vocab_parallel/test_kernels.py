@@ -73,6 +73,11 @@ def test_topk(divergence, option, edit, hold):
     )
 
 
+def test_topk_without_a_rest(hold):
+    options = {"divergence": "soft_cross_entropy", "log_prob_floor": -3.0}
+    hold(Case((8, 0, 25), options, form="topk_distillation_loss", edit="every column"))
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha_beta"])
 def test_topk_half_precision(divergence, hold):
     for tail, dtype in (("bucket", torch.bfloat16), ("renormalize", torch.float16)):

@@ -59,6 +59,23 @@ def test_what_slots_hold(divergence, tail, edit, ranks):
             hold(ranks, Case(widths, options, dtype, FORM, edit, told))
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_confident_pair(tail, ranks):
+    """Of sums and of D float32's rounding of 1 is not all that is left."""
+    for divergence in KLS:
+        options = {**TAILS[tail], "divergence": divergence, "reduction": "none"}
+        hold(ranks, Case(WIDTHS[3], options, form=FORM, edit="confident"))
+
+
+@pytest.mark.parametrize("divergence", ["soft_cross_entropy", "jensen_shannon"])
+@pytest.mark.parametrize("options", [{}, {"log_prob_floor": -3.0}], ids=["", "floor"])
+def test_no_rest_where_the_k_cover_the_vocabulary(divergence, options, ranks):
+    """Which no rank knows alone."""
+    options = {**options, "divergence": divergence, "gradient": "backward"}
+    for dtype in DTYPES:
+        hold(ranks, Case(WIDTHS[3], options, dtype, FORM, "every column"))
+
+
 @pytest.mark.parametrize("divergence", KLS)
 def test_masses(divergence, ranks):
     options = {
@@ -145,6 +162,8 @@ def with_id(member, case: Case, wrong: int):
 )
 def test_an_id_that_no_rank_has(options, message, ranks):
     """An error on every rank: before anything is computed, where the vocabulary's size is known."""
+    for found in ranks.call(3, with_id, Case(WIDTHS[3], form=FORM), -2):
+        assert "teacher_ids must not be negative, or be -1 in unused slots, got -2" in found.message
     masked = {"loss_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     case = Case(WIDTHS[3], options, form=FORM)
     for found in ranks.call(3, with_id, case, 33):
