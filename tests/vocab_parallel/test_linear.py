@@ -170,12 +170,13 @@ def test_half_precision(dtype, ranks):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("rows", [None, torch.tensor([[3, 1, 1, 0], [7, 5, 5, 5]])])
 @when
-def test_given_logits(gradient, rows, whole, ranks):
+@pytest.mark.parametrize("widths", [WIDTHS[3], (9, 0, 24)], ids=str)
+def test_given_logits(widths, gradient, rows, whole, ranks):
     """Of the teacher, split or whole, its rows in order or chosen; the reference gathers them."""
     options = {"divergence": "jensen_shannon", "teacher_rows": rows, "vocab_size": 29}
-    hidden, *head = given_logits(None, WIDTHS[3], whole, {**options, "gradient": gradient})[1:]
-    expected = [[hidden, *parts] for parts in zip(*(x.split(WIDTHS[3]) for x in head), strict=True)]
-    arguments = given_logits, WIDTHS[3], whole
+    hidden, *head = given_logits(None, widths, whole, {**options, "gradient": gradient})[1:]
+    expected = [[hidden, *parts] for parts in zip(*(x.split(widths) for x in head), strict=True)]
+    arguments = given_logits, widths, whole
     found = ranks.call(3, *arguments, {**options, "gradient": gradient})
     oracle = ranks.call(3, *arguments, options, True)
     for ours, theirs, parts in zip(found, oracle, expected, strict=True):
