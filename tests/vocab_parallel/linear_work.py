@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from distill_ops import LinearDistillationLoss, linear_distillation_loss, reference
+from distill_ops import LinearDistillationLoss, groups, linear_distillation_loss, reference
 from tests.support.allocations import measured_peak
 from tests.support.linear_cases import Pair, make_pair
 from tests.support.ranks import Member
@@ -83,6 +83,17 @@ def called(member: Member, widths, way: str) -> tuple[list, list]:
     return tuple(gradients(call(*leaves), leaves) for call in (through, loss))
 
 
+def many_tokens(member: Member, n: int) -> int:
+    """Collectives of the forward of that many tokens, which one block holds."""
+    pair = make_pair((n,), 12, (4, 4))
+    weight = pair.student_weight.requires_grad_()
+    with groups.counted() as counted:
+        linear_distillation_loss(
+            pair.student_hidden.requires_grad_(), weight, *pair[2:4], group=member.group
+        )
+    return counted.collectives
+
+
 def differ(member: Member, widths, of_rank: list[dict], debug: bool = False) -> Outcome:
     """Each rank calls with options of its own, "teacher rows" being how many of the teacher's it has."""
     pair, options = heads(), dict(of_rank[member.rank])
@@ -103,8 +114,11 @@ def differ(member: Member, widths, of_rank: list[dict], debug: bool = False) -> 
 # --- DTensors --------------------------------------------------------------------------------------
 
 
-def sharded(member: Member, n_cols: int, options: dict, by_mesh: bool) -> list[torch.Tensor]:
-    """Both heads are DTensors, sharded on their first dimension; gradients are whole again."""
+def sharded(
+    member: Member, n_cols: int, options: dict, by_mesh: bool
+) -> tuple[int, list[torch.Tensor]]:
+    """Both heads are DTensors, sharded on their first dimension: collectives of the forward; loss and
+    gradients, which are whole again."""
     pair, mesh = heads(), DeviceMesh.from_group(member.group, "cpu")
 
     def shard(x: torch.Tensor) -> DTensor:
@@ -117,15 +131,16 @@ def sharded(member: Member, n_cols: int, options: dict, by_mesh: bool) -> list[t
     leaves = [pair.student_hidden, shard(pair.student_weight), shard(pair.student_bias)]
     hidden, weight, bias = leaves = [x.detach().requires_grad_() for x in leaves]
     teacher = shard(pair.teacher_weight).requires_grad_()  # an unfrozen model's
-    loss = linear_distillation_loss(
-        hidden, weight, pair.teacher_hidden, teacher, student_bias=bias,
-        teacher_bias=shard(pair.teacher_bias), group=mesh if by_mesh else member.group, **options,
-    )  # fmt: skip
+    with groups.counted() as counted:
+        loss = linear_distillation_loss(
+            hidden, weight, pair.teacher_hidden, teacher, student_bias=bias,
+            teacher_bias=shard(pair.teacher_bias), group=mesh if by_mesh else member.group, **options,
+        )  # fmt: skip
     assert not isinstance(loss, DTensor)
     found = gradients(loss, leaves)
     for gradient in found[2:]:
         assert gradient.placements == (Shard(0),)
-    return [*found[:2], *(x.full_tensor() for x in found[2:])]
+    return counted.collectives, [*found[:2], *(x.full_tensor() for x in found[2:])]
 
 
 class Model(torch.nn.Module):

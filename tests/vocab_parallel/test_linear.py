@@ -16,6 +16,7 @@ from tests.vocab_parallel.linear_work import (
     given_logits,
     gradients,
     heads,
+    many_tokens,
     memory,
     model_loss,
     sharded,
@@ -81,6 +82,28 @@ def test_blocks_are_those_of_the_widest_rank(divergence, gradient, dtype, widths
         assert backward.collectives == 1 - of_hidden
 
 
+def test_blocks_are_planned_for_columns_that_count(ranks):
+    widths, vocab_size = (5, 28), 9  # 5 and 4 of them count
+    options = {"vocab_size": vocab_size, "memory_budget": budget_of(2, 5, 4)}
+    for forward, _ in ranks.call(2, traffic, Case(widths, options, form=FORM)):
+        assert forward.collectives == 1 + LABELS.numel() // 2 + 1
+
+
+def test_one_block_instead_of_a_sum_of_the_weights_gradient(ranks):
+    """Which the widest rank's sum decides, the largest."""
+    of_all, of_sum = budget_of(LABELS.numel(), 28, 4), 4 * 28 * 6
+    for budget, n_blocks in ((of_all - of_sum, 1), (of_all - of_sum - 1, 2)):
+        case = Case(WIDTHS[3], {"memory_budget": budget}, torch.bfloat16, FORM)
+        for forward, _ in ranks.call(3, traffic, case):
+            assert forward.collectives == 1 + n_blocks + 1
+
+
+def test_a_block_is_not_done_in_pieces(ranks):
+    """As a CPU does it without a split: each would have collectives of its own."""
+    for forward in ranks.call(2, many_tokens, 300):
+        assert forward == 1 + 1 + 1
+
+
 @when
 @kinds
 def test_what_a_rank_sends(divergence, gradient, ranks):
@@ -140,18 +163,20 @@ def test_no_kept_token(gradient, ranks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, ranks):
-    hold(ranks, Case(WIDTHS[3], {**HARD, "divergence": "reverse_kl"}, dtype, FORM))
+    for widths in (WIDTHS[3], (9, 0, 24)):
+        hold(ranks, Case(widths, {**HARD, "divergence": "reverse_kl"}, dtype, FORM))
 
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("rows", [None, torch.tensor([[3, 1, 1, 0], [7, 5, 5, 5]])])
 @when
-def test_given_logits(gradient, rows, whole, ranks):
+@pytest.mark.parametrize("widths", [WIDTHS[3], (9, 0, 24)], ids=str)
+def test_given_logits(widths, gradient, rows, whole, ranks):
     """Of the teacher, split or whole, its rows in order or chosen; the reference gathers them."""
     options = {"divergence": "jensen_shannon", "teacher_rows": rows, "vocab_size": 29}
-    hidden, *head = given_logits(None, WIDTHS[3], whole, {**options, "gradient": gradient})[1:]
-    expected = [[hidden, *parts] for parts in zip(*(x.split(WIDTHS[3]) for x in head), strict=True)]
-    arguments = given_logits, WIDTHS[3], whole
+    hidden, *head = given_logits(None, widths, whole, {**options, "gradient": gradient})[1:]
+    expected = [[hidden, *parts] for parts in zip(*(x.split(widths) for x in head), strict=True)]
+    arguments = given_logits, widths, whole
     found = ranks.call(3, *arguments, {**options, "gradient": gradient})
     oracle = ranks.call(3, *arguments, options, True)
     for ours, theirs, parts in zip(found, oracle, expected, strict=True):
@@ -192,6 +217,9 @@ def test_sequence_parallel_needs_as_many_tokens_on_each_rank(ranks):
         assert (
             "equally many each, with sequence_parallel=True, got [2, 2, 3] tokens" in found.message
         )
+    of_six = {"kept_tokens": 6, "teacher_rows": torch.tensor([5, 4, 3, 2, 1, 0]), "normalizer": 3}
+    for found in ranks.call(3, split_tokens, WIDTHS[3], (2, 2, 2), options | of_six):
+        assert found.error is None, found
     labels = {"labels": torch.zeros(7, dtype=torch.int64), "sequence_parallel": True}
     for found in ranks.call(3, split_tokens, WIDTHS[3], (2, 2, 2), labels):
         assert found.error == "ValueError"
@@ -244,6 +272,8 @@ def test_compiled(form, gradient, split, ranks):
         "gradient": gradient,
         "sequence_parallel": split,
     }
+    if gradient == "backward":
+        options["reduction"] = "none"
     case = Case(WIDTHS[2], options, form=form)
     eager, graph = (merged(case, ranks.call(2, run_case, case, way)) for way in (False, True))
     assert all(same_bits(graph[name], eager[name]) for name in eager)
@@ -280,8 +310,9 @@ def test_sharded_heads(gradient, n_cols, ranks):
     )  # fmt: skip
     expected = gradients(loss, leaves)
     for n, by_mesh in ((2, True), (4, False)):
-        for found in ranks.call(n, sharded, n_cols, options, by_mesh):
+        for collectives, found in ranks.call(n, sharded, n_cols, options, by_mesh):
             close(found, expected)
+            assert collectives == 2 + int(gradient == "forward")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -336,6 +367,7 @@ def test_wrong_offsets_and_teachers_are_an_error_on_every_rank(ranks):
         {"memory_budget": 5000},
         {"divergence": "jensen_shannon"},
         {"student_softcap": 3.0},
+        {"kept_tokens": 8},
         {"gradient": "backward"},
     ],
     ids=lambda x: next(iter(x)),
