@@ -163,22 +163,6 @@ def no_teacher(tensors, widths):
     tensors["teacher_logits"] = None
 
 
-def unused_slots(tensors, widths):
-    """A top-k teacher has fewer than K tokens in some rows."""
-    ids, log_probs = tensors["teacher_ids"], tensors["teacher_log_probs"]
-    ids[..., 1] = -1
-    ids[1, :, 0] = -1
-    log_probs[..., 1] = 7.0  # whatever they hold
-    log_probs[0, 0, 2] = -INF
-
-
-def slots_of_one_rank(tensors, widths):
-    """All of a top-k teacher's tokens are the last rank's."""
-    begin, end = edges(widths)[-2:]
-    tensors["teacher_ids"].copy_(begin + torch.arange(K) % (end - begin))
-    tensors["teacher_log_probs"].copy_(tensors["teacher_log_probs"].sort(-1).values - 0.1)
-
-
 def beyond(tensors, widths):
     """Nobody reads these columns."""
     for name in ("student_logits", "teacher_logits"):
@@ -234,8 +218,6 @@ EDITS = OF_TOKENS | {
     "far": far,
     "equal": equal,
     "no teacher": no_teacher,
-    "unused slots": unused_slots,
-    "slots of one rank": slots_of_one_rank,
     "beyond": beyond,
 }
 

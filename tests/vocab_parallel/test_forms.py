@@ -1,4 +1,6 @@
-"""The other forms on two, three and four ranks: equal to one process, the same bits on every rank."""
+"""The other forms on two, three and four ranks: equal to one process, the same bits on every rank.
+
+``test_linear.py``, ``test_topk.py`` and ``test_tokens.py`` have what is their own."""
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from tests.support.cases import FLOAT_MASK, LABELS
 from tests.vocab_parallel.cases import DIVERGENCES, WIDTHS, Case, widths_of
 from tests.vocab_parallel.results import hold, merged, same_bits
-from tests.vocab_parallel.work import Traffic, runs, traffic
+from tests.vocab_parallel.work import runs
 
 DTYPES = [torch.float32, torch.float64]
 TOLD = ["offset", "nothing"]
@@ -25,11 +27,8 @@ MORE = {
     "vocab_size": {"vocab_size": 29, **HARD},
     "no_token": {"loss_mask": torch.zeros(2, 3)},
 }
-TAILS = {tail: {"tail": tail} for tail in ("renormalize", "ignore", "restrict", "drop")}
-TAILS |= {"floor": {"log_prob_floor": -3.0}, "hard_ignore": {"tail": "ignore", **HARD}}
-
 OPTIONS = {  # of the forms that take a divergence
-    "topk_distillation_loss": LOSS | MORE | TAILS,
+    "topk_distillation_loss": LOSS | MORE,
     "distillation_statistics": WARM | {"coefficients": {"coefficients": (0.7, -1.3, 0.25)}},
     "linear_distillation_loss": LOSS,
     "linear_distillation_statistics": WARM | {"coefficients": {"coefficients": (0.7, -1.3, 0.25)}},
@@ -39,14 +38,6 @@ OTHERS = {
     "linear_token_log_probs": WARM,
     "distillation_metrics": WARM | {"vocab_size": {"vocab_size": 29}},
 }
-COLLECTIVES = [  # of a forward that is told the offsets, and how many numbers a token and rank at most
-    ("topk_distillation_loss", {"divergence": "soft_cross_entropy"}, 2, 16),
-    ("topk_distillation_loss", {"divergence": "jensen_shannon", **HARD}, 2, 16),
-    ("distillation_statistics", {"divergence": "soft_cross_entropy"}, 1, 16),
-    ("distillation_statistics", {"divergence": "jensen_shannon"}, 2, 20),
-    ("token_log_probs", {}, 1, 4),
-    ("distillation_metrics", {}, 2, 16),
-]
 
 
 @pytest.mark.covering("form divergence", "form option")
@@ -68,40 +59,6 @@ def test_forms_without(world, form, option, ranks):
     for dtype in DTYPES:
         for told in TOLD:
             hold(ranks, Case(WIDTHS[world], OTHERS[form][option], dtype, form, told=told))
-
-
-@pytest.mark.covering("tail edit", "divergence edit")
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore", "restrict", "drop"])
-@pytest.mark.parametrize(
-    "edit",
-    ["unused slots", "slots of one rank", "some infinite", "dead student", "padding", "bad rows"],
-)
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
-def test_slots(divergence, edit, tail, ranks):
-    options = {"divergence": divergence, "tail": tail, "reduction": "none", **HARD}
-    for dtype in DTYPES:
-        hold(ranks, Case(WIDTHS[3], options, dtype, "topk_distillation_loss", edit=edit))
-
-
-@pytest.mark.parametrize(
-    "edit", ["some infinite", "dead part", "dead student", "padding", "bad rows", "far"]
-)
-@pytest.mark.parametrize(
-    "form", ["token_log_probs", "distillation_statistics", "distillation_metrics"]
-)
-def test_what_rows_hold(form, edit, ranks):
-    dtypes = DTYPES[1:] if edit == "bad rows" else DTYPES  # as one process, not as the reference
-    for dtype in dtypes:
-        hold(ranks, Case(widths_of(form, edit), {}, dtype, form, edit=edit))
-
-
-@pytest.mark.parametrize(("form", "options", "wanted", "limit"), COLLECTIVES)
-def test_collectives_and_numbers_a_token(form, options, wanted, limit, ranks):
-    for dtype in DTYPES:
-        for forward, backward in ranks.call(3, traffic, Case(WIDTHS[3], options, dtype, form)):
-            assert forward.collectives == wanted
-            assert 0 < forward.bytes <= limit * dtype.itemsize * LABELS.numel()
-            assert backward == Traffic(0, 0)
 
 
 @pytest.mark.parametrize("form", [*OPTIONS, *OTHERS])
