@@ -37,6 +37,13 @@ class Split(NamedTuple):
                 f"vocab_size must be at most the columns of all ranks, {total}, got {self.vocab_size}"
             )
 
+    def is_whole(self, teacher_width: int, width: int, total: int) -> bool:
+        """Whether a teacher of another width than this rank's part has all columns that count."""
+        if self.vocab_size != UNKNOWN:
+            return teacher_width >= self.vocab_size
+        # without any total: a split of other parts has a rank where it is narrower
+        return teacher_width > width if total == UNKNOWN else teacher_width == total
+
     @property
     def bound(self) -> int | None:
         """Labels and ids lie below it; None where this rank alone cannot tell."""
@@ -47,7 +54,7 @@ class Split(NamedTuple):
 WHOLE = Split()
 
 
-@dataclass
+@dataclass(eq=False)
 class Counter:
     """Collectives that this process took part in, and the bytes that it sent."""
 
@@ -89,11 +96,13 @@ class Group:
             counter.bytes += sent.numel() * sent.element_size()
         try:
             collective(*arguments, group=self._group)
+        except (torch.OutOfMemoryError, NotImplementedError):
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of {self.size} waited in vain for the others of group {self.name!r}, "
                 f"which split the vocabulary: one of them failed, has left, or called with other shapes "
-                f"(distill_ops.set_debug(True) compares the arguments of the ranks)"
+                f"(distill_ops.set_debug(True) compares the arguments of the ranks): {error}"
             ) from error
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -167,18 +176,16 @@ def place_of(
     other = teacher_width is not None and teacher_width != width
     if offset == UNKNOWN:
         widths = group.all_gather(torch.full((1,), width, dtype=torch.int64, device=device))
-        before = widths[: group.rank].sum()
-        if device.type == "cpu" or other or split.vocab_size != UNKNOWN:
-            offset, total = int(before), int(widths.sum())
-        else:
-            return Place(group, before, width, None)
+        if not (device.type == "cpu" or other or split.vocab_size != UNKNOWN):
+            return Place(group, widths[: group.rank].sum(), width, None)
+        widths = widths.view(-1).tolist()
+        offset, total = sum(widths[: group.rank]), sum(widths)
     split.check_total(total)
-    if other and teacher_width != total:
+    if other and not split.is_whole(teacher_width, width, total):
+        whole = "" if total == UNKNOWN else f" of {total}"
         raise ValueError(
             f"the teacher has {teacher_width} columns and the student, on this rank, {width}: split both "
-            f"alike, or give the teacher's whole vocabulary"
-            + ("" if total == UNKNOWN else f" of {total}")
-            + (" without vocab_offset=" if total == UNKNOWN else "")
+            f"alike, or give the teacher's whole vocabulary{whole}"
         )
     return Place(group, offset, split.n_cols(width, offset), offset if other else None)
 
@@ -196,20 +203,43 @@ def place_again(
     return Place(group, offset, split.n_cols(width, offset), offset if other else None)
 
 
-def check_agreement(split: Split, facts: dict[str, object], device: torch.device) -> None:
-    """In debug mode: every rank calls with the same, which one collective compares.
+N_FACTS = 64  # that ranks compare: as many of every call
+
+
+def check_agreement(
+    split: Split, facts: dict[str, object], device: torch.device, width: int
+) -> None:
+    """In debug mode: every rank calls with the same, and begins where the columns of those before it end,
+    which one collective compares.
+
+    Args:
+        width: of this rank's part.
 
     Raises:
         ValueError: on all ranks, naming what differs and what this rank has.
     """
     group = resolve(split.group)
-    codes = [zlib.crc32(repr(value).encode()) for value in facts.values()]
-    gathered = group.all_gather(torch.tensor(codes, dtype=torch.int64, device=device))
-    differ = (gathered != gathered[0]).any(0).tolist()
-    names = [name for name, differs in zip(facts, differ, strict=True) if differs]
+    codes = [zlib.crc32(repr(value).encode()) for value in ([*facts], *facts.values())]
+    codes += [0] * (N_FACTS - len(codes))
+    numbers = torch.tensor([width, split.offset, *codes], dtype=torch.int64, device=device)
+    gathered = group.all_gather(numbers).tolist()
+    if any(other[2] != codes[0] for other in gathered):
+        raise ValueError(f"the ranks of group {split.group!r} called different functions")
+    names = [
+        name
+        for i, name in enumerate(facts, 3)
+        if any(other[i] != codes[i - 2] for other in gathered)
+    ]
     if names:
         here = ", ".join(f"{name}={facts[name]}" for name in names)
         raise ValueError(
             f"the ranks of group {split.group!r} differ in {', '.join(names)}, got on rank {group.rank}: "
             f"{here}"
+        )
+    widths, offsets, *_ = zip(*gathered, strict=True)
+    before = [sum(widths[:i]) for i in range(group.size)]
+    if any(x not in (UNKNOWN, right) for x, right in zip(offsets, before, strict=True)):
+        raise ValueError(
+            f"vocab_offset must be the columns before a rank's own, {before} of ranks that have "
+            f"{list(widths)}, got {list(offsets)}"
         )

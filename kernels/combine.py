@@ -127,7 +127,7 @@ def combine_kernel(
         slope = tl.where(alive, slope, float("nan"))
     hard_loss = zero
     if HARD:
-        hard_loss = tl.where(found > 0.0, tl.log(l_h) + (m_h - logit), float("nan"))
+        hard_loss = tl.where(found == 1.0, tl.log(l_h) + (m_h - logit), float("nan"))
 
     weight = zero + 1.0
     if HAS_WEIGHTS:

@@ -6,7 +6,7 @@ from typing_extensions import Unpack
 from ..arguments import LossOptions, with_loss_options
 from ..checks.logits import check_inplace
 from ..checks.options import given_options
-from ..checks.split import split_logits
+from ..checks.split import is_distributed, split_logits
 from ..checks.tokens import check_dense
 from ..operators.dense import dense_loss
 from ..problem import NO_GRADIENT, DenseInputs, Options
@@ -108,7 +108,7 @@ def distillation_loss(
             other arguments, and gets the loss of all columns and the gradient of its own. Labels and
             ``vocab_size`` count over all columns; a whole teacher is sliced. DTensors sharded on the last
             dimension need no group. ``infinities`` must be "drop", ``token_outputs`` empty
-            (docs/vocab-parallel.md).
+            (docs/vocab-parallel.md). None: the logits are whole; there is no default group.
         vocab_offset: the columns before this rank's. Without it the ranks exchange their widths, one more
             collective; on a GPU ``vocab_size`` and a whole teacher then wait for it.
 
@@ -122,7 +122,11 @@ def distillation_loss(
             made in the forward or in place.
     """
     arguments = given_options("distillation_loss", options, own=OWN)
-    flag("inplace", inplace)
+    if flag("inplace", inplace) and is_distributed(student_logits):
+        raise ValueError(
+            "inplace=True needs student_logits that are no DTensor, whose parts autograd would not see "
+            "overwritten: pass student_logits.to_local() with group=, or inplace=False"
+        )
     split, student_logits, teacher_logits = split_logits(
         arguments.group,
         arguments.vocab_offset,

@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from .. import groups
 from ..groups import UNKNOWN, WHOLE, Split
 from ..scalars import integer, shown
 
@@ -55,6 +56,24 @@ def split_of(group, vocab_offset: int | None, vocab_size: int | None) -> Split:
     return Split(group_name(group), offset, UNKNOWN if vocab_size is None else vocab_size)
 
 
+def is_replicated(tensor) -> bool:
+    """Whether a DTensor is whole on every rank."""
+    return all(p.is_replicate() for p in tensor.placements)
+
+
+def same_ranks(one: str, other: str) -> bool:
+    """Whether two groups, by their names, are of the same processes in one order."""
+    return one == other or groups.resolve(one).ranks == groups.resolve(other).ranks
+
+
+def _check_ranks(name: str, found: str, given: str) -> None:
+    if not same_ranks(found, given):
+        raise ValueError(
+            f"{name} is a DTensor sharded over the ranks of {found!r}, but group= is {given!r}: leave group= "
+            f"out, or pass that of the mesh dimension that splits the vocabulary"
+        )
+
+
 def split_dimension(name: str, tensor, dim: int) -> int:
     """The mesh dimension over which a DTensor is sharded along its dimension ``dim``.
 
@@ -65,10 +84,17 @@ def split_dimension(name: str, tensor, dim: int) -> int:
     along = [i for i, p in enumerate(placements) if p.is_shard(dim)]
     others = [p for i, p in enumerate(placements) if i not in along and not p.is_replicate()]
     if len(along) != 1 or others:
+        advice = (
+            f"redistribute it, or pass {name}.to_local() without group=, if whole rows are here"
+        )
+        if len(along) == 1 and all(p.is_shard() for p in others):  # each rank's own tokens
+            advice = (
+                f"pass {name}.to_local() with group= of that dimension, and these tokens' labels"
+            )
         raise ValueError(
             f"{name} is a DTensor of placements {tuple(placements)}, but must be sharded on its vocabulary, "
-            f"Shard({dim}), over one mesh dimension and replicated over the others: redistribute it, or "
-            f"pass {name}.to_local() with group= (docs/vocab-parallel.md)"
+            f"Shard({dim}), over one mesh dimension and replicated over the others: {advice} "
+            f"(docs/vocab-parallel.md)"
         )
     return along[0]
 
@@ -84,10 +110,14 @@ def of_dtensor(
     part = tensor.to_local()
     chunk = -(-width // mesh.size(at))
     offset = min(mesh.get_local_rank(at) * chunk, width)
-    if part.shape[dim] != min(chunk, width - offset):  # made of parts of other sizes
-        offset = UNKNOWN
-    name = mesh.get_group(at).group_name
-    return Split(name, offset, UNKNOWN if vocab_size is None else vocab_size, width), part
+    if part.shape[dim] != min(chunk, width - offset):
+        raise ValueError(
+            f"{name} is a DTensor made of parts of other sizes than torch.chunk's, {part.shape[dim]} of {width} "
+            f"on this rank, which its placements do not tell the others: pass {name}.to_local() with group="
+        )
+    return Split(
+        mesh.get_group(at).group_name, offset, UNKNOWN if vocab_size is None else vocab_size, width
+    ), part
 
 
 def split_logits(
@@ -99,22 +129,25 @@ def split_logits(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    split = split_of(group, vocab_offset, vocab_size)
     if not is_distributed(student):
+        split = split_of(group, vocab_offset, vocab_size)
         if split.group is not None and is_distributed(teacher):
-            _, teacher = of_dtensor(names[1], teacher, vocab_size)
+            if not is_replicated(teacher):
+                found, _ = of_dtensor(names[1], teacher, vocab_size)
+                _check_ranks(names[1], found.group, split.group)
+            teacher = teacher.to_local()
         return split, student, teacher
     found, part = of_dtensor(names[0], student, vocab_size)
-    if split.group is not None and split.group != found.group:
-        raise ValueError(
-            f"group is {split.group!r}, but {names[0]} is sharded over {found.group!r}: leave group= out"
-        )
+    if group is not None:
+        _check_ranks(names[0], found.group, group_name(group))
     if vocab_offset is not None and found.offset not in (UNKNOWN, vocab_offset):
         raise ValueError(
             f"vocab_offset={vocab_offset}, but {names[0]}, a DTensor, begins at {found.offset}: leave "
             f"vocab_offset= out"
         )
-    if is_distributed(teacher):
+    if is_distributed(teacher) and is_replicated(teacher):
+        teacher = teacher.to_local()
+    elif is_distributed(teacher):
         of_teacher, teacher = of_dtensor(names[1], teacher, vocab_size)
         if (of_teacher.group, of_teacher.width) != (found.group, found.width):
             raise ValueError(

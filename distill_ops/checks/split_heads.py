@@ -2,10 +2,9 @@
 
 import torch
 
-from .. import groups
 from ..groups import UNKNOWN, WHOLE, Split
 from ..scalars import flag
-from .split import is_distributed, of_dtensor, split_of
+from .split import is_distributed, of_dtensor, same_ranks, split_of
 
 
 def split_heads(
@@ -39,7 +38,7 @@ def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, S
             f"Shard(0)]), for a mesh of ('fsdp', 'tp') (docs/vocab-parallel.md)"
         )
     found, part = of_dtensor(name, tensor, split.vocab_size, dim)
-    if found.group != split.group and not _same_ranks(found.group, split.group):
+    if not same_ranks(found.group, split.group):
         raise ValueError(
             f"{name} is a DTensor sharded over the ranks of {found.group!r}, but group= is {split.group!r}: "
             f"pass the group of the mesh dimension that splits its vocabulary"
@@ -57,10 +56,6 @@ def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, S
             f"{split.width}: pass parts of one split, or the teacher's whole"
         )
     return part, split
-
-
-def _same_ranks(one: str, other: str) -> bool:
-    return groups.resolve(one).ranks == groups.resolve(other).ranks
 
 
 def check_sequence_parallel(sequence_parallel: bool, group, **hidden: torch.Tensor | None) -> int:

@@ -26,7 +26,7 @@ def here(
     token_ranks, device = options.blocks.token_ranks, inputs.student_hidden.device
     if kept is None:
         if debug():
-            check_agreement(split, facts_of_call(inputs, options, plan), device)
+            check_agreement(split, facts_of_call(inputs, options, plan), device, width)
         of_teacher = None
         if inputs.teacher_weight is not None:
             of_teacher = inputs.teacher_weight.shape[0]
@@ -47,10 +47,8 @@ def here(
 
 def facts_of_call(inputs: LinearInputs, options: LinearOptions, plan: Plan) -> dict[str, object]:
     """What the ranks must agree in."""
-    dtypes = [None if x is None else str(x.dtype) for x in (*inputs.student, *inputs.teacher)]
     return {
-        **facts_of(inputs, options.loss), **options._asdict(), "loss": None, "the tensors' dtypes": dtypes,
-        "the number of slots K": None if inputs.teacher_ids is None else inputs.teacher_ids.shape[-1],
+        **facts_of(inputs, options.loss), **options._asdict(), "loss": None,
         "when gradients are made": plan.made, "which gradients are wanted": plan.wanted,
     }  # fmt: skip
 

@@ -146,7 +146,7 @@ def here(
         if debug():
             facts = facts_of(inputs, options.loss) | options._asdict() | {"loss": None}
             facts["when gradients are made"] = plan.made
-            check_agreement(split, facts, hidden.device)
+            check_agreement(split, facts, hidden.device, inputs.student_weight.shape[0])
         widths = inputs.student_weight.shape[0], inputs.teacher_weight.shape[0]
         ranks = joined(split, widths[0], inputs.n_rows, hidden.device, widths[1], token_ranks)
     inputs = inputs._replace(

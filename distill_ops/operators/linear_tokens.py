@@ -123,7 +123,7 @@ def here(
     else:
         if debug():
             facts = facts_of(inputs, options.tokens) | options._asdict() | {"tokens": None}
-            check_agreement(split, facts, hidden.device)
+            check_agreement(split, facts, hidden.device, inputs.weight.shape[0])
         n_tokens = hidden.shape[:-1].numel()
         ranks = joined(split, width, n_tokens, hidden.device, token_ranks=token_ranks)
     return inputs._replace(hidden=ranks.all_tokens(hidden)), ranks

@@ -1,5 +1,7 @@
 """A loss of logits whose vocabulary ranks split: what an operator's forward and backward do of it."""
 
+import zlib
+
 import torch
 
 from ..checks.values import debug
@@ -9,20 +11,30 @@ from ..rows import TopKTeacher
 from . import rows, topk
 from .rows import local
 
+LOCAL = "split", "n_cols"
+# of the inputs what each rank has its own part of, and what is too large to compare
+PARTS = ("student", "teacher", "logits", "weight", "bias", "hidden")
+
+
+def _fact(name: str, value) -> object:
+    """Of an input what the ranks must agree in: all of it where it has one entry a token or slot."""
+    if isinstance(value, list):
+        return [_fact(name, x) for x in value]
+    if value is None or name.endswith(PARTS):
+        return None if value is None else str(value.dtype)
+    entries = value.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy()
+    return str(value.dtype), tuple(value.shape), zlib.crc32(entries.tobytes())
+
 
 def facts_of(inputs, options) -> dict[str, object]:
     """What the ranks must agree in."""
     split = options.split
-    shared = {name: getattr(options, name) for name in options._fields if name not in LOCAL}
     return {
-        "the number of tokens": inputs.n_rows, "the logits' dtype": str(inputs[0].dtype),
+        "the number of tokens": inputs.n_rows,
         "vocab_size": split.vocab_size, "vocab_offset given": split.offset >= 0,
-        **({"the number of slots K": inputs.ids.shape[-1]} if isinstance(inputs, TopKInputs) else {}),
-        **shared,
+        **{f"the input {name}": _fact(name, x) for name, x in inputs._asdict().items()},
+        **{name: getattr(options, name) for name in options._fields if name not in LOCAL},
     }  # fmt: skip
-
-
-LOCAL = "split", "n_cols"
 
 
 def loss(
@@ -33,7 +45,7 @@ def loss(
     where it makes the gradient."""
     student, teacher, split = inputs.student, inputs.teacher, options.split
     if debug():
-        check_agreement(split, facts_of(inputs, options), student.device)
+        check_agreement(split, facts_of(inputs, options), student.device, student.shape[-1])
     width = student.shape[-1]
     place = place_of(split, width, student.device, _width(teacher))
     teacher = _of_teacher(place, teacher, width, options)

@@ -16,7 +16,8 @@ def metrics(phases, inputs: MetricsInputs, options: MetricsOptions):
     student, teacher = inputs
     width, temperature = student.shape[-1], options.temperature
     if debug():
-        check_agreement(options.split, facts_of(inputs, options), student.device)
+        facts = facts_of(inputs, options)
+        check_agreement(options.split, facts, student.device, student.shape[-1])
     place = place_of(options.split, width, student.device, teacher.shape[-1])
     columns = student, place.of_teacher(teacher, width)
     pairs = place.group.all_gather(

@@ -85,7 +85,7 @@ def losses_of(
             sums = place.group.all_gather(phases.reduce(options, tokens, *columns, found.kept))
             found = RowLosses(*phases.combined(options, tokens, gathered, sums))
         if options.hard and gathered.is_cpu:
-            refuse_labels(gathered[:, -1].sum(0) == 0, tokens.weights)
+            refuse_labels(gathered[:, -1].sum(0) != 1, tokens.weights)
         return found
     row = RowStatistics.combine(
         [RowStatistics.unpack(part) for part in gathered], kind or Divergence, options.temperature
@@ -128,12 +128,12 @@ def scale_of(tokens: Tokens, like: torch.Tensor) -> torch.Tensor:
 
 
 def hard_label_loss(row: RowStatistics, weights: torch.Tensor | None) -> torch.Tensor:
-    """NaN of a label that no rank has, which a CPU refuses, as it does without a split.
+    """NaN of a label that no rank has, or several with a wrong offset, which a CPU refuses, as it does without a split.
 
     Raises:
         ValueError: on every rank.
     """
-    nowhere = row.label_found == 0
+    nowhere = row.label_found != 1
     refuse_labels(nowhere, weights)
     return torch.where(nowhere, torch.nan, row.hard_label_loss())
 
@@ -151,6 +151,7 @@ def refuse_nowhere(name: str, nowhere: torch.Tensor) -> None:
     """
     if nowhere.is_cpu and nowhere.any():
         raise ValueError(
-            f"{name} must lie in the vocabulary that the ranks split or equal ignore_index, and no rank "
-            f"has that of {int(nowhere.sum())} tokens, the first of them at {int(nowhere.nonzero()[0])}"
+            f"{name} must lie in the vocabulary that the ranks split or equal ignore_index, and no rank, or "
+            f"by a wrong vocab_offset several, has that of {int(nowhere.sum())} tokens, the first of them "
+            f"at {int(nowhere.nonzero()[0])}"
         )

@@ -82,7 +82,7 @@ def statistics(phases, inputs: StatisticsInputs, options: Options):
     divergence and for the token, and the offset."""
     student, teacher, split = *inputs[:2], options.split
     if debug():
-        check_agreement(split, facts_of(inputs, options), student.device)
+        check_agreement(split, facts_of(inputs, options), student.device, student.shape[-1])
     width = student.shape[-1]
     place = place_of(split, width, student.device, teacher.shape[-1])
     here = inputs._replace(teacher=place.of_teacher(teacher, width))

@@ -121,7 +121,7 @@ def log_probs(phases, inputs: TokenInputs, options: TokenOptions):
     offset."""
     logits, split, dtype = inputs.logits, options.split, inputs.dtype()
     if debug():
-        check_agreement(split, facts_of(inputs, options), logits.device)
+        check_agreement(split, facts_of(inputs, options), logits.device, logits.shape[-1])
     place = place_of(split, logits.shape[-1], logits.device)
     ids = local_ids(inputs.ids, options.ignore_index, place)
     numbers = numbers_of(phases, options, logits, ids, place.n_cols, dtype)

@@ -150,7 +150,7 @@ def row_losses(
         _, _, kept = phases.combined(options, tokens, gathered, used, None)
         found = phases.combined(options, tokens, gathered, used, summed(kept))
         if options.hard and gathered.is_cpu:
-            refuse_labels(gathered[:, -1].sum(0) == 0, weights)
+            refuse_labels(gathered[:, -1].sum(0) != 1, weights)
         return RowLosses(*found)
     row = SlotStatistics.combine(gathered, options.temperature)
     scale = scale_of(tokens, row.rest_sum)
