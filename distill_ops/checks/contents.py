@@ -163,7 +163,7 @@ def _ids(name: str, ids: torch.Tensor, n_cols: int, counted: Counted) -> None:
 
 def _range(n_cols: int) -> str:
     """Of ids; where only the ranks together know how many columns there are, their sign is looked at."""
-    return "not be negative" if n_cols == INT64[1] else f"lie in [0, {n_cols})"
+    return "lie in the vocabulary" if n_cols == INT64[1] else f"lie in [0, {n_cols})"
 
 
 def _outside(value: torch.Tensor, domain: Domain) -> torch.Tensor:

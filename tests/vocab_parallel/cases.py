@@ -47,6 +47,8 @@ class Case(NamedTuple):
         "offset"  # what says where a rank's columns begin: "offset", "nothing" or "placement"
     )
     whole_teacher: bool = False  # whether each rank has all of the teacher
+    padded: int = 0  # columns, of NaN, that a whole teacher's logits have more
+    replicated: bool = False  # whether a whole teacher's logits are a DTensor too
 
     @property
     def of_form(self) -> Form:
@@ -83,8 +85,13 @@ class Case(NamedTuple):
         for name, whole in tensors.items():
             if whole is not None and (shared := self.sizes(name)):
                 tensors[name] = whole.split(shared[1], shared[0])[rank].clone()
+        if self.padded:
+            teacher = tensors["teacher_logits"]
+            tensors["teacher_logits"] = torch.nn.functional.pad(
+                teacher, (0, self.padded), value=torch.nan
+            )
         offset = {"vocab_offset": sum(self.widths[:rank])} if self.told == "offset" else {}
-        return tensors, {**self.options, **offset}
+        return tensors, {**offset, **self.options}
 
 
 # --- what rows hold ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distill_ops import reference
 from distill_ops.problem import working_dtype
@@ -95,6 +95,8 @@ def run_case(member: Member, case: Case, compiled: bool = False) -> dict[str, to
             shape, stride = whole[name].shape, whole[name].stride()
             placed = mesh, [Shard(shared[0] % tensor.dim())]
             tensors[name] = DTensor.from_local(tensor, *placed, shape=shape, stride=stride)
+        elif case.replicated and name == "teacher_logits":
+            tensors[name] = DTensor.from_local(tensor, mesh, [Replicate()])
     found = results(function, case.of_form, tensors, options)
     for name, value in found.items():
         if name.startswith("gradient"):

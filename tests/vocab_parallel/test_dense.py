@@ -72,6 +72,16 @@ def test_placements(divergence, gradient, widths, ranks):
         hold(ranks, Case(widths, options, dtype, told="placement", whole_teacher=whole))
 
 
+@pytest.mark.parametrize("told", ["offset", "nothing", "replicated"])
+def test_a_whole_teacher(told, ranks):
+    """Also one that is padded further than the student, for ``vocab_size``."""
+    for options in ({}, {"vocab_size": 29}):
+        replicated, padded = told == "replicated", 4 if options else 0
+        more = {"whole_teacher": True, "padded": padded, "replicated": replicated}
+        widths = (11, 11, 11) if replicated else WIDTHS[3]
+        hold(ranks, Case(widths, options, told="placement" if replicated else told, **more))
+
+
 @pytest.mark.covering("edit divergence.moment", "divergence dtype", "edit dtype")
 @dtypes
 @pytest.mark.parametrize("edit", ROWS)

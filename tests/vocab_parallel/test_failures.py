@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from tests.support.cases import LABELS
+from tests.support.cases import LABELS, TOKENS
 from tests.support.ranks import RankError
 from tests.vocab_parallel.cases import N_COLS, WIDTHS, Case
-from tests.vocab_parallel.work import call, in_debug_mode, one_raises, raise_on_one
+from tests.vocab_parallel.work import (
+    call,
+    in_debug_mode,
+    inplace_dtensor,
+    narrower_teacher,
+    one_raises,
+    raise_on_one,
+    uneven_dtensor,
+)
 
 TIMEOUT = 3.0
 
@@ -58,12 +66,18 @@ def test_more_columns_than_all_ranks_have(form, told, ranks):
         assert f"vocab_size must be at most the columns of all ranks, {N_COLS}" in found.message
 
 
-def test_a_whole_teacher_needs_the_widths(ranks):
-    """Which an offset alone does not tell."""
-    case = Case(WIDTHS[2], whole_teacher=True)
-    for found in ranks.call(2, call, case):
-        assert found.error == "ValueError"
-        assert "without vocab_offset=" in found.message
+def test_a_teacher_that_is_neither_split_alike_nor_whole(ranks):
+    for told in ("offset", "nothing"):
+        for found in ranks.call(2, narrower_teacher, Case(WIDTHS[2], told=told)):
+            assert found.error == "ValueError"
+            assert "split both alike, or give the teacher's whole vocabulary" in found.message
+
+
+def test_dtensors_that_are_refused(ranks):
+    uneven = [found.message for found in ranks.call(3, uneven_dtensor)]
+    assert all("parts of other sizes than torch.chunk's" in message for message in uneven)
+    for found in ranks.call(2, inplace_dtensor):
+        assert "inplace=True needs student_logits that are no DTensor" in found.message
 
 
 DIFFERENT = {  # what rank 1 has of its own
@@ -72,6 +86,7 @@ DIFFERENT = {  # what rank 1 has of its own
     "divergence": ({"divergence": "reverse_kl"}, {"divergence": "forward_kl"}),
     "collectives": ({"divergence": "reverse_kl"}, {"divergence": "jensen_shannon"}),
     "parameter": ({"temperature": 1.0}, {"temperature": 2.0}),
+    "mask": ({"loss_mask": torch.ones(TOKENS)}, {"loss_mask": torch.full(TOKENS, 2.0)}),
     "labels": ({}, {"labels": LABELS, "hard_label_weight": 0.5}),
 }
 
@@ -88,6 +103,16 @@ def test_arguments_that_differ_are_an_error_on_every_rank(what, ranks):
         assert "rank" in found.message
     for found in ranks.call(3, in_debug_mode, [cases[1]] * 3):  # and the group still works
         assert found.error is None, found
+
+
+def test_a_wrong_offset_is_told(ranks):
+    """In debug mode; a label that two ranks have then is on a CPU always."""
+    wrong = Case(WIDTHS[3], {"vocab_offset": 0})
+    for found in ranks.call(3, in_debug_mode, [wrong] * 3):
+        assert "vocab_offset must be the columns before a rank's own" in found.message
+    labels = {"labels": LABELS % min(WIDTHS[3]), "hard_label_weight": 0.5}
+    for found in ranks.call(3, call, wrong._replace(options=wrong.options | labels)):
+        assert "by a wrong vocab_offset several" in found.message
 
 
 def test_the_processes_survive_a_rank_that_raises(ranks):

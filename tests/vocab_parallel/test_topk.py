@@ -195,7 +195,7 @@ def with_slots(member, case: Case, n_slots: list[int], tails: list[str]):
     ("n_slots", "tails", "named"),
     [
         ([3, 3], ["drop", "drop"], None),
-        ([3, 2], ["drop", "drop"], "the number of slots K"),
+        ([3, 2], ["drop", "drop"], "the input log_probs, the input ids"),
         ([3, 3], ["bucket", "drop"], "tail"),
     ],
     ids=["agree", "slots", "tail"],

@@ -10,6 +10,8 @@ import torch
 import torch._dynamo  # of DTensors and compiled calls: here once, instead of in each process
 import torch._functorch.aot_autograd
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import distill_ops
 from distill_ops import groups
@@ -114,6 +116,33 @@ def in_debug_mode(member: Member, cases: list[Case]) -> Outcome:
     """Each rank calls as its own case says."""
     with debug_mode():
         return outcome(lambda: run_case(member, cases[member.rank]))
+
+
+def narrower_teacher(member: Member, case: Case) -> Outcome:
+    """The teacher's part lacks a column on every rank."""
+    tensors, options = case.part(member.rank)
+    student, teacher = tensors["student_logits"], tensors["teacher_logits"][..., :-1]
+    return outcome(
+        lambda: distill_ops.distillation_loss(student, teacher, **options, group=member.group)
+    )
+
+
+def as_dtensor(member: Member, width: int, total: int) -> DTensor:
+    shape = torch.Size([2, total])
+    mesh = DeviceMesh.from_group(member.group, "cpu")
+    part = torch.zeros(2, width)
+    return DTensor.from_local(part, mesh, [Shard(1)], shape=shape, stride=(total, 1))
+
+
+def uneven_dtensor(member: Member) -> Outcome:
+    logits = as_dtensor(member, (8, 11, 11)[member.rank], 30)
+    return outcome(lambda: distill_ops.distillation_loss(logits, logits))
+
+
+def inplace_dtensor(member: Member) -> Outcome:
+    logits = as_dtensor(member, 10, 20)
+    student = logits.clone().requires_grad_() * 1.0
+    return outcome(lambda: distill_ops.distillation_loss(student, logits, inplace=True))
 
 
 def raise_on_one(member: Member, wrong: bool = True) -> float:
