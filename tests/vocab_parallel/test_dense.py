@@ -192,7 +192,7 @@ def test_run_to_run(divergence, gradient, ranks):
         assert all(same_bits(found[name], first[name]) for name in first)
 
 
-@pytest.mark.parametrize("told", ["nothing", "placement"])
+@pytest.mark.parametrize("told", [pytest.param("nothing", marks=pytest.mark.full), "placement"])
 def test_compiled(told, ranks):
     """One graph, whose operator holds the collectives."""
     options = {"divergence": "jensen_shannon", "labels": LABELS, "hard_label_weight": 0.4}

@@ -34,7 +34,7 @@ def test_a_rank_that_raises_makes_the_others_fail(divergence, ranks):
 
 
 WRONG = {  # of every rank alike, words of the error
-    "label": ({"labels": LABELS + N_COLS, "hard_label_weight": 0.5}, "labels must lie in"),
+    "label": ({"labels": LABELS.clamp(min=0) + N_COLS, "hard_label_weight": 0.5}, "labels must lie in"),
     "label of padding": ({"labels": LABELS, "hard_label_weight": 0.5, "vocab_size": 5}, "labels must lie in"),
     "propagate": ({"infinities": "propagate"}, "infinities='drop'"),
     "outputs": ({"token_outputs": ["student_entropy"]}, "token_outputs"),

@@ -262,7 +262,11 @@ def test_topk_teachers(gradient, tail, split, ranks):
 
 @pytest.mark.parametrize(
     ("form", "gradient", "split"),
-    [(FORM, "forward", False), (FORM, "backward", True), (TOPK, "backward", False)],
+    [
+        pytest.param(FORM, "forward", False, marks=pytest.mark.full),
+        (FORM, "backward", True),
+        pytest.param(TOPK, "backward", False, marks=pytest.mark.full),
+    ],
 )
 def test_compiled(form, gradient, split, ranks):
     """One graph, whose operator holds the collectives."""
