@@ -4,7 +4,7 @@ import torch
 
 from ..groups import UNKNOWN, WHOLE, Split
 from ..scalars import flag
-from .split import is_distributed, of_dtensor, same_ranks, split_of
+from .split import is_distributed, is_replicated, of_dtensor, same_ranks, split_of
 
 
 def split_heads(
@@ -29,7 +29,10 @@ def split_heads(
 
 
 def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, Split]:
+    """This rank's part of a DTensor, all of a teacher's that is replicated, and what it tells."""
     mesh, dim = tensor.device_mesh, -1 if name.endswith("logits") else 0
+    if name.startswith("teacher") and is_replicated(tensor):
+        return tensor.to_local(), split
     if mesh.ndim > 1 and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} is a DTensor on a mesh of {mesh.ndim} dimensions, over the others of which its gradient "

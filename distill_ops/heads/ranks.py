@@ -103,12 +103,12 @@ def joined(
         )
     split.check_total(sum(widths))
     counted = [split.n_cols(*x) for x in zip(widths, before, strict=True)]
-    start = _teacher_start(group.rank, widths, teacher_width, of_teacher, before)
+    start = _teacher_start(split, group.rank, widths, teacher_width, of_teacher, before)
     place = Place(group, before[group.rank], counted[group.rank], start)
     return Ranks(place, width, max(counted), token_ranks)
 
 
-def _teacher_start(rank, widths, teacher_width, of_teacher, before) -> int | None:
+def _teacher_start(split: Split, rank, widths, teacher_width, of_teacher, before) -> int | None:
     """Where this rank's part begins in a whole teacher, None where it is split (or there is none)."""
     if teacher_width is None:
         return None
@@ -117,7 +117,7 @@ def _teacher_start(rank, widths, teacher_width, of_teacher, before) -> int | Non
         of_teacher = widths if teacher_width == widths[rank] else [teacher_width] * len(widths)
     if of_teacher == widths:
         return None
-    if of_teacher == [total] * len(widths):
+    if len(set(of_teacher)) == 1 and split.is_whole(teacher_width, -1, total):
         return before[rank]
     raise ValueError(
         f"the teacher's vocabulary must be split as the student's, {widths} columns on the ranks, or whole on "

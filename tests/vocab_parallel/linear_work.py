@@ -115,7 +115,7 @@ def differ(member: Member, widths, of_rank: list[dict], debug: bool = False) -> 
 
 
 def sharded(
-    member: Member, n_cols: int, options: dict, by_mesh: bool
+    member: Member, n_cols: int, options: dict, by_mesh: bool, replicated: bool
 ) -> tuple[int, list[torch.Tensor]]:
     """Both heads are DTensors, sharded on their first dimension: collectives of the forward; loss and
     gradients, which are whole again."""
@@ -130,11 +130,14 @@ def sharded(
 
     leaves = [pair.student_hidden, shard(pair.student_weight), shard(pair.student_bias)]
     hidden, weight, bias = leaves = [x.detach().requires_grad_() for x in leaves]
-    teacher = shard(pair.teacher_weight).requires_grad_()  # an unfrozen model's
+    of_teacher = shard
+    if replicated:
+        of_teacher = lambda x: DTensor.from_local(x, mesh, [Replicate()])
+    teacher = of_teacher(pair.teacher_weight[:n_cols]).requires_grad_()  # an unfrozen model's
     with groups.counted() as counted:
         loss = linear_distillation_loss(
             hidden, weight, pair.teacher_hidden, teacher, student_bias=bias,
-            teacher_bias=shard(pair.teacher_bias), group=mesh if by_mesh else member.group, **options,
+            teacher_bias=of_teacher(pair.teacher_bias[:n_cols]), group=mesh if by_mesh else member.group, **options,
         )  # fmt: skip
     assert not isinstance(loss, DTensor)
     found = gradients(loss, leaves)

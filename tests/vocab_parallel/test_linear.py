@@ -314,7 +314,9 @@ def test_sharded_heads(gradient, n_cols, ranks):
     )  # fmt: skip
     expected = gradients(loss, leaves)
     for n, by_mesh in ((2, True), (4, False)):
-        for collectives, found in ranks.call(n, sharded, n_cols, options, by_mesh):
+        replicated = gradient == "forward" and by_mesh
+        arguments = n_cols, options, by_mesh, replicated
+        for collectives, found in ranks.call(n, sharded, *arguments):
             close(found, expected)
             assert collectives == 2 + int(gradient == "forward")
 
@@ -361,8 +363,10 @@ def test_wrong_offsets_and_teachers_are_an_error_on_every_rank(ranks):
         assert (
             "[2, 3, 28] columns on the ranks, or whole on each, 33, got [2, 1, 28]" in found.message
         )
-    for found in ranks.call(3, differ, WIDTHS[3], [{}] * 3):
-        assert found.error is None
+    whole = {"vocab_size": 2, "teacher rows": 2}  # of which the last two ranks have nothing
+    for one in ({}, whole):
+        for found in ranks.call(3, differ, WIDTHS[3], [one] * 3):
+            assert found.error is None, found
 
 
 @pytest.mark.parametrize(
