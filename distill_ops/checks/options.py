@@ -85,8 +85,8 @@ def check_splittable(infinities: str, token_outputs: tuple[str, ...]) -> None:
         )
     if token_outputs:
         raise ValueError(
-            f"token_outputs={token_outputs} are not found where ranks split the vocabulary: call "
-            f"distillation_statistics or distillation_metrics with group= for them"
+            f"token_outputs={token_outputs} are not found where ranks split the vocabulary: leave them out; "
+            f"distillation_statistics and distillation_metrics take group= and have most of these numbers"
         )
 
 

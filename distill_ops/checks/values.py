@@ -43,6 +43,8 @@ def set_debug(enabled: bool) -> None:
         >>> distill_ops.set_debug(True)
         >>> distill_ops.set_debug(False)
 
+    Ranks that split a vocabulary then compare their arguments before each call, one collective more.
+
     ``DISTILL_OPS_DEBUG=1`` in the environment does it from the start. On a CPU these checks are always
     on, under ``torch.compile`` and ``vmap`` too: weights and normalizer that are no finite numbers, ids and
     labels outside the vocabulary, indices outside the teacher's rows, repeated ids, log-probabilities above
