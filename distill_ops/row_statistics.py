@@ -29,6 +29,7 @@ NEG_INF = float("-inf")
 OF_DIVERGENCE = 8  # of the numbers, the first ones; those that follow are the hard label's
 UNDER_TEACHER = ("soft", "forward", "symmetric")  # which divergences have a moment under p
 UNDER_STUDENT = ("reverse", "symmetric")  # ... and under q
+CLOSED = "soft", "forward", "reverse"  # moments from which ranks that split rows take L and D
 
 
 def distance(x: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:

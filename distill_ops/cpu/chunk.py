@@ -20,23 +20,53 @@ import torch
 
 from ..divergences.base import Divergence
 from .outputs import ChunkOutputs
-from .rows import row_sums
+from .rows import exponents, row_sums
+from .slopes import Slope, SlopeOfSoftmax, log_softmax_backward
 
 NEG_INF = float("-inf")
 
 Write = Callable[[torch.Tensor], object]
-ClosedForm = Callable[["Chunk"], tuple[torch.Tensor, Write]]
-
-softmax_backward = torch.ops.aten._softmax_backward_data.out
-log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
+ClosedForm = Callable[["Chunk"], tuple[torch.Tensor | None, Slope | SlopeOfSoftmax]]
 
 
-def softmax(logits: torch.Tensor, prob: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
+class Row(NamedTuple):
+    """How rows are normalised of whose columns the chunk has a part, ``[rows, 1]`` each.
+
+    Exponentials are relative to the row's maximum: ``maximum``, of the chunk's columns, goes before a
+    division by a temperature, and then ``left`` is what is left of it (all of it without a division).
+    ``log_sum`` is the logarithm of their sum, and ``share`` the probability of the chunk's columns."""
+
+    maximum: torch.Tensor
+    left: torch.Tensor
+    log_sum: torch.Tensor
+    share: torch.Tensor
+
+
+def probabilities(logits: torch.Tensor, prob: torch.Tensor, row: Row | None) -> torch.Tensor:
+    """Those of a :class:`Row` are over their own sum: PyTorch's loses the small ones of a peaked row."""
+    torch.softmax(logits, -1, out=prob)
+    return prob if row is None else prob.mul_(row.share / row_sums(prob)[:, None])
+
+
+def free_logarithms(
+    logits: torch.Tensor, prob: torch.Tensor | None, log: torch.Tensor, row: Row | None
+) -> torch.Tensor:
+    """Logarithms of ``prob``, by subtraction, but for a constant of each row, which is returned; a
+    :class:`Row` gives it without the probabilities."""
+    if row is not None:
+        torch.sub(logits, row.left, out=log)
+        return -row.log_sum
+    torch.sub(logits, logits.amax(-1, True), out=log)
+    return prob.amax(-1, True).log_()
+
+
+def softmax(
+    logits: torch.Tensor, prob: torch.Tensor, log: torch.Tensor, row: Row | None
+) -> torch.Tensor:
     """Probabilities and their logarithms, the latter by subtraction: in less time than PyTorch takes to
     make both, or an exponential of one. Returns ``prob``."""
-    torch.softmax(logits, -1, out=prob)
-    largest = prob.amax(-1, True).log_()
-    torch.sub(logits, logits.amax(-1, True), out=log).add_(largest)
+    probabilities(logits, prob, row)
+    log.add_(free_logarithms(logits, prob, log, row))
     return prob
 
 
@@ -58,7 +88,10 @@ class Terms(NamedTuple):
 class Chunk:
     """Rows under work. ``scale`` and ``hard_scale``, the factors of the two gradients, and the
     divergence's parameters are numbers, ``[]`` or ``[rows, 1]``; ``buffers`` are matrices in
-    the working dtype."""
+    the working dtype.
+
+    The columns may be a part of the rows', without guards and outputs: then ``student_row`` and
+    ``teacher_row`` normalise them, and a form may leave its losses out where ``lossless``."""
 
     terms: Terms
     student: torch.Tensor  # [rows, V]
@@ -70,6 +103,9 @@ class Chunk:
     buffers: tuple[torch.Tensor, ...]
     guards: int
     outputs: ChunkOutputs | None
+    student_row: Row | None = None
+    teacher_row: Row | None = None
+    lossless: bool = False
 
     def divergence(self, form: ClosedForm | None) -> tuple[torch.Tensor, Write]:
         """Divergence of each row, by its closed form or else its own text, and what writes the
@@ -105,21 +141,27 @@ class Chunk:
         return hard_loss
 
     def logits(
-        self, logits: torch.Tensor, temperature: float, buffer: torch.Tensor
+        self, logits: torch.Tensor, temperature: float, buffer: torch.Tensor, row: Row | None = None
     ) -> torch.Tensor:
         """``logits / temperature`` in the working dtype; copied only where it must be."""
         if temperature == 1:
             return logits if logits.dtype == buffer.dtype else buffer.copy_(logits)
+        if row is not None:  # finite where a quotient is not
+            return exponents(logits, row.maximum[:, 0], temperature, buffer)
         if logits.dtype == buffer.dtype:
             return torch.div(logits, temperature, out=buffer)
         return buffer.copy_(logits).div_(temperature)
 
     def student_logits(self) -> torch.Tensor:
-        logits = self.logits(self.student, self.terms.temperature, self.buffers[0])
+        logits = self.logits(
+            self.student, self.terms.temperature, self.buffers[0], self.student_row
+        )
         return self._see_argmax("student_argmax", self.student, logits)
 
     def teacher_logits(self) -> torch.Tensor:
-        logits = self.logits(self.teacher, self.terms.temperature, self.buffers[0])
+        logits = self.logits(
+            self.teacher, self.terms.temperature, self.buffers[0], self.teacher_row
+        )
         return self._see_argmax("teacher_argmax", self.teacher, logits)
 
     def _see_argmax(self, name: str, raw: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -140,13 +182,21 @@ class Chunk:
         return None if self.guards else self.outputs
 
     def log_softmax(
-        self, logits: torch.Tensor, log: torch.Tensor, room: torch.Tensor, entropy: str
+        self,
+        logits: torch.Tensor,
+        log: torch.Tensor,
+        room: torch.Tensor,
+        entropy: str,
+        row: Row | None,
     ) -> torch.Tensor | None:
         """Into ``log``; where the output ``entropy`` or another needs the probabilities, those too, in
         ``room``, which is returned then."""
         if self.seen is not None and self.seen.wants(entropy, "acceptance"):
-            return softmax(logits, room, log)
-        torch.log_softmax(logits, -1, out=log)
+            return softmax(logits, room, log, row)
+        if row is None:
+            torch.log_softmax(logits, -1, out=log)
+        else:
+            log.add_(free_logarithms(logits, None, log, row))
         return None
 
     def see_student(
@@ -184,7 +234,7 @@ class Chunk:
         logits = self.logits(self.student, 1.0, work)
         alone = self.terms.divergence is None and self.terms.temperature == 1
         if alone:
-            q = self.log_softmax(logits, log_q, self.buffers[3], "student_entropy")
+            q = self.log_softmax(logits, log_q, self.buffers[3], "student_entropy", None)
         else:
             torch.log_softmax(logits, -1, out=log_q)
         labels = self.labels[:, None]
@@ -227,7 +277,7 @@ class Chunk:
                 value = value.masked_fill(teacher_zero, math.inf)
                 slope = slope.masked_fill(teacher_zero, math.inf)
             # a row without a finite maximum must not vanish among the terms that are dropped
-            no_softmax = ~(student_max + teacher_max).isfinite()
+            no_softmax = ~(student_max.isfinite() & teacher_max.isfinite())
             value = value.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
             slope = slope.masked_fill(dead, 0.0).masked_fill(no_softmax, math.nan)
         return row_sums(value), lambda out: log_softmax_backward(

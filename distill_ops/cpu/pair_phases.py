@@ -9,8 +9,8 @@ from ..problem import Options
 from ..rows import IGNORED, Tokens
 from .metrics import pair_terms
 from .phases import differentiate
-from .rows import kept_groups, per_row, row_blocks, row_groups, rows_in_chunk
-from .token_phases import exponents, finite_maximum, token_gradient_of_chunk, token_part
+from .rows import exponents, kept_groups, per_row, row_blocks, row_groups, rows_in_chunk
+from .token_phases import finite_maximum, token_gradient_of_chunk, token_part
 from .tokens import Buffers
 
 N_SUMS = 5  # both KLs, Jensen-Shannon, total variation, sum of min(p, q)

@@ -23,6 +23,17 @@ def row_sums(values: torch.Tensor) -> torch.Tensor:
     return values.sum(-1)
 
 
+def exponents(
+    logits: torch.Tensor, maximum: torch.Tensor, temperature: float, out: torch.Tensor
+) -> torch.Tensor:
+    """``(logits - maximum) / temperature`` in the dtype of ``out``, which is filled."""
+    if logits.dtype == out.dtype:
+        torch.sub(logits, maximum[:, None], out=out)
+    else:
+        out.copy_(logits).sub_(maximum[:, None])
+    return out if temperature == 1 else out.div_(temperature)
+
+
 def rows_in_chunk(
     n_rows: int, n_cols: int, itemsize: int, n_threads: int, elements: int = CHUNK_ELEMENTS
 ) -> int:

@@ -6,21 +6,10 @@ import math
 import torch
 
 from ..rows import IGNORED
-from .rows import LOWEST, kept_groups, row_sums
+from .rows import LOWEST, exponents, kept_groups, row_sums
 from .tokens import Buffers
 
 NEG_INF = float("-inf")
-
-
-def exponents(
-    logits: torch.Tensor, maximum: torch.Tensor, temperature: float, out: torch.Tensor
-) -> torch.Tensor:
-    """``(logits - maximum) / temperature`` in the dtype of ``out``, which is filled."""
-    if logits.dtype == out.dtype:
-        torch.sub(logits, maximum[:, None], out=out)
-    else:
-        out.copy_(logits).sub_(maximum[:, None])
-    return out if temperature == 1 else out.div_(temperature)
 
 
 def finite_maximum(maximum: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,8 @@ import torch
 from ..divergences.base import Divergence
 from ..groups import Place
 from ..problem import Options
-from ..row_statistics import RowStatistics
+from ..row_statistics import CLOSED, RowStatistics
 from ..rows import Tokens, mixed
-
-CLOSED = "soft", "forward", "reverse"  # moments that give L and D as they are
 
 
 class Phases(Protocol):

@@ -10,6 +10,7 @@ HOSTILE = "tests/interface/test_hostile.py::test_"
 NO_SYNC = "tests/interface/test_no_sync.py::test_nothing_is_read_"
 DETERMINISM = "tests/losses/test_determinism.py::test_"
 PEAKED = "tests/tools/test_accuracy.py::test_a_peaked_row_"
+PARTS = "tests/vocab_parallel/test_dense.py::test_"
 DISTRIBUTED = "tests/interface/test_distributed.py::test_a_step_of_two_processes_is_the_step_of_one"
 
 CPU_PATH = [
@@ -110,7 +111,7 @@ CPU_PATH = [
     ),
     Mutation(
         "host: skew KL's slope without 1 - alpha", sources.CPU_CLOSED_FORMS,
-        "p_over_m, mean, (alpha - 1) * chunk.scale", "p_over_m, mean, -chunk.scale",
+        "exp_, alpha - 1, chunk.scale", "exp_, -1.0, chunk.scale",
         f"{OPTIONS}[torch-SkewForwardKL(alpha=0.1)-plain]",
     ),
     Mutation(
@@ -120,7 +121,7 @@ CPU_PATH = [
     ),
     Mutation(
         "host: total variation twice", sources.CPU_CLOSED_FORMS,
-        "least, 0.5 * chunk.scale", "least, chunk.scale",
+        "sign_, 0.5, chunk.scale", "sign_, 1.0, chunk.scale",
         f"{OPTIONS}[torch-TotalVariation()-plain]",
     ),
     Mutation(
@@ -131,7 +132,7 @@ CPU_PATH = [
     ),
     Mutation(
         "host: beta for 1 - beta", sources.CPU_CLOSED_FORMS,
-        "of_student, student, (beta - 1) * chunk.scale", "of_student, student, -beta * chunk.scale",
+        "of_student, beta - 1, chunk.scale", "of_student, -beta, chunk.scale",
         f"{OPTIONS}[torch-JensenShannon(beta=0.1)-plain]",
     ),
     Mutation(
@@ -166,6 +167,26 @@ CPU_PATH = [
         "host: hard labels at the temperature", sources.CPU_CHUNK,
         "self.logits(self.student, 1.0, work)", "self.logits(self.student, self.terms.temperature, work)",
         f"{OPTIONS}[torch-ForwardKL()-hard_temperature]",
+    ),
+    Mutation(
+        "host: a part's probabilities are not the row's", sources.CPU_CHUNK,
+        "prob.mul_(row.share / row_sums(prob)[:, None])", "prob",
+        f"{PARTS}options[TotalVariation()-labels_drop-float32]",
+    ),
+    Mutation(
+        "host: a part's slope without its constant", sources.CPU_SLOPES,
+        "of_q[:, None] + self.k * scale", "of_q[:, None]",
+        f"{PARTS}options[SkewReverseKL(alpha=0.2)-float_mask-float32]",
+    ),
+    Mutation(
+        "host: a part's logits go over the temperature as they are", sources.CPU_CHUNK,
+        "if row is not None:  # finite", "if False:  # finite",
+        f"{PARTS}huge_logits_below_temperature_1[SkewForwardKL(alpha=0.1)]",
+    ),
+    Mutation(
+        "host: a part's hard label is lost at temperature 1", sources.CPU_PARTS,
+        "self.hard_scale if together else 0.0", "0.0",
+        f"{PARTS}options[ForwardKL()-hard-float32]",
     ),
     Mutation(
         "host: a row without a softmax vanishes", sources.CPU_CHUNK,

@@ -160,6 +160,13 @@ def far(tensors, widths):
             tensors[name][..., begin:end] += step * rank + 300.0
 
 
+def huge(tensors, widths):
+    """Logits of one rank that a quotient by a temperature below 1 puts beyond float32."""
+    for name in ("student_logits", "teacher_logits"):
+        tensors[name][0, 0, 0] = 3e38
+    tensors["teacher_logits"][1, 1, -1] = 3e38
+
+
 def equal(tensors, widths):
     """The teacher is nearly the student, so that divergences are small against their terms."""
     tensors["teacher_logits"].copy_(tensors["student_logits"])
@@ -224,6 +231,7 @@ EDITS = OF_TOKENS | {
     "dead rows": dead_rows,
     "far": far,
     "equal": equal,
+    "huge": huge,
     "no teacher": no_teacher,
     "beyond": beyond,
 }

@@ -6,7 +6,7 @@ import torch
 from distill_ops import AlphaBeta, JensenShannon, SymmetricKL
 from tests.support.cases import FLOAT_MASK, LABELS, OPTIONS, TOKENS
 from tests.vocab_parallel.cases import BEYOND, DIVERGENCES, INF, WIDTHS, Case, widths_of
-from tests.vocab_parallel.results import compare, hold, merged, results, run_case, same_bits
+from tests.vocab_parallel.results import alone, compare, hold, merged, results, run_case, same_bits
 from tests.vocab_parallel.work import runs
 
 DTYPES = [torch.float32, torch.float64]
@@ -90,6 +90,18 @@ def test_what_rows_hold(divergence, edit, dtype, ranks):
     """Infinities, parts and rows without a finite logit, and offsets, on some ranks or on all."""
     options = {"divergence": divergence, "reduction": "none"}
     hold(ranks, Case(widths_of(divergence, edit), options, dtype, edit=edit))
+
+
+@divergences
+def test_huge_logits_below_temperature_1(divergence, ranks):
+    options = {"divergence": divergence, "reduction": "none", "temperature": 0.5}
+    case = Case(WIDTHS[2], options, edit="huge")
+    ours, expected = merged(case, ranks.call(2, run_case, case)), alone(case)
+    rows = expected["output 0"] < 1e30  # those beyond it end where float32 does
+    assert rows.sum() >= 5
+    assert rows[0, 0]
+    for name, truth in expected.items():
+        torch.testing.assert_close(ours[name][rows], truth[rows], rtol=1e-4, atol=1e-6)
 
 
 @divergences
