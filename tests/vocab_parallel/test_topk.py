@@ -163,7 +163,10 @@ def with_id(member, case: Case, wrong: int):
 def test_an_id_that_no_rank_has(options, message, ranks):
     """An error on every rank: before anything is computed, where the vocabulary's size is known."""
     for found in ranks.call(3, with_id, Case(WIDTHS[3], form=FORM), -2):
-        assert "teacher_ids must not be negative, or be -1 in unused slots, got -2" in found.message
+        assert (
+            "teacher_ids must lie in the vocabulary, or be -1 in unused slots, got -2"
+            in found.message
+        )
     masked = {"loss_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     case = Case(WIDTHS[3], options, form=FORM)
     for found in ranks.call(3, with_id, case, 33):
