@@ -91,7 +91,7 @@ def test_topk_masses(divergence, hold):
     hold(Case((17, 0, 16), options, form="topk_distillation_loss"))
 
 
-@pytest.mark.covering("option divergence.moment", "divergence")
+@pytest.mark.covering("option divergence.infinite_at_student_zero", "divergence")
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_options(divergence, option, hold):
@@ -137,16 +137,18 @@ LINEAR = {
 @pytest.mark.parametrize("divergence", ["soft_cross_entropy", "jensen_shannon"])
 def test_linear(divergence, option, hold):
     options = {**LINEAR[option], "divergence": divergence}
-    hold(Case(WIDTHS[3], options, form="linear_distillation_loss"))
-    hold(Case((9, 0, 24), options, form="linear_distillation_loss", whole_teacher=True))
+    whole = divergence == "jensen_shannon"
+    widths = (9, 0, 24) if whole else WIDTHS[3]
+    hold(Case(widths, options, form="linear_distillation_loss", whole_teacher=whole))
 
 
+@pytest.mark.covering("option", "divergence")
 @pytest.mark.parametrize("option", ["plain", "backward", "hard_none", "vocab_size", "teacher_rows"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
 def test_linear_topk(divergence, option, hold):
     options = {**LINEAR[option], "divergence": divergence}
-    for widths in (WIDTHS[3], (9, 0, 24)):
-        hold(Case(widths, options, form="linear_topk_distillation_loss"))
+    widths = (9, 0, 24) if divergence == "reverse_kl" else WIDTHS[3]
+    hold(Case(widths, options, form="linear_topk_distillation_loss"))
 
 
 OF_TOKENS = {
@@ -163,7 +165,7 @@ def test_tokens(form, edit, hold):
         hold(Case(widths, options, form=form, edit=edit))
 
 
-@pytest.mark.covering("divergence.moment option")
+@pytest.mark.covering("divergence.moment", "option")
 @pytest.mark.parametrize(
     "option", [{}, {"coefficients": (0.7, -1.3, 0.25), "temperature": 2.0}], ids=["plain", "loss"]
 )
