@@ -31,6 +31,7 @@ OPTIONS = {  # of the forms that take a divergence
     "topk_distillation_loss": LOSS | MORE,
     "distillation_statistics": WARM | {"coefficients": {"coefficients": (0.7, -1.3, 0.25)}},
     "linear_distillation_loss": LOSS,
+    "linear_topk_distillation_loss": LOSS,
     "linear_distillation_statistics": WARM | {"coefficients": {"coefficients": (0.7, -1.3, 0.25)}},
 }
 OTHERS = {
