@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from distill_ops.kernels import logits as head_kernels
-from distill_ops.kernels import metrics, reduction
+from distill_ops.kernels import metrics, pair, reduction
 
 from distill_ops.analysis import aot, forms
 from distill_ops.analysis.forms import Form
@@ -91,6 +91,15 @@ HEAD = {
 PARTS = {TRAIN: (BF16, *BUILT_IN), ODD: (BF16, *TWO), EVEN: (FP32, *TWO), HARD_T: (BF16, *TWO)}
 SUMMED = [name for name, kind in BUILT_IN.items() if kind.moment in ("none", "symmetric")]
 N_ROWS, SLOTS = 4096, 64
+# what lies between them and the collectives, and the top-k loss's: their phases, by those of forms.py
+COMBINED = [("combine", form, name) for form in (TRAIN, HARD_T) for name in TWO]
+TOPK_PHASES = {
+    "normalise": "normalise",
+    "reduce": "reduce",
+    "differentiate": "differentiate",
+    "combine": "combined",
+}
+PAIR = ("pair", "pair_sums")
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,13 @@ def entries(target: str) -> list[Entry]:
         found += [Entry("normalise", form, dtype, name) for name in names]
         if form != HARD_T:  # which it does not see
             found += [Entry("reduce", form, dtype, name) for name in names if name in SUMMED]
+    found += [Entry(kernel, form, BF16, name) for kernel, form, name in COMBINED]
+    found += [Entry(f"topk_{phase}", BUCKET, BF16, name) for phase in TOPK_PHASES for name in TWO]
+    found += [
+        Entry(kernel, form, dtype)
+        for kernel in PAIR
+        for form, dtype in ((TRAIN, BF16), (ODD, FP32))
+    ]
     for dtype, vocabularies in {BF16: ("", ODD), FP16: ("",), FP32: ("", ODD)}.items():
         for suffix in vocabularies:
             form = lambda name, suffix=suffix: f"{name}, {suffix}" if suffix else name
@@ -188,9 +204,20 @@ def _softcap_gradient(entry: Entry) -> None:
     head_kernels.softcap_gradient_(gradient, logits, 30.0)
 
 
+def _pair(entry: Entry) -> None:
+    n_cols = 50257 if entry.form == ODD else LARGE
+    models = [_meta(N_ROWS, n_cols, dtype=DTYPES[entry.dtype]) for _ in range(2)]
+    if entry.kernel == "pair":
+        pair.run(*models, _labels(), -100, n_cols, 2.0, _meta(pair.N_NUMBERS, N_ROWS))
+    else:
+        pair.run_sums(*models, n_cols, 2.0, _meta(pair.N_KEPT, N_ROWS), _meta(pair.N_SUMS, N_ROWS))
+
+
 # the launchers that are called as the operators call them
 CALLS: dict[str, Callable[[Entry], object]] = {
     "metrics": _metrics,
+    "pair": _pair,
+    "pair_sums": _pair,
     "finish": _finish,
     "softcap_gradient": _softcap_gradient,
     "scale": lambda entry: reduction.scale_(_meta(N_ROWS, LARGE, dtype=DTYPES[entry.dtype]), _meta()),
@@ -230,6 +257,13 @@ def launches(entry: Entry, target: aot.Target) -> list[aot.Launch]:
         form = DENSE[entry.form]
         options = {"hard_label_weight": form.hard_label_weight, "temperature": form.temperature}
         return [forms.phase_launch(entry.kernel, divergence, form.n_cols, dtype, target, **options)]
+    if entry.kernel == "combine":
+        form = DENSE[entry.form]
+        options = {"hard_label_weight": form.hard_label_weight, "temperature": form.temperature}
+        return [forms.phase_launch("combine", divergence, form.n_cols, dtype, target, **options)]
+    if entry.kernel.startswith("topk_"):
+        phase = TOPK_PHASES[entry.kernel.removeprefix("topk_")]
+        return [forms.topk_phase_launch(phase, divergence, LARGE, SLOTS, dtype, target)]
     if entry.kernel == "token":
         entropy = entry.form.startswith(ENTROPY)
         return forms.token_launches(_n_cols(entry.form), dtype, entropy, target)
