@@ -27,6 +27,7 @@ from tests.support.mutations_teacher import TEACHER_STORES
 from tests.support.mutations_tokenizers import TOKENIZERS
 from tests.support.mutations_tokens import TOKENS_AND_MOMENTS
 from tests.support.mutations_topk import TOPK_MUTATIONS
+from tests.support.mutations_vocab_parallel import VOCAB_PARALLEL
 
 MUTATIONS = [
     *GPU_HOST_CODE_AND_AUTOGRAD,
@@ -52,4 +53,5 @@ MUTATIONS = [
     *TEACHER_STORES,
     *TOKENIZERS,
     *SPLIT_TOKENS,
+    *VOCAB_PARALLEL,
 ]
