@@ -20,12 +20,16 @@ READS = {
     "metrics": ("student_ptr", "teacher_ptr"),
     "normalise": ("student_ptr", "teacher_ptr"),
     "reduce": ("student_ptr", "teacher_ptr"),
+    "pair": ("student_ptr", "teacher_ptr"),
+    "pair_sums": ("student_ptr", "teacher_ptr"),
+    "topk_normalise": ("student_ptr",),
+    "topk_differentiate": ("student_ptr",),
     "finish": ("product_ptr",),
     "softcap_gradient": ("gradient_ptr", "logits_ptr"),
     "scale": ("gradient_ptr",),
 }
 WRITES = {"finish": "logits_ptr"}  # the others write "gradient_ptr", if any
-READ_ONLY = ("metrics", "gather", "normalise", "reduce")
+READ_ONLY = ("metrics", "gather", "normalise", "reduce", "pair", "pair_sums", "topk_normalise")
 BITMAP = ("LDG.E.U8", "LDG.E.S8", "global_load_ubyte", "global_load_sbyte", "buffer_load_ubyte")
 
 
