@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from statistics import median
 
@@ -24,6 +23,7 @@ from corpus import Batch, load_corpus
 from models import make_model, next_factor
 from report import console, relative_differences, surroundings
 from rich.progress import track
+from tensor_parallel_report import show
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -95,9 +95,11 @@ def whole_model(config: Config, hidden: int, layers: int, seed: int) -> LlamaFor
     return make_model(config.vocab_size, hidden, layers, seed, tied=False)
 
 
-def distil(config: Config, mesh: DeviceMesh, say: Callable[[str], None]) -> dict:
+def distil(config: Config, mesh: DeviceMesh) -> dict:
     """All that ``tensor_parallel.json`` holds."""
     record = surroundings()
+    started = f"python -m torch.distributed.run --nproc-per-node {mesh.size()}"
+    record["command"] = record["command"].replace("python", started, 1)
     corpus = load_corpus(config.vocab_size, config.length, config.seed)
     check_tokenizers(corpus, config)
     teacher = whole_model(config, config.teacher_hidden, config.teacher_layers, config.seed)
@@ -139,23 +141,6 @@ def distil(config: Config, mesh: DeviceMesh, say: Callable[[str], None]) -> dict
     }
 
 
-def show(record: dict) -> None:
-    n_tokens, ranks = record["tokens_a_step"], record["ranks"]
-    sent = record["bytes_sent_a_step_and_rank"]
-    first, last = (record["losses"]["split"][i] for i in (0, -1))
-    console.print(f"loss of the split student: {first:.4f} to {last:.4f} nats a token")
-    console.print(
-        f"largest relative difference to the whole one: {record['largest_relative_difference']:.1e} "
-        f"({record['tolerance']:.0e} allowed)"
-    )
-    for what, n_bytes in sent.items():
-        console.print(
-            f"bytes that each of {ranks} ranks sends a step for {what}: {n_bytes:,} "
-            f"({n_bytes / n_tokens:.0f} a token)"
-        )
-    console.print(f"collectives a step: {record['collectives_a_step']}")
-
-
 def main() -> None:
     options = options_of(__doc__, "tensor_parallel", teacher_steps=60, steps=100)
     if "RANK" not in os.environ:
@@ -163,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("tp",))
     console.quiet = mesh.get_rank() > 0
-    record = distil(config_from(options), mesh, console.print)
+    record = distil(config_from(options), mesh)
     dist.destroy_process_group()
     if "0" == os.environ["RANK"]:
         (options.out / "tensor_parallel.json").write_text(json.dumps(record, indent=1) + "\n")
