@@ -13,7 +13,18 @@ from .row_statistics import OF_DIVERGENCE, RowStatistics
 from .rows import IGNORED, Tokens
 
 
-def normalise(options: Options, tokens: Tokens, student, teacher, n_cols: int) -> torch.Tensor:
+def fills(options: Options, student, gradient: torch.Tensor, n_cols: int) -> bool:
+    return False
+
+
+def normalise(
+    options: Options,
+    tokens: Tokens,
+    student,
+    teacher,
+    n_cols: int,
+    room: torch.Tensor | None = None,
+) -> torch.Tensor:
     n_rows = math.prod(student.shape[:-1])
     n_numbers = len(RowStatistics._fields) if options.hard else OF_DIVERGENCE
     parts = student.new_empty((n_numbers, n_rows), dtype=torch.float32)
@@ -56,7 +67,15 @@ def reduce(options: Options, tokens: Tokens, student, teacher, n_cols: int, kept
 
 
 def differentiate(
-    options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream, out
+    options: Options,
+    tokens: Tokens,
+    student,
+    teacher,
+    n_cols: int,
+    kept,
+    upstream,
+    out,
+    filled: bool = False,
 ) -> None:
     if n_cols == 0:
         out.zero_()

@@ -106,6 +106,7 @@ class Chunk:
     student_row: Row | None = None
     teacher_row: Row | None = None
     lossless: bool = False
+    filled: bool = False  # whether the second buffer holds the softmax of the teacher's columns
 
     def divergence(self, form: ClosedForm | None) -> tuple[torch.Tensor, Write]:
         """Divergence of each row, by its closed form or else its own text, and what writes the

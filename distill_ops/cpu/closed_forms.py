@@ -31,10 +31,13 @@ def _teacher_log_softmax(chunk: Chunk, log: torch.Tensor, room: torch.Tensor):
 
 
 def _minus_p(chunk: Chunk) -> Slope:
-    """The slope of soft cross-entropy and forward KL alone; q lies where the gradient may go, since that
-    of a part is written over it."""
+    """The slope of soft cross-entropy and forward KL alone; q lies where the gradient may go, or p where it
+    was there before: that of a part is written over it."""
     q, p, *_ = chunk.buffers
-    probabilities(chunk.teacher_logits(), p, chunk.teacher_row)
+    if chunk.filled:  # there lies p already, of these columns alone
+        p.mul_(chunk.teacher_row.share / row_sums(p)[:, None])
+    else:
+        probabilities(chunk.teacher_logits(), p, chunk.teacher_row)
     probabilities(chunk.student_logits(), q, chunk.student_row)
     return Slope(lambda: p, -1.0, chunk.scale, q=q)
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ..problem import Options
+from ..problem import Options, working_dtype
 from ..row_statistics import RowStatistics
 from .chunk import UNGUARDED, Chunk, Row, Terms
 from .closed_forms import CLOSED_FORMS
@@ -22,6 +22,10 @@ NEG_INF = float("-inf")
 # of student, teacher and hard label
 KEPT = 12
 SLOPE, FAST, SCALE, SHARES = 4, 7, 8, 9
+
+PART_ELEMENTS = (
+    2 * CHUNK_ELEMENTS
+)  # of a chunk's buffer; the work once a chunk is more than of whole rows
 
 
 def kept_rows(
@@ -106,7 +110,15 @@ def _closed_form(options: Options):
 
 def chunk_elements(options: Options) -> int:
     general = options.soft and not _closed_form(options)
-    return GENERAL_ELEMENTS if general else CHUNK_ELEMENTS
+    return GENERAL_ELEMENTS if general else PART_ELEMENTS
+
+
+def fills(options: Options, student, gradient: torch.Tensor, n_cols: int) -> bool:
+    """Whether :func:`phases.normalise` may leave the softmax of the teacher's columns in the memory of the
+    gradient, of which it is a part: an exponential less."""
+    room = gradient is not student and gradient.dtype == working_dtype(student, gradient)
+    room = room and gradient.is_contiguous() and gradient.shape[-1] == n_cols
+    return room and options.soft and options.kind().moment in ("soft", "forward")
 
 
 def _row(logits: torch.Tensor, maximum, total, share, temperature: float) -> Row:
@@ -118,14 +130,16 @@ def _row(logits: torch.Tensor, maximum, total, share, temperature: float) -> Row
     return Row(own, left, total.log(), share)
 
 
-def _chunk(options: Options, student, teacher, kept, scale, parameters, buffers, lossless) -> Chunk:
+def _chunk(
+    options: Options, student, teacher, kept, scale, parameters, buffers, lossless, filled=False
+) -> Chunk:
     """Some rows' columns for a closed form."""
     terms = Terms(options.kind(), False, options.temperature, False, kept.dtype)
     numbers = kept.t()[:, :, None]
     return Chunk(
         terms, student, teacher, None, scale, None, parameters, buffers, UNGUARDED, None,
         _row(student, *numbers[:2], numbers[SHARES], options.temperature),
-        _row(teacher, *numbers[2:4], numbers[SHARES + 1], options.temperature), lossless,
+        _row(teacher, *numbers[2:4], numbers[SHARES + 1], options.temperature), lossless, filled,
     )  # fmt: skip
 
 
@@ -154,9 +168,9 @@ class Gradient:
         self.hard_scale = scale * options.hard_label_weight
         self.hard_sum = torch.where(kept[:, 6] > 0, 1.0, math.nan)
 
-    def of_finite(self, student, teacher, parameters) -> torch.Tensor:
-        """Of rows without an infinity."""
-        found, kept = self.buffers[0], self.kept
+    def of_finite(self, student, teacher, parameters, filled: bool) -> torch.Tensor:
+        """Of rows without an infinity; ``filled``: :func:`fills` was asked before."""
+        found, kept = self.buffers[1 if filled else 0], self.kept
         if not self.options.soft:
             logits = exponents(student, student.amax(-1).to(found.dtype), 1.0, found)
             q, share = torch.softmax(logits, -1, out=found), kept[:, SHARES + 2]
@@ -166,7 +180,7 @@ class Gradient:
         of_q = kept[:, SLOPE] * -self.scale + (self.hard_scale if together else 0.0)
         if form := _closed_form(self.options):
             scale = self.scale[:, None]
-            _, gradient = form(_chunk(*columns, scale, parameters, self.buffers, True))
+            _, gradient = form(_chunk(*columns, scale, parameters, self.buffers, True, filled))
             gradient.of_part(of_q, found)
         else:
             found = _Columns(*columns, self.buffers, False).gradient(self.scale, of_q, parameters)

@@ -13,11 +13,10 @@ from ..divergences.base import Divergence, column_parameters
 from ..problem import Options, working_dtype
 from ..row_statistics import CLOSED, UNDER_STUDENT, UNDER_TEACHER, RowStatistics
 from ..rows import Tokens
-from .parts import FAST, SCALE, Gradient, chunk_elements, sums_of_columns
+from .parts import FAST, PART_ELEMENTS, SCALE, Gradient, chunk_elements, sums_of_columns
 from .parts import KEPT as KEPT
 from .parts import kept_rows as kept_rows
 from .rows import (
-    CHUNK_ELEMENTS,
     N_BUFFERS,
     ChosenRows,
     exponents,
@@ -37,7 +36,7 @@ class Rows:
 
     def __init__(
         self, options: Options, tokens: Tokens, student, teacher, n_cols: int, gradient=None,
-        elements: int = CHUNK_ELEMENTS, dtype: torch.dtype | None = None,
+        elements: int = PART_ELEMENTS, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.options, self.tokens, self.n_cols, self.gradient = options, tokens, n_cols, gradient
         self.student = student
@@ -81,14 +80,16 @@ def _moment(options: Options) -> str:
 
 
 def _finite_part(
-    student, teacher, options: Options, labels, buffers, dtype: torch.dtype
+    student, teacher, options: Options, labels, buffers, dtype: torch.dtype, room=None
 ) -> RowStatistics:
-    """RowStatistics of columns that hold no infinity; numbers that are not finite where they do.
+    """RowStatistics of columns that hold no infinity; numbers that are not finite where they do. In ``room``
+    the teacher's softmax stays.
 
     The sums come from PyTorch's softmax, whose exponential takes less time than the one alone."""
     kind, temperature = options.kind(), options.temperature
     moment = _moment(options)
     a, q, b, p, _ = buffers
+    p = p if room is None else room
     number = RowStatistics.empty(len(student), student, dtype)._asdict()
     student_max = student.amax(-1).to(dtype)
     if kind is not None:
@@ -108,7 +109,8 @@ def _finite_part(
         if moment != "none":
             measured = x if moment == "soft" else torch.sub(x, y, out=b)
             if moment in UNDER_TEACHER:
-                number["teacher_moment"] = row_sums(p.mul_(measured)).mul_(teacher_one)
+                products = torch.mul(p, measured, out=q)
+                number["teacher_moment"] = row_sums(products).mul_(teacher_one)
             if moment in UNDER_STUDENT:
                 number["student_moment"] = row_sums(q.mul_(measured)).mul_(student_one)
     if labels is not None:
@@ -137,16 +139,23 @@ def _holds_infinity(part: RowStatistics, student, teacher, options: Options) -> 
     return bad
 
 
-def normalise(options: Options, tokens: Tokens, student, teacher, n_cols: int) -> torch.Tensor:
-    rows = Rows(options, tokens, student, teacher, n_cols)
+def normalise(
+    options: Options,
+    tokens: Tokens,
+    student,
+    teacher,
+    n_cols: int,
+    room: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = Rows(options, tokens, student, teacher, n_cols, room, PART_ELEMENTS)
     hard, kind = options.hard, options.kind()
     empty = RowStatistics.empty(rows.n_rows, student, rows.dtype).pack(hard)
     if n_cols == 0:
         return empty
     keep = None if tokens.weights is None else tokens.weights != 0
-    for places, of_student, of_teacher, _, buffers in rows.chunks(keep):
+    for places, of_student, of_teacher, target, buffers in rows.chunks(keep):
         labels = tokens.labels[places] if hard else None
-        part = _finite_part(of_student, of_teacher, options, labels, buffers, rows.dtype)
+        part = _finite_part(of_student, of_teacher, options, labels, buffers, rows.dtype, target)
         packed = part.pack(hard)
         bad = _holds_infinity(part, of_student, of_teacher, options)
         if bad.any():
@@ -180,7 +189,7 @@ def reduce(
 
 def differentiate(
     options: Options, tokens: Tokens, student, teacher, n_cols: int, kept: torch.Tensor,
-    upstream: torch.Tensor, out: torch.Tensor,
+    upstream: torch.Tensor, out: torch.Tensor, filled: bool = False,
 ) -> None:  # fmt: skip
     rows = Rows(options, tokens, student, teacher, n_cols, out, chunk_elements(options))
     if n_cols == 0:
@@ -191,14 +200,16 @@ def differentiate(
     scale = torch.where(kept[:, SCALE] == 0, 0.0, kept[:, SCALE] * upstream.reshape(-1))
     for places, of_student, of_teacher, target, buffers in rows.chunks(kept[:, SCALE] != 0):
         here, of_row = kept[places], per_row(parameters, places)
-        if direct and target.is_contiguous():  # else softmax would not heed its strides
+        if filled:
+            buffers[1] = target
+        elif direct and target.is_contiguous():  # else softmax would not heed its strides
             buffers[0] = target
         gradient = Gradient(options, here, scale[places], buffers)
         bad = ~(here[:, FAST] > 0)
         again = None
         if bad.any():
             again = gradient.of_infinite(of_student, of_teacher, per_row(of_row, bad), bad)
-        found = gradient.of_finite(of_student, of_teacher, of_row)
+        found = gradient.of_finite(of_student, of_teacher, of_row, filled)
         if again is not None:
             found[bad] = again
         if options.hard:

@@ -3,6 +3,7 @@
 from .pair_phases import pair_part as pair_part
 from .pair_phases import pair_sums as pair_sums
 from .pair_phases import statistics_gradient as statistics_gradient
+from .parts import fills as fills
 from .phases import KEPT as KEPT
 from .phases import differentiate as differentiate
 from .phases import kept_rows as kept_rows

@@ -50,12 +50,14 @@ def loss(
     place = place_of(split, width, student.device, _width(teacher))
     teacher = _of_teacher(place, teacher, width, options)
     tokens, form = local(path.tokens(inputs, options), place), _form(teacher)
-    found = form.row_losses(phases, options, tokens, student, teacher, place)
+    columns, more = (student, teacher, place.n_cols), {}
+    if form is rows and made == FORWARD and phases.fills(options, student, gradient, place.n_cols):
+        more["room"] = gradient
+    found = form.row_losses(phases, options, tokens, student, teacher, place, **more)
     if made == FORWARD:
+        filled = {"filled": True} if more else {}
         one = found.kept.new_ones(())
-        form.differentiate(
-            phases, options, tokens, student, teacher, place.n_cols, found.kept, one, gradient
-        )
+        form.differentiate(phases, options, tokens, *columns, found.kept, one, gradient, **filled)
     components = (
         found.components if options.components else found.losses.new_empty((0, inputs.n_rows))
     )

@@ -25,8 +25,14 @@ from ..rows import Tokens, mixed
 class Phases(Protocol):
     """What a path computes of this rank's columns. Labels count from the first of them."""
 
-    def normalise(self, options: Options, tokens: Tokens, student, teacher, n_cols: int):
-        """RowStatistics, packed ``[8 or 12, n]``; of the empty part where a weight is 0."""
+    def fills(self, options: Options, student, gradient: torch.Tensor, n_cols: int) -> bool:
+        """Whether :meth:`normalise` has a use for the memory of such a gradient, which is made after it."""
+
+    def normalise(
+        self, options: Options, tokens: Tokens, student, teacher, n_cols: int, room=None
+    ):  # fmt: skip
+        """RowStatistics, packed ``[8 or 12, n]``; of the empty part where a weight is 0. In ``room``, memory
+        for which :meth:`fills` said yes, it leaves what :meth:`differentiate` takes from there."""
 
     KEPT: int  # numbers that are kept of a row
 
@@ -42,9 +48,11 @@ class Phases(Protocol):
         """``[3, n]``: sums of value and slope, and whether the columns have no infinity."""
 
     def differentiate(
-        self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream, out
-    ) -> None:
-        """Fill the gradient ``out``, that of the reduced loss times ``upstream``, ``[]`` or ``[n]``."""
+        self, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream, out,
+        filled: bool = False,
+    ) -> None:  # fmt: skip
+        """Fill the gradient ``out``, that of the reduced loss times ``upstream``, ``[]`` or ``[n]``; ``filled``:
+        it was ``room``."""
 
 
 class RowLosses(NamedTuple):
@@ -63,10 +71,10 @@ def local(tokens: Tokens, place: Place) -> Tokens:
 
 
 def row_losses(
-    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place
+    phases: Phases, options: Options, tokens: Tokens, student, teacher, place: Place, room=None
 ) -> RowLosses:
     """Losses of rows ``[..., width]`` of this rank's columns; the tokens are :func:`local`."""
-    parts = phases.normalise(options, tokens, student, teacher, place.n_cols)
+    parts = phases.normalise(options, tokens, student, teacher, place.n_cols, room)
     gathered = place.group.all_gather(parts)
     return losses_of(phases, options, tokens, student, teacher, place, gathered, parts)
 
@@ -113,10 +121,10 @@ def losses_of(
 
 def differentiate(
     phases: Phases, options: Options, tokens: Tokens, student, teacher, n_cols: int, kept, upstream,
-    out,
+    out, filled: bool = False,
 ) -> None:  # fmt: skip
     """Fill ``out``, the gradient of this rank's columns."""
-    phases.differentiate(options, tokens, student, teacher, n_cols, kept, upstream, out)
+    phases.differentiate(options, tokens, student, teacher, n_cols, kept, upstream, out, filled)
 
 
 def scale_of(tokens: Tokens, like: torch.Tensor) -> torch.Tensor:
