@@ -39,10 +39,6 @@ def normalise(
 KEPT = STATISTICS
 
 
-def kept_rows(options: Options, row: RowStatistics, slope, scale, parts) -> torch.Tensor:
-    return phases.kept_rows(options.temperature, row, slope, scale)
-
-
 def combined(options: Options, tokens: Tokens, parts: torch.Tensor, sums: torch.Tensor | None):
     """Weighted losses ``[n]``, their components ``[2, n]`` (or ``[0, n]``) and the kept numbers."""
     n_rows, new = parts.shape[-1], parts.new_empty

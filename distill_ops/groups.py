@@ -37,12 +37,11 @@ class Split(NamedTuple):
                 f"vocab_size must be at most the columns of all ranks, {total}, got {self.vocab_size}"
             )
 
-    def is_whole(self, teacher_width: int, width: int, total: int) -> bool:
+    def is_whole(self, teacher_width: int, total: int) -> bool:
         """Whether a teacher of another width than this rank's part has all columns that count."""
         if self.vocab_size != UNKNOWN:
             return teacher_width >= self.vocab_size
-        # without any total: a split of other parts has a rank where it is narrower
-        return teacher_width > width if total == UNKNOWN else teacher_width == total
+        return teacher_width == total  # which must be known
 
     @property
     def bound(self) -> int | None:
@@ -181,8 +180,10 @@ def place_of(
         widths = widths.view(-1).tolist()
         offset, total = sum(widths[: group.rank]), sum(widths)
     split.check_total(total)
-    if other and not split.is_whole(teacher_width, width, total):
-        whole = "" if total == UNKNOWN else f" of {total}"
+    if other and not split.is_whole(teacher_width, total):
+        whole = f" of {total}"
+        if total == UNKNOWN:
+            whole = ", without vocab_offset= or with vocab_size=, which say how much that is"
         raise ValueError(
             f"the teacher has {teacher_width} columns and the student, on this rank, {width}: split both "
             f"alike, or give the teacher's whole vocabulary{whole}"

@@ -8,14 +8,13 @@ A part is done by the loops without guards where they serve. Whether they do is 
 device, and is among what is written.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
 from .layout import row_layouts
-from .math import INFINITY, LOG2E
+from .math import INFINITY
 from .part_row import exact_sums, part_numbers, part_position
 from .rows import RUN_TIME, Formula, pointers, row_parameters, rows_launch
 from .sweeps import MOMENTS, NO_MOMENT
@@ -225,32 +224,3 @@ def reduce(
         return
     grid, arguments = _arguments(student, teacher, n_cols, teacher_rows)
     reduce_kernel[grid](**arguments, **formula.arguments(), kept_ptr=kept, sums_ptr=sums)
-
-
-def kept_rows(
-    temperature: float,
-    statistics,  # RowStatistics of whole rows, [N] each
-    slope: torch.Tensor,  # [N]: D
-    scale: torch.Tensor,  # [N]: weight / denominator; 0: the row is not read
-) -> torch.Tensor:
-    """``[N, STATISTICS]`` float32, as ``reduce`` and the dense kernel's backward launch read it.
-
-    Where the fast loops serve, the sums become relative to the rounded products ``m * c`` that these
-    subtract; the product's error is exact in float64."""
-    base = np.float32(LOG2E.value)  # c as the kernels have it
-
-    def of_loops(maximum, total, c):
-        maximum = maximum.masked_fill(maximum.isneginf(), 0.0)
-        excess = maximum.double() * c - (maximum * c).double()
-        return maximum, torch.where(statistics.fast > 0, (total * excess.exp2()).float(), total)
-
-    c = float(np.float32(1.0 / temperature) * base)
-    numbers = (
-        *of_loops(statistics.student_max, statistics.student_sum, c),
-        *of_loops(statistics.teacher_max, statistics.teacher_sum, c),
-        slope,
-        *of_loops(statistics.label_max, statistics.label_sum, float(base)),
-        statistics.fast,
-        scale,
-    )
-    return torch.stack(numbers, dim=1)

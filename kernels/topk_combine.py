@@ -92,7 +92,7 @@ def topk_combine_kernel(
         loss = tl.where(counts, loss * (weight * divergence_scale), 0.0)
         mixed = soft_weight * loss
         if HARD:
-            hard_loss = tl.where(labels_found > 0.0, tl.log(l_h) + (m_h - logit), float("nan"))
+            hard_loss = tl.where(labels_found == 1.0, tl.log(l_h) + (m_h - logit), float("nan"))
             hard_loss = tl.where(counts, hard_loss * weight, 0.0)
             mixed += hard_weight * hard_loss
             tl.store(components_ptr + rows, loss, mask=inside)

@@ -9,7 +9,15 @@ from ..problem import Options
 from ..rows import IGNORED, Tokens
 from .metrics import pair_terms
 from .phases import differentiate
-from .rows import exponents, kept_groups, per_row, row_blocks, row_groups, rows_in_chunk
+from .rows import (
+    GENERAL_ELEMENTS,
+    exponents,
+    kept_groups,
+    per_row,
+    row_blocks,
+    row_groups,
+    rows_in_chunk,
+)
 from .token_phases import finite_maximum, token_gradient_of_chunk, token_part
 from .tokens import Buffers
 
@@ -87,7 +95,8 @@ def pair_sums(
     sums = kept.new_zeros((N_SUMS, n_rows))
     if n_cols == 0:
         return sums
-    size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    size = rows_in_chunk(n_rows, n_cols, dtype.itemsize, threads, GENERAL_ELEMENTS)
     first = 0
     for block in row_blocks(student, teacher, size=size, copies=True):
         for rows in row_groups(range(block[0].shape[0]), size):

@@ -106,6 +106,10 @@ class SplitRows:
         upstream = upstream.to(kept.dtype).reshape(-1).expand(len(kept))
         if index is not None:
             kept, upstream = (x.index_select(0, index) for x in (kept, upstream))
+        kept = (
+            kept.clone()
+        )  # [:, 8]: a row's factor; one of 0 is not read: nor is one whose incoming gradient is 0
+        kept[:, 8] = torch.where(upstream == 0, 0.0, kept[:, 8])
 
         def write(student, part, gradient):
             tokens, teacher = self.compared(part)

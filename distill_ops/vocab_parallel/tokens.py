@@ -40,7 +40,9 @@ class TokenStatistics(NamedTuple):
         # by the factor first: near the lowest float a distance times a sum overflows
         moment = self.moment * factor + total * shift
         total, moment = (reduce(torch.add, x.unbind(0)) for x in (total, moment))
-        return TokenStatistics(maximum, total, moment, self.logit.amin(0))
+        # one that several ranks have, by a wrong vocab_offset, is in none
+        several = (self.logit != INF).sum(0) > 1
+        return TokenStatistics(maximum, total, moment, self.logit.amin(0).masked_fill(several, INF))
 
     def _where_alive(self, found: torch.Tensor) -> torch.Tensor:
         """NaN in a row without a softmax."""

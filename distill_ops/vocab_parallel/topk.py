@@ -204,7 +204,7 @@ def _missing(parts: torch.Tensor, used: torch.Tensor, weights: torch.Tensor | No
         if kept.any():
             raise ValueError(
                 f"teacher_ids must lie in the vocabulary that the ranks split, or be -1 in unused slots, and no "
-                f"rank has one or more of {int(kept.sum())} tokens, the first of them at "
-                f"{int(kept.nonzero()[0])}"
+                f"rank, or by a wrong vocab_offset several, has one or more of {int(kept.sum())} tokens, the "
+                f"first of them at {int(kept.nonzero()[0])}"
             )
     return missing

@@ -7,12 +7,14 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from distill_ops.kernels import dense, phases
+from distill_ops.kernels.math import LOG2E
 
 from distill_ops import JensenShannon, SymmetricKL
 from distill_ops.arguments import LossArguments
@@ -72,6 +74,35 @@ class Found(NamedTuple):
     sums: list[torch.Tensor]
     loss: torch.Tensor
     gradient: torch.Tensor
+
+
+def kept_rows(
+    temperature: float,
+    statistics: RowStatistics,  # of whole rows, [N] each
+    slope: torch.Tensor,  # [N]: D
+    scale: torch.Tensor,  # [N]: weight / denominator; 0: the row is not read
+) -> torch.Tensor:
+    """``[N, STATISTICS]`` float32, as ``reduce`` and the dense kernel's backward launch read it.
+
+    Where the fast loops serve, the sums become relative to the rounded products ``m * c`` that these
+    subtract; the product's error is exact in float64."""
+    base = np.float32(LOG2E.value)  # c as the kernels have it
+
+    def of_loops(maximum, total, c):
+        maximum = maximum.masked_fill(maximum.isneginf(), 0.0)
+        excess = maximum.double() * c - (maximum * c).double()
+        return maximum, torch.where(statistics.fast > 0, (total * excess.exp2()).float(), total)
+
+    c = float(np.float32(1.0 / temperature) * base)
+    numbers = (
+        *of_loops(statistics.student_max, statistics.student_sum, c),
+        *of_loops(statistics.teacher_max, statistics.teacher_sum, c),
+        slope,
+        *of_loops(statistics.label_max, statistics.label_sum, float(base)),
+        statistics.fast,
+        scale,
+    )
+    return torch.stack(numbers, dim=1)
 
 
 def numbers(case: Case) -> Numbers:
@@ -160,7 +191,7 @@ def launched(case: Case) -> Found:
 
     sums = []
     loss = slope = torch.zeros_like(given.weights)
-    keep = lambda: phases.kept_rows(case.temperature, whole, slope, given.weights)
+    keep = lambda: kept_rows(case.temperature, whole, slope, given.weights)
     if case.divergence is not None and case.divergence.moment in ("none", "symmetric"):
         sums = [new(phases.SUMS, N_ROWS) for _ in range(3)]
         for (student, teacher, n_cols, _), out in zip(ranks, sums, strict=True):

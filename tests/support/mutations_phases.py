@@ -37,10 +37,6 @@ PHASES = [
         f"{WHOLE}[jensen_shannon-T0.5-h0]",
     ),
     mutation(
-        "the gradient's sums are relative to the maxima", sources.KERNELS_PHASES,
-        "(total * excess.exp2()).float()", "total", f"{WHOLE}[soft_cross_entropy-T1-h0.5]",
-    ),
-    mutation(
         "a missing teacher row is the first", sources.KERNELS_PHASES,
         "l_t + poison", "l_t", f"{STATISTICS}[reverse_kl-T0.5-h0.5]",
     ),

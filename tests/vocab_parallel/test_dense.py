@@ -75,7 +75,7 @@ def test_placements(divergence, gradient, widths, ranks):
 @pytest.mark.parametrize("told", ["offset", "nothing", "replicated"])
 def test_a_whole_teacher(told, ranks):
     """Also one that is padded further than the student, for ``vocab_size``."""
-    for options in ({}, {"vocab_size": 29}):
+    for options in ({}, {"vocab_size": 29})[told == "offset" :]:  # which needs the latter
         replicated, padded = told == "replicated", 4 if options else 0
         more = {"whole_teacher": True, "padded": padded, "replicated": replicated}
         widths = (11, 11, 11) if replicated else WIDTHS[3]
