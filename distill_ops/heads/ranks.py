@@ -117,7 +117,7 @@ def _teacher_start(split: Split, rank, widths, teacher_width, of_teacher, before
         of_teacher = widths if teacher_width == widths[rank] else [teacher_width] * len(widths)
     if of_teacher == widths:
         return None
-    if len(set(of_teacher)) == 1 and split.is_whole(teacher_width, -1, total):
+    if len(set(of_teacher)) == 1 and split.is_whole(teacher_width, total):
         return before[rank]
     raise ValueError(
         f"the teacher's vocabulary must be split as the student's, {widths} columns on the ranks, or whole on "

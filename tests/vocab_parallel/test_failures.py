@@ -14,6 +14,7 @@ from tests.vocab_parallel.work import (
     one_raises,
     raise_on_one,
     uneven_dtensor,
+    unread_row,
 )
 
 TIMEOUT = 3.0
@@ -113,6 +114,18 @@ def test_a_wrong_offset_is_told(ranks):
     labels = {"labels": LABELS % min(WIDTHS[3]), "hard_label_weight": 0.5}
     for found in ranks.call(3, call, wrong._replace(options=wrong.options | labels)):
         assert "by a wrong vocab_offset several" in found.message
+    for found in ranks.call(3, call, wrong._replace(form="token_log_probs")):
+        assert "by a wrong vocab_offset several" in found.message
+    needed = Case(WIDTHS[2], whole_teacher=True)  # whose size nobody tells
+    for found in ranks.call(2, call, needed):
+        assert "without vocab_offset= or with vocab_size=" in found.message
+
+
+def test_a_row_that_no_gradient_comes_to_is_not_read(ranks):
+    """Of hidden states, in the backward."""
+    for bad, good in ranks.call(2, unread_row):
+        assert bad == 0
+        assert good > 0
 
 
 def test_the_processes_survive_a_rank_that_raises(ranks):

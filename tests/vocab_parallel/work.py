@@ -145,6 +145,20 @@ def inplace_dtensor(member: Member) -> Outcome:
     return outcome(lambda: distill_ops.distillation_loss(student, logits, inplace=True))
 
 
+def unread_row(member: Member) -> tuple[float, float]:
+    """Gradients of two hidden states, of which the first is NaN and its loss is left out afterwards."""
+    hidden = torch.ones(2, 3)
+    hidden[0] = torch.nan
+    hidden.requires_grad_()
+    generator = torch.Generator().manual_seed(member.rank)
+    student, teacher = torch.randn(2, 4, 3, generator=generator)
+    loss = distill_ops.linear_distillation_loss(
+        hidden, student, torch.ones(2, 3), teacher, reduction="none", group=member.group
+    )
+    loss.backward(torch.tensor([0.0, 1.0]))
+    return tuple(hidden.grad.abs().sum(-1).tolist())
+
+
 def raise_on_one(member: Member, wrong: bool = True) -> float:
     """The sum of ranks and one each, which rank 1 leaves out where that is wrong."""
     if wrong and member.rank == 1:
