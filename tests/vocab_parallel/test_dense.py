@@ -32,7 +32,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).split("."
 divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 
 
-@pytest.mark.covering("option divergence.moment", "divergence dtype", "option dtype")
+@pytest.mark.covering("option dtype", "divergence dtype")
 @dtypes
 @pytest.mark.parametrize("option", OPTIONS)
 @divergences
@@ -82,7 +82,7 @@ def test_a_whole_teacher(told, ranks):
         hold(ranks, Case(widths, options, told="placement" if replicated else told, **more))
 
 
-@pytest.mark.covering("edit divergence.moment", "divergence dtype", "edit dtype")
+@pytest.mark.covering("edit dtype", "divergence dtype")
 @dtypes
 @pytest.mark.parametrize("edit", ROWS)
 @divergences

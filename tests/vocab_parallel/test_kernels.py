@@ -58,7 +58,7 @@ TOPK_OPTIONS = {
 }
 
 
-@pytest.mark.covering("divergence", "edit", "option divergence.additive_at_teacher_zero")
+@pytest.mark.covering("divergence", "edit", "option")
 @pytest.mark.parametrize(
     "edit", ["nothing", *SLOT_EDITS, "dead part", "dead rows", "bad rows", "far"]
 )

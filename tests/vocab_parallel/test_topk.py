@@ -30,7 +30,7 @@ divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 tails = pytest.mark.parametrize("tail", TAILS)
 
 
-@pytest.mark.covering("tail divergence.operands", "divergence", "hard tail")
+@pytest.mark.covering("tail", "divergence", "hard tail")
 @pytest.mark.parametrize("hard", [{}, {**HARD, "temperature": 2.0}, HARD], ids=["", "hot", "hard"])
 @tails
 @divergences
