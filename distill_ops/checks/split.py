@@ -140,7 +140,7 @@ def split_logits(
     found, part = of_dtensor(names[0], student, vocab_size)
     if group is not None:
         _check_ranks(names[0], found.group, group_name(group))
-    if vocab_offset is not None and found.offset not in (UNKNOWN, vocab_offset):
+    if vocab_offset not in (None, found.offset):
         raise ValueError(
             f"vocab_offset={vocab_offset}, but {names[0]}, a DTensor, begins at {found.offset}: leave "
             f"vocab_offset= out"

@@ -47,7 +47,7 @@ def _part(name: str, tensor, split: Split, first: bool) -> tuple[torch.Tensor, S
             f"pass the group of the mesh dimension that splits its vocabulary"
         )
     if first:
-        if UNKNOWN not in (split.offset, found.offset) and split.offset != found.offset:
+        if split.offset not in (UNKNOWN, found.offset):
             raise ValueError(
                 f"vocab_offset={split.offset}, but {name}, a DTensor, begins at {found.offset}: leave "
                 f"vocab_offset= out"
